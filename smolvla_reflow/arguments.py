@@ -1,0 +1,174 @@
+"""Complete the command line before LeRobot reads it.
+
+LeRobot reads `--policy.*` from the command line itself, when it loads a pretrained policy, so that is where a
+reflow run's conventions have to be written down: the student starts from the teacher, reflow's learning
+rate holds where the user gave none, and the flags of the earlier fork mean what they meant there. Everything
+here is a plain function from flags to flags.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolvla_reflow.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO, ReflowTrainPipelineConfig
+from smolvla_reflow.errors import ReflowError
+
+FORK_FLAGS = {
+    "policy.training_mode": "reflow.strategy",
+    "policy.teacher_model_path": "reflow.teacher_path",
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A completed command line.
+
+    Attributes:
+        flags: for LeRobot's parser, each `--name=value`.
+        chosen: what was filled in because the user gave none, by flag name.
+        resume: whether the run continues an earlier one, whose configuration then holds.
+    """
+
+    flags: list[str]
+    chosen: dict[str, Any]
+    resume: bool
+
+
+def complete(argv: Sequence[str]) -> Arguments:
+    """Complete the user's command line (without the program's name).
+
+    Raises:
+        ReflowError: no teacher is named, or flags contradict each other.
+    """
+    given = _parse(argv)
+    if _is_true(given.get("resume")):
+        if "config_path" not in given:
+            raise ReflowError("--resume=true needs --config_path=.../pretrained_model/train_config.json.")
+        if not Path(given["config_path"]).exists():
+            raise ReflowError(f"--config_path={given['config_path']} does not exist.")
+        return Arguments(_flags(given), {}, resume=True)
+
+    file, rest = _read_config_file(given.pop("config_path", None))
+    given = _rename_fork_flags({**file, **given})
+
+    teacher = given.get("reflow.teacher_path")
+    if not teacher:
+        raise ReflowError(
+            "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
+        )
+    kind = given.pop("policy.type", "smolvla")
+    if kind != "smolvla":
+        raise ReflowError(f"--policy.type={kind} cannot be reflowed, only smolvla can.")
+    chosen = _choose(given, rest)
+    flags = _flags({**given, **chosen})
+    if rest:
+        flags.insert(0, f"--config_path={_write_config(rest)}")
+    return Arguments(flags, chosen, resume=False)
+
+
+def _choose(given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """What a reflow run uses where the user gave nothing."""
+    fields = ReflowTrainPipelineConfig.__dataclass_fields__
+    steps = _number("steps", given.get("steps", rest.get("steps", fields["steps"].default)))
+    lr = _number("policy.optimizer_lr", given.get("policy.optimizer_lr", LEARNING_RATE))
+    defaults = {
+        "policy.path": given["reflow.teacher_path"],
+        "policy.optimizer_lr": LEARNING_RATE,
+        "policy.scheduler_decay_lr": lr * DECAY_LR_RATIO,
+        "policy.scheduler_warmup_steps": round(steps * WARMUP_RATIO),
+        "policy.scheduler_decay_steps": round(steps),
+    }
+    if "policy.repo_id" not in given:
+        if _is_true(given.get("policy.push_to_hub")):
+            raise ReflowError("--policy.push_to_hub=true needs --policy.repo_id, the student's own repository.")
+        # The teacher's config may name the teacher's repository; the student must not overwrite it.
+        defaults["policy.push_to_hub"] = "false"
+    return {name: value for name, value in defaults.items() if name not in given}
+
+
+def _parse(argv: Sequence[str]) -> dict[str, Any]:
+    """Flags by name, from both `--name=value` and `--name value`; the last of a name wins."""
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ReflowError(f"'{word}' is not a flag; write --name=value.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ReflowError(f"--{name} needs a value: --{name}=...")
+            value = words.pop(0)
+        given[name] = value
+    return given
+
+
+def _flags(given: dict[str, Any]) -> list[str]:
+    return [f"--{name}={_text(value)}" for name, value in given.items()]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ReflowError(f"--{name}={value} is not a number.") from None
+
+
+def _rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
+    renamed = dict(given)
+    for old, new in FORK_FLAGS.items():
+        if old in renamed:
+            value = renamed.pop(old)
+            if str(renamed.setdefault(new, value)) != str(value):
+                raise ReflowError(f"--{old}={value} contradicts --{new}={renamed[new]}; give one of them.")
+    return renamed
+
+
+def _read_config_file(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a YAML or JSON config into policy and reflow fields, as flags by name, and the rest as it is.
+
+    LeRobot loads a pretrained policy's config from the policy's folder and overrides it from the command
+    line alone, so the file's `policy:` section has to become flags to have any effect.
+    """
+    if path is None:
+        return {}, {}
+    try:
+        rest = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ReflowError(f"--config_path={path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ReflowError(f"--config_path={path} cannot be read as YAML or JSON: {error}") from None
+    if not isinstance(rest, dict):
+        raise ReflowError(f"--config_path={path} holds no configuration.")
+    sections = {name: rest.pop(name, None) or {} for name in ("policy", "reflow")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ReflowError(f"--config_path={path}: '{name}' should be a section with fields.")
+    sections["policy"].pop("pretrained_path", None)
+    flags = {
+        f"{name}.{field}": value
+        for name, section in sections.items()
+        for field, value in section.items()
+        if value is not None
+    }
+    return flags, rest
+
+
+def _write_config(rest: dict[str, Any]) -> str:
+    # LeRobot 0.4 reads every config file as JSON.
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
+        json.dump(rest, file)
+    return file.name

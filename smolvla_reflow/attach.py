@@ -1,0 +1,249 @@
+"""Attach a teacher and a loss strategy to one SmolVLA policy, and detach them again.
+
+    attach(policy, teacher="outputs/1rf/checkpoints/last/pretrained_model")
+    loss, metrics = policy.forward(batch)       # the reflow loss in train mode, the stock loss in eval mode
+    detach(policy)
+
+No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this one instance,
+in the slot LeRobot itself uses when it compiles a policy (`self.forward = ...`), and puts the teacher where
+`nn.Module` does not look for submodules. `detach` restores `vars(policy)` and `vars(policy.model)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from smolvla_reflow.coupling import Coupling, Observation, solve
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.strategies import get_loss_strategy
+from smolvla_reflow.teacher import TeacherSource, frozen_teacher
+
+_STATE = "_reflow"  # the name under which policy and model keep their Attachment
+
+
+class ModelMixin:
+    """Bound onto `policy.model` (a VLAFlowMatching); never inherited. Signatures are the stock forward's."""
+
+    training: bool
+    training_mode: str
+    teacher: SmolVLAPolicy
+    forward_standard: Callable[..., Tensor]
+
+    def forward(
+        self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None
+    ) -> Tensor:
+        """Unreduced losses `(B, chunk_size, max_action_dim)` of `training_mode`; in eval mode the stock ones."""
+        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
+        if not self.training:
+            return self.forward_standard(*observation, actions, noise, time)
+        strategy = get_loss_strategy(self.training_mode)
+        losses = strategy(self, observation, actions, noise, time)
+        vars(self)[_STATE].whole_chunk_losses = losses if strategy.whole_chunk else None
+        return losses
+
+    def forward_reflow(
+        self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None
+    ) -> Tensor:
+        """Unreduced reflow losses `(B, chunk_size, max_action_dim)`, whatever `training_mode` says."""
+        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
+        return get_loss_strategy("reflow")(self, observation, actions, noise, time)
+
+    def generate_reflow_target(
+        self, images, img_masks, lang_tokens, lang_masks, state, noise=None
+    ) -> Coupling:
+        """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
+
+        `noise` is drawn as the stock sampler draws it unless it is given.
+        """
+        if noise is None:
+            config = self.teacher.config
+            shape = (state.shape[0], config.chunk_size, config.max_action_dim)
+            noise = self.sample_noise(shape, state.device)
+        return solve(self.teacher, Observation(images, img_masks, lang_tokens, lang_masks, state), noise)
+
+
+class PolicyMixin:
+    """Bound onto the SmolVLAPolicy; never inherited."""
+
+    def forward(self, batch, noise=None, time=None, reduction="mean") -> tuple[Tensor, dict[str, Any]]:
+        """The stock forward, with the reduction a whole-chunk strategy needs (`LossStrategy.whole_chunk`).
+
+        Returns:
+            The loss, a scalar or with `reduction="none"` one per sample `(B,)`, and the stock metrics.
+        """
+        attachment = vars(self)[_STATE]
+        attachment.whole_chunk_losses = None
+        loss, metrics = attachment.policy_forward(batch, noise, time, reduction)
+        losses, attachment.whole_chunk_losses = attachment.whole_chunk_losses, None
+        if losses is not None:
+            loss = losses.mean(dim=(1, 2)) if reduction == "none" else losses.mean()
+            metrics["loss"] = loss.mean().item()
+        return loss, metrics
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` returns; as a context manager it detaches on leaving.
+
+    Attributes:
+        policy: the attached SmolVLAPolicy (inside a PEFT wrapper, the base policy).
+        teacher: its frozen teacher.
+        policy_forward: the policy's forward as it was before.
+        displaced: per module ("policy", "model"), the entries of `vars()` that `attach` replaced.
+        whole_chunk_losses: within one forward pass, the losses on their way from model to policy.
+    """
+
+    policy: SmolVLAPolicy
+    teacher: SmolVLAPolicy
+    policy_forward: Callable[..., tuple[Tensor, dict[str, Any]]]
+    displaced: dict[str, dict[str, Any]]
+    whole_chunk_losses: Tensor | None = None
+
+    def detach(self) -> None:
+        detach(self.policy)
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if is_attached(self.policy):
+            self.detach()
+
+
+def attach(
+    policy: nn.Module,
+    teacher: TeacherSource = None,
+    *,
+    strategy: str = "reflow",
+    num_steps: int | None = None,
+) -> Attachment:
+    """Let `policy.forward` compute the loss of a strategy, with a frozen teacher at hand.
+
+    After this `policy.model` has `training_mode` (assignable), `teacher`, `forward_standard` (the forward it
+    had, compiled or not), `forward_reflow` and `generate_reflow_target`. The teacher is no submodule: it is
+    in no `state_dict()`, `parameters()` or checkpoint, and shares the memory of every parameter that is frozen
+    in the policy and equal in both.
+
+    Args:
+        policy: a SmolVLAPolicy, or one wrapped by PEFT.
+        teacher: a checkpoint folder or hub id, a SmolVLAPolicy (its present weights are taken), or None for
+            the policy as it is now.
+        strategy: a name from `available_loss_strategies()`.
+        num_steps: the teacher's Euler steps; None for its own `config.num_steps`.
+
+    Raises:
+        ReflowError: the policy is no SmolVLA or is attached already, the strategy is unknown, or the teacher
+            cannot be loaded or does not fit.
+    """
+    base = _base_policy(policy)
+    if is_attached(base):
+        raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
+    get_loss_strategy(strategy)
+    frozen = frozen_teacher(policy, teacher, num_steps)
+
+    model = base.model
+    bindings = {
+        "policy": {"forward": MethodType(PolicyMixin.forward, base)},
+        "model": {
+            "training_mode": strategy,
+            "teacher": frozen,
+            "forward_standard": model.forward,
+            "forward": MethodType(ModelMixin.forward, model),
+            "forward_reflow": MethodType(ModelMixin.forward_reflow, model),
+            "generate_reflow_target": MethodType(ModelMixin.generate_reflow_target, model),
+        },
+    }
+    modules = {"policy": base, "model": model}
+    attachment = Attachment(
+        policy=base,
+        teacher=frozen,
+        policy_forward=base.forward,
+        displaced={
+            key: {name: vars(module)[name] for name in bindings[key] if name in vars(module)}
+            for key, module in modules.items()
+        },
+    )
+    for key, module in modules.items():
+        # Past nn.Module.__setattr__, which would make the teacher a submodule.
+        vars(module).update(bindings[key], **{_STATE: attachment})
+    _guard(model)
+    return attachment
+
+
+def detach(policy: nn.Module) -> None:
+    """Undo `attach`: `vars()` of the policy and of its model are what they were.
+
+    Raises:
+        ReflowError: nothing is attached, or something else has replaced `policy.forward` since.
+    """
+    base = _base_policy(policy)
+    if not is_attached(base):
+        raise ReflowError("This policy has no teacher attached; there is nothing to detach.")
+    bound = {(base, "forward"): PolicyMixin.forward, (base.model, "forward"): ModelMixin.forward}
+    for (module, name), function in bound.items():
+        if getattr(vars(module).get(name), "__func__", None) is not function:
+            raise ReflowError(
+                f"{type(module).__name__}.forward was wrapped after attach; unwrap it first "
+                "(for accelerate: accelerator.unwrap_model(policy, keep_fp32_wrapper=False))."
+            )
+    attachment = vars(base)[_STATE]
+    _unguard(base.model)
+    added = ("training_mode", "teacher", "forward_standard", "forward_reflow", "generate_reflow_target")
+    for key, module in (("policy", base), ("model", base.model)):
+        for name in ("forward", _STATE, *added):
+            vars(module).pop(name, None)
+        vars(module).update(attachment.displaced[key])
+
+
+def is_attached(policy: nn.Module) -> bool:
+    """Whether `policy` has a teacher attached. Raises ReflowError if it is no SmolVLA policy."""
+    return _STATE in vars(_base_policy(policy))
+
+
+def _base_policy(policy: nn.Module) -> SmolVLAPolicy:
+    unwrapped = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    if not isinstance(unwrapped, SmolVLAPolicy):
+        hint = "; attach before wrapping it" if hasattr(unwrapped, "module") else ""
+        raise ReflowError(
+            f"Only a SmolVLAPolicy can be attached, this is a {type(unwrapped).__name__}{hint}."
+        )
+    return unwrapped
+
+
+# `policy.model.teacher = other_policy` would register the other policy as a submodule: checkpoints would double
+# in size, the optimizer would train it. PyTorch's registration hook is where that can be stopped.
+_guarded: WeakSet[nn.Module] = WeakSet()
+_guard_handle: RemovableHandle | None = None
+
+
+def _guard(model: nn.Module) -> None:
+    global _guard_handle
+    if _guard_handle is None:
+        _guard_handle = register_module_module_registration_hook(_refuse_teacher_submodule)
+    _guarded.add(model)
+
+
+def _unguard(model: nn.Module) -> None:
+    global _guard_handle
+    _guarded.discard(model)
+    if not _guarded and _guard_handle is not None:
+        _guard_handle.remove()
+        _guard_handle = None
+
+
+def _refuse_teacher_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    attachment = vars(module).get(_STATE)
+    if name == "teacher" and attachment is not None and submodule is not None:
+        # nn.Module.__setattr__ has already removed the plain attribute of this name.
+        vars(module)["teacher"] = attachment.teacher
+        raise ReflowError(
+            "Assigning policy.model.teacher would make the teacher a submodule of the student, saved and "
+            "trained with it; call detach(policy) and attach(policy, teacher=...) instead."
+        )

@@ -1,0 +1,124 @@
+"""Find and open a SmolVLA checkpoint, and say in one sentence what is wrong with one that cannot be used."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+from smolvla_reflow.errors import ReflowError
+
+PREPROCESSOR_NAME = "policy_preprocessor.json"
+FORK_FIELDS = ("training_mode", "teacher_model_path", "use_reflow")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A SmolVLA checkpoint on this machine.
+
+    Attributes:
+        source: how the user named it; an absolute path if it is a folder.
+        folder: where its files are.
+        config: its `config.json`.
+    """
+
+    source: str
+    folder: Path
+    config: SmolVLAConfig
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of `model.safetensors`, by name, mapped from the file rather than read."""
+        path = self.folder / SAFETENSORS_SINGLE_FILE
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The normalisation statistics saved with it, e.g. `{"action.mean": ..., "action.std": ...}`."""
+        if not (self.folder / PREPROCESSOR_NAME).is_file():
+            raise ReflowError(
+                f"The checkpoint {self.source} has no {PREPROCESSOR_NAME}, so the statistics its actions are "
+                "normalised by are unknown; use a checkpoint saved by lerobot-train."
+            )
+        pipeline = PolicyProcessorPipeline.from_pretrained(
+            self.folder,
+            config_filename=PREPROCESSOR_NAME,
+            overrides={"device_processor": {"device": "cpu"}},
+        )
+        steps = [step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep)]
+        return {name: tensor for step in steps for name, tensor in step.state_dict().items()}
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a folder or hub id that `SmolVLAPolicy.save_pretrained` or `lerobot-train` wrote.
+
+    Raises:
+        ReflowError: there is no such checkpoint, or it is not a SmolVLA policy plain LeRobot would load.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        folder, source = path, str(path.resolve())
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        folder, source = _download(str(source)), str(source)
+    else:
+        raise ReflowError(f"There is no checkpoint at {source}: the path does not exist.")
+    if not folder.is_dir():
+        raise ReflowError(f"{source} is a file; name the checkpoint's folder, here {folder.parent}.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ReflowError(f"{source} is no checkpoint: it holds no {CONFIG_NAME}.{_suggestion(folder)}")
+    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
+        hint = " (a PEFT adapter: merge it into its base first)" if list(folder.glob("adapter_*")) else ""
+        raise ReflowError(f"The checkpoint {source} holds no {SAFETENSORS_SINGLE_FILE}{hint}.")
+    return Checkpoint(str(source), folder, _read_config(folder))
+
+
+def _read_config(folder: Path) -> SmolVLAConfig:
+    path = folder / CONFIG_NAME
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReflowError(f"{path} is not readable JSON ({error}); copy the checkpoint again.") from None
+    kind = fields.get("type") if isinstance(fields, dict) else None
+    if kind != "smolvla":
+        raise ReflowError(f"{folder} holds a policy of type '{kind}'; only smolvla can be reflowed.")
+    forked = [name for name in FORK_FIELDS if name in fields]
+    if forked:
+        raise ReflowError(
+            f"{path} has the field(s) {', '.join(forked)} of an earlier fork, which LeRobot refuses; "
+            "remove them from the file."
+        )
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+    except (draccus.utils.DraccusException, ValueError, TypeError) as error:
+        raise ReflowError(f"The installed LeRobot cannot read {path}: {error}") from None
+    if not isinstance(config, SmolVLAConfig):
+        raise ReflowError(f"{folder} holds a {type(config).__name__}; only smolvla can be reflowed.")
+    return config
+
+
+def _download(repo_id: str) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub client's errors share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ReflowError(
+            f"There is no folder {repo_id}, and as a hub id it cannot be downloaded ({reason})."
+        ) from None
+
+
+def _suggestion(folder: Path) -> str:
+    """Point into a training run's output folder, if that is what was named."""
+    for inner in ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model"):
+        if (folder / inner / CONFIG_NAME).is_file():
+            return f" Did you mean {folder / inner}?"
+    return ""

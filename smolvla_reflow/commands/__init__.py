@@ -1,0 +1,1 @@
+"""Console scripts: parse, check, call."""

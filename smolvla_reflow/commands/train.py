@@ -1,0 +1,132 @@
+"""`smolvla-reflow-train`: LeRobot's training, with a teacher.
+
+    flags -> complete -> LeRobot's parser -> checks -> LeRobot's train(), handed an Accelerator whose
+    prepare() attaches the teacher to the policy passing through it
+
+Everything `lerobot-train` does (resuming, logging, evaluation, the hub, several GPUs) is LeRobot's.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from lerobot.configs import parser
+from lerobot.utils.import_utils import register_third_party_plugins
+from smolvla_reflow.arguments import Arguments, complete
+from smolvla_reflow.attach import attach
+from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.commands.console import command_line, parse_errors, reported_errors
+from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
+from smolvla_reflow.config import ReflowTrainPipelineConfig
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.preflight import check_run
+from smolvla_reflow.strategies import get_loss_strategy
+
+PROGRAM = "smolvla-reflow-train"
+
+
+class TeachingAccelerator(Accelerator):
+    """An Accelerator that teaches: every module passing through `prepare` is first handed to `teach`.
+
+    LeRobot's `train()` hands the policy it made to `prepare`, after loading and PEFT, before DDP or FSDP.
+    """
+
+    def __init__(self, teach: Callable[[nn.Module], object], **arguments: Any):
+        super().__init__(**arguments)
+        self._teach = teach
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        for item in args:
+            if isinstance(item, nn.Module):
+                self._teach(item)
+        return super().prepare(*args, **kwargs)
+
+
+@parser.wrap()
+def parse(cfg: ReflowTrainPipelineConfig) -> ReflowTrainPipelineConfig:
+    """LeRobot's parser, on `sys.argv`."""
+    return cfg
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command; `argv` without the program's name, by default the process's own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with reported_errors(PROGRAM):
+        if "--help" in argv or "-h" in argv:
+            show_help()
+        else:
+            run(complete(argv))
+
+
+def show_help() -> None:
+    """Print every flag of `lerobot-train` and of reflow."""
+    print(__doc__)
+    with command_line(PROGRAM, ["--policy.type=smolvla", "--help"]):
+        parse()
+
+
+def run(arguments: Arguments) -> None:
+    """Check everything that can be checked without writing, then train."""
+    register_third_party_plugins()
+    with command_line(PROGRAM, arguments.flags):
+        with parse_errors():
+            cfg = parse()
+        refuse_remote_job(cfg)
+        teacher = open_teacher(cfg)
+        validate(cfg)
+        check_run(cfg, teacher)
+
+        teach = partial(attach, teacher=teacher.folder, strategy=cfg.reflow.strategy, num_steps=cfg.reflow.num_steps)
+        accelerator = TeachingAccelerator(teach, **accelerator_arguments(cfg))
+        if accelerator.is_main_process:
+            announce(cfg, arguments)
+        train_function()(cfg, accelerator=accelerator)
+
+
+def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
+    """Open the teacher and pin it in the config by a path that holds from any folder."""
+    if not cfg.reflow.teacher_path:
+        raise ReflowError(
+            "This configuration names no teacher (reflow.teacher_path), so it is not one of a reflow run; "
+            "resume it with lerobot-train."
+        )
+    get_loss_strategy(cfg.reflow.strategy)
+    if cfg.reflow.num_steps is not None and cfg.reflow.num_steps < 1:
+        raise ReflowError(f"--reflow.num_steps={cfg.reflow.num_steps}: the teacher needs at least one ODE step.")
+    teacher = open_checkpoint(cfg.reflow.teacher_path)
+    cfg.reflow.teacher_path = teacher.source
+    return teacher
+
+
+def validate(cfg: ReflowTrainPipelineConfig) -> None:
+    """LeRobot's own validation, which `train()` will repeat, while an error costs nothing yet."""
+    with parse_errors():
+        try:
+            cfg.validate()
+        except (ValueError, OSError) as error:
+            raise ReflowError(str(error)) from None
+
+
+def announce(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> None:
+    """Say in one line what is used and what the user did not ask for."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if arguments.resume:
+        logging.info("Reflow: resuming, teacher %s.", cfg.reflow.teacher_path)
+        return
+    filled = " ".join(f"--{name}={value}" for name, value in arguments.chosen.items())
+    logging.info(
+        "Reflow: teacher %s, %d steps, batch %d; filled in: %s",
+        cfg.reflow.teacher_path,
+        cfg.steps,
+        cfg.batch_size,
+        filled or "nothing",
+    )
+
+
+if __name__ == "__main__":
+    main()

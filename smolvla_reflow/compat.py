@@ -1,0 +1,56 @@
+"""What differs between the supported LeRobot versions, 0.4.4 to 0.6.1, and nothing else."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+
+import lerobot
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+from lerobot.scripts import lerobot_train
+from smolvla_reflow.errors import ReflowError
+
+SUPPORTED = "0.4.4 to 0.6.1"
+
+__all__ = ["LeRobotDatasetMetadata", "accelerator_arguments", "refuse_remote_job", "train_function"]
+
+
+def train_function() -> Callable[..., None]:
+    """LeRobot's `train(cfg, accelerator)`, past the parser that recognises only its own config class."""
+    train = inspect.unwrap(lerobot_train.train)
+    if "accelerator" not in inspect.signature(train).parameters:
+        raise ReflowError(
+            f"LeRobot {lerobot.__version__} trains without being handed an accelerator; "
+            f"this version of smolvla-reflow supports LeRobot {SUPPORTED}."
+        )
+    return train
+
+
+def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
+    """Arguments with which this LeRobot version's `train()` would build its own Accelerator."""
+    policy = cfg.policy
+    assert policy is not None  # validated
+    arguments: dict[str, Any] = {
+        "step_scheduler_with_optimizer": False,
+        "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
+        "cpu": policy.device == "cpu",
+    }
+    # From 0.6.1 on training honours `use_amp`, in the device's default autocast dtype; before, it ignores it.
+    follows_use_amp = "get_autocast_dtype" in inspect.getsource(inspect.unwrap(lerobot_train.train))
+    if follows_use_amp and policy.use_amp:
+        dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
+        arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return arguments
+
+
+def refuse_remote_job(cfg: TrainPipelineConfig) -> None:
+    """LeRobot 0.6's `--job.target` would submit `lerobot-train`, which knows nothing of reflow."""
+    job = getattr(cfg, "job", None)
+    if job is not None and job.is_remote:
+        raise ReflowError(
+            f"--job.target={job.target} would run lerobot-train, not reflow, on the remote machine; "
+            "install smolvla-reflow there and run smolvla-reflow-train on it."
+        )

@@ -1,0 +1,28 @@
+"""The configuration of a reflow run: LeRobot's own, plus one section."""
+
+from dataclasses import dataclass, field
+
+from lerobot.configs.train import TrainPipelineConfig
+
+# Liu et al. fine-tune at a fraction of the original learning rate; SmolVLA's own preset is 1e-4 over 30 000
+# steps, of which 1 000 are warm-up, down to 2.5e-6. The ratios are kept.
+LEARNING_RATE = 2e-5
+DECAY_LR_RATIO = 2.5e-6 / 1e-4
+WARMUP_RATIO = 1_000 / 30_000
+
+
+@dataclass
+class ReflowConfig:
+    teacher_path: str | None = None
+    """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
+    strategy: str = "reflow"
+    """Loss strategy: 'reflow', 'standard', or one that an installed package registers."""
+    num_steps: int | None = None
+    """Euler steps with which the teacher carries noise to actions. Default: the teacher's own num_steps."""
+
+
+@dataclass
+class ReflowTrainPipelineConfig(TrainPipelineConfig):
+    reflow: ReflowConfig = field(default_factory=ReflowConfig)
+    steps: int = 20_000
+    batch_size: int = 32

@@ -1,0 +1,1 @@
+"""A small task and a small backbone that run offline on a laptop CPU, for the demo and the tests."""

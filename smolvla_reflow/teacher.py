@@ -1,0 +1,156 @@
+"""The frozen teacher: a SmolVLA that shares with its student every parameter it can.
+
+It is built from the student's own module tree, not by loading a second policy: all parameters start out shared,
+and only those that the student trains, or that differ, get a copy of their own. So the vision-language
+backbone is neither loaded nor held twice.
+"""
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.errors import ReflowError
+
+TeacherSource = str | Path | SmolVLAPolicy | None
+
+# Config fields that the shape of no tensor gives away, but in which student and teacher must agree: they decide
+# how a batch is prepared, which is done once for both, or how the shared module tree computes.
+AGREEING_FIELDS = (
+    "chunk_size",
+    "max_state_dim",
+    "max_action_dim",
+    "input_features",
+    "output_features",
+    "normalization_mapping",
+    "resize_imgs_with_padding",
+    "empty_cameras",
+    "adapt_to_pi_aloha",
+    "add_image_special_tokens",
+    "prefix_length",
+    "attention_mode",
+    "self_attn_every_n_layers",
+    "min_period",
+    "max_period",
+)
+
+
+def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
+    """Build the teacher of `student`.
+
+    Args:
+        student: a SmolVLAPolicy, or one wrapped by PEFT.
+        source: a checkpoint folder or hub id, a policy, or None for the student as it is now.
+        num_steps: Euler steps of the teacher's sampler; None for its own `config.num_steps`.
+
+    Returns:
+        A policy in eval mode none of whose parameters requires a gradient.
+
+    Raises:
+        ReflowError: `source` is no SmolVLA checkpoint, or its configuration or weights do not fit the student.
+    """
+    if num_steps is not None and num_steps < 1:
+        raise ReflowError(f"The teacher needs at least one ODE step, not num_steps={num_steps}.")
+    weights: Mapping[str, Tensor]
+    if source is None:
+        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        structure, config = base, base.config
+        weights = dict(base.named_parameters(remove_duplicate=False))
+    else:
+        structure = student
+        if isinstance(source, SmolVLAPolicy):
+            config, weights = source.config, source.state_dict()
+        else:
+            checkpoint = open_checkpoint(source)
+            config, weights = checkpoint.config, checkpoint.weights()
+
+    teacher = _copy_sharing_parameters(structure)
+    _check_agreement(teacher.config, config)
+    _fill(teacher, weights)
+    _configure(teacher, config, num_steps)
+    return teacher
+
+
+def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
+    """A copy of the module tree whose parameters are still the student's own objects."""
+    shared: list[object] = list(structure.parameters())
+    shared += [m.processor for m in structure.modules() if hasattr(m, "processor")]
+    duplicate = copy.deepcopy(structure, {id(item): item for item in shared})
+    # A PEFT student's teacher is its base model, without the adapter.
+    policy = duplicate.unload() if hasattr(duplicate, "unload") else duplicate
+    for module in (policy, policy.model):
+        # Instance-level overrides (compiled or autocast forwards) are bound to the student.
+        for name in [n for n in vars(module) if callable(getattr(type(module), n, None))]:
+            del vars(module)[name]
+    return policy
+
+
+def _check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
+    for field in AGREEING_FIELDS:
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if isinstance(ours, list | tuple):
+            ours, theirs = list(ours), list(theirs or ())
+        if ours != theirs:
+            raise ReflowError(
+                f"The teacher does not fit the student: {field} is {theirs} in the teacher's config and {ours} "
+                "in the student's. Start the student from the teacher's checkpoint, or make the two agree."
+            )
+
+
+def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
+    """Give every parameter the teacher's value; keep it shared where it is frozen and equal already."""
+    # Tied parameters are one object under several names, of which a checkpoint stores one.
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in teacher.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+
+    missing = [aliases[0] for aliases in names.values() if not any(n in weights for n in aliases)]
+    known = {name for aliases in names.values() for name in aliases} | dict(teacher.named_buffers()).keys()
+    unexpected = [name for name in weights if name not in known]
+    for problem, found in (("lack", missing), ("have the unknown", unexpected)):
+        if found:
+            raise ReflowError(
+                f"The teacher's weights do not fit: they {problem} {found[0]}"
+                + (f" and {len(found) - 1} more." if len(found) > 1 else ".")
+            )
+
+    shared = owned = 0
+    with torch.no_grad():
+        for parameter, aliases in names.items():
+            value = next(weights[name] for name in aliases if name in weights)
+            if value.shape != parameter.shape:
+                raise ReflowError(
+                    f"The teacher's weights do not fit: {aliases[0]} has shape {tuple(value.shape)}, "
+                    f"the student's has {tuple(parameter.shape)}."
+                )
+            value = value.to(parameter)
+            if not parameter.requires_grad and torch.equal(value, parameter):
+                shared += parameter.numel()
+                continue
+            owned += parameter.numel()
+            own = nn.Parameter(value.clone(), requires_grad=False)
+            for name in aliases:
+                owner, _, leaf = name.rpartition(".")
+                setattr(teacher.get_submodule(owner), leaf, own)
+    logging.getLogger(__name__).info(
+        "Teacher shares %d of its %d parameters with the student.", shared, shared + owned
+    )
+
+
+def _configure(teacher: SmolVLAPolicy, config: SmolVLAConfig, num_steps: int | None) -> None:
+    config = copy.deepcopy(config)
+    config.num_steps = num_steps or config.num_steps
+    config.compile_model = False
+    # Real-time chunking guides a sampler by the last chunk's left-over; a coupling has none.
+    config.rtc_config = None
+    teacher.config = teacher.model.config = config
+    teacher.rtc_processor = teacher.model.rtc_processor = None
+    teacher.eval()
+    teacher.reset()
