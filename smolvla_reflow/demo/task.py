@@ -1,7 +1,7 @@
 """Drive past an obstacle: the smallest task on which averaging two good answers is a bad one.
 
-A vehicle crosses a field from x = 0 to x = 1. A disc stands in the way at (0.5, y_obstacle); going round it
-above or below is equally good, going in between means hitting it. Where the disc stands is visible only
+A vehicle crosses a field from x = 0 to x = 1. A disc stands in the way, in one of three lanes; going
+round it above or below is equally good, going in between means hitting it. Where the disc stands is visible only
 in the camera image. An action is the next waypoint (x, y); an expert demonstration picks a side by coin toss.
 
     y ^        .-~~-.
@@ -24,7 +24,7 @@ CAMERA = "observation.images.top"
 FPS = 10
 
 EPISODE_STEPS = 6
-OBSTACLE_X = 0.5
+OBSTACLE_X = 0.45
 OBSTACLE_RADIUS = 0.14
 CLEARANCE = 0.22
 MAX_STEP = 0.4
@@ -43,6 +43,11 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.start_y)
+
+    @classmethod
+    def repeat(cls, start_y: float, obstacle_y: float, n: int) -> "Scenes":
+        """The same scene `n` times."""
+        return cls(np.full(n, start_y), np.full(n, obstacle_y))
 
 
 @dataclass(frozen=True)

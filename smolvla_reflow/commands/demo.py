@@ -1,0 +1,179 @@
+"""`smolvla-reflow-demo`: the whole idea in a few minutes on a laptop CPU, offline.
+
+It records a small dataset of a two-way task, trains a SmolVLA on it with `lerobot-train`, reflows that
+checkpoint with `smolvla-reflow-train`, and drives the task in closed loop with both at 1, 2, 5 and 10 steps.
+"""
+
+import contextlib
+import datetime as dt
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import draccus
+from tqdm import tqdm
+
+from smolvla_reflow.commands.console import parse_errors, reported_errors
+from smolvla_reflow.demo.backbone import write_backbone
+from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.task import Scenes, draw_scenes, write_dataset
+from smolvla_reflow.errors import ReflowError
+
+PROGRAM = "smolvla-reflow-demo"
+MODULES = {
+    "lerobot-train": "lerobot.scripts.lerobot_train",
+    "smolvla-reflow-train": "smolvla_reflow.commands.train",
+}
+NUM_STEPS = (1, 2, 5, 10)
+DEMONSTRATIONS = 200
+EPISODES = 200
+PICTURED = 60
+SCENES_SEED = 1
+
+
+@dataclass
+class DemoConfig:
+    output_dir: Path | None = None
+    """Where to write everything; must not exist yet. Default: outputs/demo/DATE/TIME."""
+    seed: int = 0
+    """Seed of the trainings and of the noise the policies start from."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one policy drives at one number of ODE steps."""
+
+    policy: str
+    num_steps: int
+    success_rate: float
+    latency_ms: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the command; `argv` without the program's name, by default the process's own."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with reported_errors(PROGRAM):
+        with parse_errors():
+            cfg = draccus.parse(DemoConfig, args=argv)
+        run(cfg)
+
+
+def run(cfg: DemoConfig) -> None:
+    """The demo, from nothing to the picture."""
+    start = time.monotonic()
+    folder = cfg.output_dir or Path("outputs/demo") / f"{dt.datetime.now():%Y-%m-%d/%H-%M-%S}"
+    if folder.exists():
+        raise ReflowError(f"--output_dir={folder} exists already; name a new folder or remove that one.")
+    folder = folder.resolve()
+
+    print(f"[1/4] Recording {DEMONSTRATIONS} demonstrations: past an obstacle, above or below it")
+    with quiet():
+        write_dataset(folder / "dataset", DEMONSTRATIONS)
+        write_backbone(folder / "backbone")
+    print("[2/4] Training the teacher (1-RF) with LeRobot")
+    train("lerobot-train", [*one_rectified_flow_flags(folder), f"--seed={cfg.seed}"], folder / "1rf.log")
+    print("[3/4] Reflowing it: the student (2-RF) learns the teacher's own noise-to-action couplings")
+    train("smolvla-reflow-train", [*reflow_flags(folder), f"--seed={cfg.seed}"], folder / "2rf.log")
+    print(f"[4/4] Driving {EPISODES} unseen scenes in closed loop with each")
+    rows = evaluate(folder, cfg.seed)
+
+    print("\n" + table(rows))
+    report = {
+        "rows": [asdict(row) for row in rows],
+        "episodes": EPISODES,
+        "seed": cfg.seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "versions": {name: version(name) for name in ("smolvla-reflow", "lerobot", "torch", "transformers")},
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nPicture:  {folder / 'paths.png'}\nReport:   {folder / 'report.json'}")
+    print(f"Student:  {folder / '2rf' / LAST}  (a stock SmolVLA checkpoint)")
+    print(f"Took {report['seconds']:.0f} s.")
+
+
+def train(program: str, flags: Sequence[str], log_file: Path) -> None:
+    """Run a training command in a process of its own, as a user would, with its output in `log_file`.
+
+    Raises:
+        ReflowError: it failed; the message quotes its last line.
+    """
+    print("$ " + shlex.join([program, *flags]))
+    # Two loader processes feed the training: one computing thread each is faster on few cores.
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+    command = [sys.executable, "-m", MODULES[program], *flags]
+    total = next(int(flag.partition("=")[2]) for flag in flags if flag.startswith("--steps="))
+    with (
+        log_file.open("wb") as log,
+        tqdm(total=total, desc="     ", unit="step", mininterval=1.0) as bar,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
+    ):
+        assert process.stdout is not None
+        while output := os.read(process.stdout.fileno(), 65536):
+            log.write(output)
+            log.flush()
+            for done in re.findall(rb"Training: .*?(\d+)/\d+ \[", output)[-1:]:
+                bar.update(int(done) - bar.n)
+        code = process.wait()
+        bar.update(total - bar.n if code == 0 else 0)
+    if code != 0:
+        lines = [line for line in re.split(r"[\r\n]+", log_file.read_text(errors="replace")) if line.strip()]
+        raise ReflowError(f"{program} failed: {lines[-1] if lines else 'no output'} (all of it is in {log_file})")
+
+
+def evaluate(folder: Path, seed: int) -> list[Row]:
+    """Drive with teacher and student on the same scenes and noise, and draw the picture."""
+    from smolvla_reflow.demo.driving import Driver  # matplotlib and the policy: not needed for --help
+    from smolvla_reflow.demo.picture import draw_paths
+
+    with quiet():
+        drivers = {"teacher": Driver.load(folder / "1rf" / LAST), "student": Driver.load(folder / "2rf" / LAST)}
+    scenes = draw_scenes(EPISODES, SCENES_SEED)
+    cells = [(name, num_steps) for name in drivers for num_steps in NUM_STEPS]
+    rows = [
+        Row(
+            policy=name,
+            num_steps=num_steps,
+            success_rate=float(drivers[name].drive(scenes, num_steps, seed).success.mean()),
+            latency_ms=drivers[name].latency_ms(num_steps),
+        )
+        for name, num_steps in tqdm(cells, desc="     ", unit="cell")
+    ]
+    same_scene = Scenes.repeat(start_y=0.0, obstacle_y=0.0, n=PICTURED)
+    draw_paths(
+        {
+            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": drivers[name].drive(
+                same_scene, num_steps, seed
+            )
+            for name, num_steps in (("teacher", 10), ("teacher", 1), ("student", 1))
+        },
+        folder / "paths.png",
+    )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as aligned text."""
+    lines = [f"{'policy':<8} {'steps':>5} {'success':>8} {'latency':>10}"]
+    lines += [
+        f"{r.policy:<8} {r.num_steps:>5} {r.success_rate:>8.1%} {r.latency_ms:>7.1f} ms" for r in rows
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Swallow what LeRobot prints on standard output while it loads."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The command line as it reaches LeRobot: teacher, defaults, the earlier fork's flags, config files."""
+
+import json
+
+import pytest
+
+from smolvla_reflow import ReflowError
+from smolvla_reflow.arguments import complete
+
+TEACHER = "--reflow.teacher_path=T"
+
+
+def flags(*argv):
+    return dict(flag[2:].split("=", 1) for flag in complete(argv).flags)
+
+
+def test_student_starts_from_the_teacher():
+    assert flags(TEACHER)["policy.path"] == "T"
+    assert flags(TEACHER, "--policy.path=S")["policy.path"] == "S"
+    named = flags(TEACHER, "--policy.type=smolvla")
+    assert named["policy.path"] == "T"
+    assert "policy.type" not in named
+
+
+def test_reflow_hyperparameters_where_none_are_given():
+    result = complete([TEACHER])
+    given = flags(TEACHER)
+    assert float(given["policy.optimizer_lr"]) == 2e-5
+    assert float(given["policy.scheduler_decay_lr"]) == pytest.approx(2e-5 / 40)
+    assert int(given["policy.scheduler_warmup_steps"]) == 667
+    assert int(given["policy.scheduler_decay_steps"]) == 20_000
+    assert set(result.chosen) == {
+        "policy.path",
+        "policy.optimizer_lr",
+        "policy.scheduler_decay_lr",
+        "policy.scheduler_warmup_steps",
+        "policy.scheduler_decay_steps",
+        "policy.push_to_hub",
+    }
+
+
+def test_what_the_user_sets_wins_and_the_rest_follows():
+    given = flags(TEACHER, "--policy.optimizer_lr=4e-4", "--steps=3000", "--policy.scheduler_warmup_steps=7")
+    assert given["policy.optimizer_lr"] == "4e-4"
+    assert float(given["policy.scheduler_decay_lr"]) == pytest.approx(1e-5)
+    assert given["policy.scheduler_warmup_steps"] == "7"
+    assert given["policy.scheduler_decay_steps"] == "3000"
+    assert "policy.optimizer_lr" not in complete([TEACHER, "--policy.optimizer_lr=1"]).chosen
+
+
+def test_flags_may_be_separated_by_a_space():
+    assert flags("--reflow.teacher_path", "T", "--steps", "30")["steps"] == "30"
+
+
+def test_the_forks_command_line_runs_verbatim():
+    given = flags(
+        "--policy.type=smolvla",
+        "--policy.training_mode=reflow",
+        "--policy.teacher_model_path=T",
+        "--policy.optimizer_lr=2e-5",
+        "--dataset.repo_id=ID",
+        "--steps=20000",
+        "--batch_size=32",
+    )
+    assert given["reflow.strategy"] == "reflow"
+    assert given["reflow.teacher_path"] == given["policy.path"] == "T"
+    assert not [name for name in given if "training_mode" in name or "teacher_model" in name]
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_the_forks_config_file(tmp_path, suffix):
+    config = {
+        "policy": {"type": "smolvla", "training_mode": "reflow", "optimizer_betas": [0.8, 0.9]},
+        "dataset": {"repo_id": "ID"},
+        "steps": 300,
+    }
+    file = tmp_path / f"run.{suffix}"
+    file.write_text(
+        json.dumps(config)
+        if suffix == "json"
+        else "policy: {type: smolvla, training_mode: reflow, optimizer_betas: [0.8, 0.9]}\n"
+        "dataset: {repo_id: ID}\nsteps: 300\n"
+    )
+    given = flags(f"--config_path={file}", "--policy.teacher_model_path=T")
+    assert given["reflow.strategy"] == "reflow"
+    assert given["policy.path"] == "T"
+    assert given["policy.scheduler_decay_steps"] == "300"
+    assert json.loads(given["policy.optimizer_betas"]) == [0.8, 0.9]
+    rest = json.loads(open(given["config_path"]).read())
+    assert rest == {"dataset": {"repo_id": "ID"}, "steps": 300}
+    assert flags(f"--config_path={file}", TEACHER, "--steps=60")["policy.scheduler_decay_steps"] == "60"
+
+
+def test_resuming_changes_nothing(tmp_path):
+    file = tmp_path / "train_config.json"
+    file.write_text("{}")
+    argv = [f"--config_path={file}", "--resume=true"]
+    assert complete(argv).flags == argv
+    assert complete(argv).resume
+
+
+def test_the_student_never_overwrites_the_teachers_repository():
+    """The teacher's config may say push_to_hub=true with the teacher's own repo_id."""
+    assert flags(TEACHER)["policy.push_to_hub"] == "false"
+    assert "policy.push_to_hub" not in flags(TEACHER, "--policy.repo_id=me/student")
+    with pytest.raises(ReflowError, match=r"needs --policy.repo_id, the student's own"):
+        complete([TEACHER, "--policy.push_to_hub=true"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], r"Name the teacher.*--reflow.teacher_path"),
+        (["steps=3"], "'steps=3' is not a flag"),
+        ([TEACHER, "--steps"], "--steps needs a value"),
+        ([TEACHER, "--steps=many"], "--steps=many is not a number"),
+        ([TEACHER, "--policy.type=act"], "--policy.type=act cannot be reflowed"),
+        ([TEACHER, "--policy.teacher_model_path=U"], "contradicts --reflow.teacher_path=T"),
+        (["--resume=true"], "needs --config_path"),
+        (["--resume=true", "--config_path=nowhere.json"], "nowhere.json does not exist"),
+        ([TEACHER, "--config_path=nowhere.yaml"], "nowhere.yaml does not exist"),
+    ],
+)
+def test_user_errors(argv, message):
+    with pytest.raises(ReflowError, match=message):
+        complete(argv)
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "policy: 3"])
+def test_unreadable_config_files(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ReflowError, match="config_path"):
+        complete([TEACHER, f"--config_path={file}"])

@@ -1,0 +1,118 @@
+"""The frozen teacher: what it shares with the student, and which teachers are refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow import ReflowError, attach
+from smolvla_reflow.teacher import frozen_teacher
+
+
+def storage(parameter):
+    return parameter.untyped_storage().data_ptr()
+
+
+def test_frozen_and_equal_parameters_are_held_once(policy, teacher):
+    """The backbone is neither loaded nor held a second time."""
+    frozen = frozen_teacher(policy, teacher)
+    student = dict(policy.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        assert (storage(parameter) == storage(student[name])) is not student[name].requires_grad, name
+    extra = {storage(p): p.numel() for p in frozen.parameters()}
+    for parameter in policy.parameters():
+        extra.pop(storage(parameter), None)
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert sum(extra.values()) == trainable
+
+
+def test_a_differing_backbone_gets_its_own_copy(policy, teacher):
+    name = "model.vlm_with_expert.vlm.model.connector.modality_projection.proj.weight"
+    with torch.no_grad():
+        dict(teacher.named_parameters())[name].mul_(2.0)
+    before = dict(policy.named_parameters())[name].clone()
+    frozen = frozen_teacher(policy, teacher)
+    assert torch.equal(dict(frozen.named_parameters())[name], 2.0 * before)
+    assert torch.equal(dict(policy.named_parameters())[name], before)
+
+
+def test_a_trained_backbone_is_not_shared(make_policy):
+    student = make_policy(seed=0, train_expert_only=False, freeze_vision_encoder=False)
+    frozen = frozen_teacher(student, None)
+    trained = {storage(p) for p in student.parameters() if p.requires_grad}
+    assert not trained & {storage(p) for p in frozen.parameters()}
+    assert all(p.requires_grad == q.requires_grad for p, q in zip(student.parameters(), student.parameters()))
+    assert sum(p.requires_grad for p in student.parameters()) > 50  # the copy froze itself, not the student
+
+
+@pytest.mark.parametrize("source", ["folder", "policy"])
+def test_sources_give_the_same_teacher(policy, teacher, tmp_path, source):
+    teacher.save_pretrained(tmp_path)
+    frozen = frozen_teacher(policy, tmp_path if source == "folder" else teacher)
+    expected = teacher.state_dict()
+    assert frozen.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in frozen.state_dict().items())
+    assert teacher.training is False
+    assert any(p.requires_grad for p in teacher.parameters())  # the user's policy is not touched
+
+
+def test_num_steps_defaults_to_the_teachers_own(policy, teacher):
+    teacher.config.num_steps = 7
+    assert frozen_teacher(policy, teacher).config.num_steps == 7
+    assert frozen_teacher(policy, teacher, num_steps=3).config.num_steps == 3
+    assert (policy.config.num_steps, teacher.config.num_steps) == (10, 7)
+    with pytest.raises(ReflowError, match="at least one ODE step"):
+        frozen_teacher(policy, teacher, num_steps=0)
+
+
+def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    attach(policy, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("chunk_size", 7), ("max_action_dim", 8), ("max_state_dim", 8), ("self_attn_every_n_layers", 1), ("max_period", 2.0)],
+)
+def test_a_teacher_of_another_shape_is_refused(policy, make_policy, field, value):
+    other = make_policy(**{field: value, **({"n_action_steps": value} if field == "chunk_size" else {})})
+    with pytest.raises(ReflowError, match=rf"{field} is {value} in the teacher's config.*Start the student"):
+        attach(policy, other)
+
+
+def test_a_teacher_with_another_camera_is_refused(policy, make_policy):
+    features = dict(policy.config.input_features)
+    features["observation.images.wrist"] = features["observation.images.top"]
+    with pytest.raises(ReflowError, match="input_features"):
+        attach(policy, make_policy(input_features=features))
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("model.state_proj.weight"), "they lack model.state_proj.weight"),
+        (lambda w: w.update({"model.teacher.x": torch.zeros(1)}), "have the unknown model.teacher.x"),
+        (lambda w: w.update({"model.state_proj.bias": torch.zeros(3)}), r"state_proj.bias has shape \(3,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(policy, teacher, tmp_path, edit, message):
+    teacher.save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ReflowError, match=message):
+        attach(policy, tmp_path)
+
+
+def test_truncated_weights_are_refused(policy, teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ReflowError, match="cannot be read.*copy the checkpoint again"):
+        attach(policy, tmp_path)
