@@ -43,7 +43,7 @@ def complete(argv: Sequence[str]) -> Arguments:
     """Complete the user's command line (without the program's name).
 
     Raises:
-        ReflowError: no teacher is named, or flags contradict each other.
+        ReflowError: no teacher or no dataset is named, or flags contradict each other.
     """
     given = _parse(argv)
     if _is_true(given.get("resume")):
@@ -60,6 +60,10 @@ def complete(argv: Sequence[str]) -> Arguments:
     if not teacher:
         raise ReflowError(
             "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
+        )
+    if "dataset.repo_id" not in given and not (rest.get("dataset") or {}).get("repo_id"):
+        raise ReflowError(
+            "Name the dataset the teacher was trained on: --dataset.repo_id=... (--dataset.root=...)."
         )
     kind = given.pop("policy.type", "smolvla")
     if kind != "smolvla":

@@ -15,15 +15,15 @@ from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from smolvla_reflow.coupling import Coupling, Observation, solve
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.strategies import get_loss_strategy
-from smolvla_reflow.teacher import TeacherSource, frozen_teacher
+from smolvla_reflow.teacher import TeacherSource, base_policy, frozen_teacher
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
 
@@ -35,10 +35,9 @@ class ModelMixin:
     training_mode: str
     teacher: SmolVLAPolicy
     forward_standard: Callable[..., Tensor]
+    sample_noise: Callable[..., Tensor]
 
-    def forward(
-        self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None
-    ) -> Tensor:
+    def forward(self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of `training_mode`; in eval mode the stock ones."""
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         if not self.training:
@@ -55,9 +54,7 @@ class ModelMixin:
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return get_loss_strategy("reflow")(self, observation, actions, noise, time)
 
-    def generate_reflow_target(
-        self, images, img_masks, lang_tokens, lang_masks, state, noise=None
-    ) -> Coupling:
+    def generate_reflow_target(self, images, img_masks, lang_tokens, lang_masks, state, noise=None) -> Coupling:
         """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
 
         `noise` is drawn as the stock sampler draws it unless it is given.
@@ -142,7 +139,7 @@ def attach(
         ReflowError: the policy is no SmolVLA or is attached already, the strategy is unknown, or the teacher
             cannot be loaded or does not fit.
     """
-    base = _base_policy(policy)
+    base = base_policy(policy)
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     get_loss_strategy(strategy)
@@ -183,7 +180,7 @@ def detach(policy: nn.Module) -> None:
     Raises:
         ReflowError: nothing is attached, or something else has replaced `policy.forward` since.
     """
-    base = _base_policy(policy)
+    base = base_policy(policy)
     if not is_attached(base):
         raise ReflowError("This policy has no teacher attached; there is nothing to detach.")
     bound = {(base, "forward"): PolicyMixin.forward, (base.model, "forward"): ModelMixin.forward}
@@ -204,17 +201,7 @@ def detach(policy: nn.Module) -> None:
 
 def is_attached(policy: nn.Module) -> bool:
     """Whether `policy` has a teacher attached. Raises ReflowError if it is no SmolVLA policy."""
-    return _STATE in vars(_base_policy(policy))
-
-
-def _base_policy(policy: nn.Module) -> SmolVLAPolicy:
-    unwrapped = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    if not isinstance(unwrapped, SmolVLAPolicy):
-        hint = "; attach before wrapping it" if hasattr(unwrapped, "module") else ""
-        raise ReflowError(
-            f"Only a SmolVLAPolicy can be attached, this is a {type(unwrapped).__name__}{hint}."
-        )
-    return unwrapped
+    return _STATE in vars(base_policy(policy))
 
 
 # `policy.model.teacher = other_policy` would register the other policy as a submodule: checkpoints would double

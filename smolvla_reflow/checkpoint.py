@@ -8,13 +8,13 @@ from pathlib import Path
 import draccus
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
 from smolvla_reflow.errors import ReflowError
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"

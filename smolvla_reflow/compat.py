@@ -4,13 +4,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import lerobot
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
-
-import lerobot
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from lerobot.scripts import lerobot_train
+
 from smolvla_reflow.errors import ReflowError
 
 SUPPORTED = "0.4.4 to 0.6.1"

@@ -11,14 +11,15 @@ DECAY_LR_RATIO = 2.5e-6 / 1e-4
 WARMUP_RATIO = 1_000 / 30_000
 
 
+# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
 @dataclass
 class ReflowConfig:
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     strategy: str = "reflow"
-    """Loss strategy: 'reflow', 'standard', or one that an installed package registers."""
+    """Loss strategy, either 'reflow', 'standard' or one that an installed package offers."""
     num_steps: int | None = None
-    """Euler steps with which the teacher carries noise to actions. Default: the teacher's own num_steps."""
+    """Euler steps with which the teacher carries noise to actions, by default its own config's num_steps."""
 
 
 @dataclass

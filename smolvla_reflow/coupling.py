@@ -12,9 +12,8 @@ Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the en
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor
 
 
 class Observation(NamedTuple):

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from lerobot.configs.types import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.config import ReflowTrainPipelineConfig
@@ -39,7 +39,9 @@ def open_metadata(cfg: ReflowTrainPipelineConfig) -> LeRobotDatasetMetadata:
     except Exception as error:  # the hub client's and LeRobot's errors share no base class
         where = f"--dataset.root={dataset.root}" if dataset.root else f"--dataset.repo_id={dataset.repo_id}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ReflowError(f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason}).") from None
+        raise ReflowError(
+            f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason})."
+        ) from None
 
 
 def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: dict[str, str]) -> None:

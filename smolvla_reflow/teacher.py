@@ -10,16 +10,17 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor, nn
+
 from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.errors import ReflowError
 
-TeacherSource = str | Path | SmolVLAPolicy | None
+TeacherSource: TypeAlias = str | Path | SmolVLAPolicy | None
 
 # Config fields that the shape of no tensor gives away, but in which student and teacher must agree: they decide
 # how a batch is prepared, which is done once for both, or how the shared module tree computes.
@@ -58,9 +59,10 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
     """
     if num_steps is not None and num_steps < 1:
         raise ReflowError(f"The teacher needs at least one ODE step, not num_steps={num_steps}.")
+    structure: nn.Module
     weights: Mapping[str, Tensor]
     if source is None:
-        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        base = base_policy(student)
         structure, config = base, base.config
         weights = dict(base.named_parameters(remove_duplicate=False))
     else:
@@ -78,11 +80,25 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
     return teacher
 
 
+def base_policy(policy: nn.Module) -> SmolVLAPolicy:
+    """The SmolVLAPolicy itself, out of a PEFT wrapper if there is one.
+
+    Raises:
+        ReflowError: there is none.
+    """
+    get_base_model = getattr(policy, "get_base_model", None)
+    base: Any = policy if get_base_model is None else get_base_model()
+    if not isinstance(base, SmolVLAPolicy):
+        hint = "; attach before wrapping it" if hasattr(base, "module") else ""
+        raise ReflowError(f"Only a SmolVLAPolicy can be attached, this is a {type(base).__name__}{hint}.")
+    return base
+
+
 def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
     """A copy of the module tree whose parameters are still the student's own objects."""
     shared: list[object] = list(structure.parameters())
     shared += [m.processor for m in structure.modules() if hasattr(m, "processor")]
-    duplicate = copy.deepcopy(structure, {id(item): item for item in shared})
+    duplicate: Any = copy.deepcopy(structure, {id(item): item for item in shared})
     # A PEFT student's teacher is its base model, without the adapter.
     policy = duplicate.unload() if hasattr(duplicate, "unload") else duplicate
     for module in (policy, policy.model):

@@ -7,9 +7,8 @@ evaluated by `denoise_step`, the ODE and the interpolation written out.
 import inspect
 
 import torch
-from torch import Tensor
-
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor
 
 
 class Flow:

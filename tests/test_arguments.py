@@ -1,6 +1,7 @@
 """The command line as it reaches LeRobot: teacher, defaults, the earlier fork's flags, config files."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +9,11 @@ from smolvla_reflow import ReflowError
 from smolvla_reflow.arguments import complete
 
 TEACHER = "--reflow.teacher_path=T"
+DATASET = "--dataset.repo_id=ID"
 
 
 def flags(*argv):
-    return dict(flag[2:].split("=", 1) for flag in complete(argv).flags)
+    return dict(flag[2:].split("=", 1) for flag in complete([*argv, DATASET]).flags)
 
 
 def test_student_starts_from_the_teacher():
@@ -23,7 +25,7 @@ def test_student_starts_from_the_teacher():
 
 
 def test_reflow_hyperparameters_where_none_are_given():
-    result = complete([TEACHER])
+    result = complete([TEACHER, DATASET])
     given = flags(TEACHER)
     assert float(given["policy.optimizer_lr"]) == 2e-5
     assert float(given["policy.scheduler_decay_lr"]) == pytest.approx(2e-5 / 40)
@@ -45,7 +47,7 @@ def test_what_the_user_sets_wins_and_the_rest_follows():
     assert float(given["policy.scheduler_decay_lr"]) == pytest.approx(1e-5)
     assert given["policy.scheduler_warmup_steps"] == "7"
     assert given["policy.scheduler_decay_steps"] == "3000"
-    assert "policy.optimizer_lr" not in complete([TEACHER, "--policy.optimizer_lr=1"]).chosen
+    assert "policy.optimizer_lr" not in complete([TEACHER, DATASET, "--policy.optimizer_lr=1"]).chosen
 
 
 def test_flags_may_be_separated_by_a_space():
@@ -58,7 +60,6 @@ def test_the_forks_command_line_runs_verbatim():
         "--policy.training_mode=reflow",
         "--policy.teacher_model_path=T",
         "--policy.optimizer_lr=2e-5",
-        "--dataset.repo_id=ID",
         "--steps=20000",
         "--batch_size=32",
     )
@@ -86,7 +87,7 @@ def test_the_forks_config_file(tmp_path, suffix):
     assert given["policy.path"] == "T"
     assert given["policy.scheduler_decay_steps"] == "300"
     assert json.loads(given["policy.optimizer_betas"]) == [0.8, 0.9]
-    rest = json.loads(open(given["config_path"]).read())
+    rest = json.loads(Path(given["config_path"]).read_text())
     assert rest == {"dataset": {"repo_id": "ID"}, "steps": 300}
     assert flags(f"--config_path={file}", TEACHER, "--steps=60")["policy.scheduler_decay_steps"] == "60"
 
@@ -104,7 +105,7 @@ def test_the_student_never_overwrites_the_teachers_repository():
     assert flags(TEACHER)["policy.push_to_hub"] == "false"
     assert "policy.push_to_hub" not in flags(TEACHER, "--policy.repo_id=me/student")
     with pytest.raises(ReflowError, match=r"needs --policy.repo_id, the student's own"):
-        complete([TEACHER, "--policy.push_to_hub=true"])
+        complete([TEACHER, DATASET, "--policy.push_to_hub=true"])
 
 
 @pytest.mark.parametrize(
@@ -112,9 +113,10 @@ def test_the_student_never_overwrites_the_teachers_repository():
     [
         ([], r"Name the teacher.*--reflow.teacher_path"),
         (["steps=3"], "'steps=3' is not a flag"),
+        ([TEACHER], "Name the dataset.*--dataset.repo_id"),
         ([TEACHER, "--steps"], "--steps needs a value"),
-        ([TEACHER, "--steps=many"], "--steps=many is not a number"),
-        ([TEACHER, "--policy.type=act"], "--policy.type=act cannot be reflowed"),
+        ([TEACHER, DATASET, "--steps=many"], "--steps=many is not a number"),
+        ([TEACHER, DATASET, "--policy.type=act"], "--policy.type=act cannot be reflowed"),
         ([TEACHER, "--policy.teacher_model_path=U"], "contradicts --reflow.teacher_path=T"),
         (["--resume=true"], "needs --config_path"),
         (["--resume=true", "--config_path=nowhere.json"], "nowhere.json does not exist"),

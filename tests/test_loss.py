@@ -125,22 +125,27 @@ def test_direction_of_time(make_policy, monkeypatch):
         return Coupling(noise, scale * noise + shift)
 
     monkeypatch.setitem(vars(student.model), "generate_reflow_target", linear_target)
-    batch = make_batch(32)
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    batch = make_batch(16)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
     student.train()
     torch.manual_seed(0)
-    for _ in range(300):
+    for _ in range(150):
         loss, _ = student.forward(dict(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
-    noise = torch.randn(32, CHUNK, WIDTH)
-    known = (scale * noise + shift)[..., :ACTION_DIM]
+    noise = torch.randn(16, CHUNK, WIDTH)
+    known = scale * noise + shift
+    backwards = noise + (noise - known)  # where a student of the literature's time direction ends
+
+    def distance(actions):
+        return (actions - known)[..., :ACTION_DIM].square().mean().sqrt()
+
     for num_steps in (1, 2, 10):
         student.config.num_steps = num_steps
         sampled = student.predict_action_chunk(dict(batch), noise=noise)
-        # The reversed direction ends near 2 noise - known, some 3 away from the answer.
-        assert (sampled - known).square().mean().sqrt() < 0.4, num_steps
+        assert distance(torch.nn.functional.pad(sampled, (0, WIDTH - ACTION_DIM))) < distance(backwards) / 4
+        assert distance(noise) > distance(backwards) / 4  # and an untrained student would not pass

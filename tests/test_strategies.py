@@ -33,7 +33,9 @@ def test_built_in_strategies():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ReflowError, match="Unknown loss strategy 'standart'; known are: reflow, standard. Did you mean"):
+    with pytest.raises(
+        ReflowError, match="Unknown loss strategy 'standart'; known are: reflow, standard. Did you mean"
+    ):
         get_loss_strategy("standart")
 
 
@@ -81,6 +83,10 @@ def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
         assert get_loss_strategy("doubled").function is sys.modules["their_losses"].doubled
     """
     subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(code)],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + textwrap.dedent(code),
+        ],
         check=True,
     )

@@ -40,7 +40,6 @@ def test_a_trained_backbone_is_not_shared(make_policy):
     frozen = frozen_teacher(student, None)
     trained = {storage(p) for p in student.parameters() if p.requires_grad}
     assert not trained & {storage(p) for p in frozen.parameters()}
-    assert all(p.requires_grad == q.requires_grad for p, q in zip(student.parameters(), student.parameters()))
     assert sum(p.requires_grad for p in student.parameters()) > 50  # the copy froze itself, not the student
 
 
@@ -74,7 +73,13 @@ def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("chunk_size", 7), ("max_action_dim", 8), ("max_state_dim", 8), ("self_attn_every_n_layers", 1), ("max_period", 2.0)],
+    [
+        ("chunk_size", 7),
+        ("max_action_dim", 8),
+        ("max_state_dim", 8),
+        ("self_attn_every_n_layers", 1),
+        ("max_period", 2.0),
+    ],
 )
 def test_a_teacher_of_another_shape_is_refused(policy, make_policy, field, value):
     other = make_policy(**{field: value, **({"n_action_steps": value} if field == "chunk_size" else {})})

@@ -39,7 +39,7 @@ def command_line(program: str, flags: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def parse_errors() -> Iterator[None]:
-    """Turn a parser's usage dump and exit into a ReflowError with its last line."""
+    """Turn a parser's usage dump and exit into a ReflowError with what it says is wrong."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -47,8 +47,10 @@ def parse_errors() -> Iterator[None]:
     except SystemExit as exit:
         if not exit.code:
             raise
-        lines = [line for line in errors.getvalue().splitlines() if line.strip()]
-        message = lines[-1].partition("error: ")[2] if lines else ""
-        raise ReflowError(f"{message or 'the command line cannot be read'}. See --help.") from None
+        raise ReflowError(f"{_one_line(errors.getvalue().rpartition('error: ')[2])}. See --help.") from None
     except draccus.utils.DraccusException as error:
-        raise ReflowError(f"{str(error).strip()}. See --help.") from None
+        raise ReflowError(f"{_one_line(str(error))}. See --help.") from None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")

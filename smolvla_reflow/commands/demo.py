@@ -134,7 +134,10 @@ def evaluate(folder: Path, seed: int) -> list[Row]:
     from smolvla_reflow.demo.picture import draw_paths
 
     with quiet():
-        drivers = {"teacher": Driver.load(folder / "1rf" / LAST), "student": Driver.load(folder / "2rf" / LAST)}
+        drivers = {
+            "teacher": Driver.load(folder / "1rf" / LAST),
+            "student": Driver.load(folder / "2rf" / LAST),
+        }
     scenes = draw_scenes(EPISODES, SCENES_SEED)
     cells = [(name, num_steps) for name in drivers for num_steps in NUM_STEPS]
     rows = [
@@ -162,9 +165,7 @@ def evaluate(folder: Path, seed: int) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text."""
     lines = [f"{'policy':<8} {'steps':>5} {'success':>8} {'latency':>10}"]
-    lines += [
-        f"{r.policy:<8} {r.num_steps:>5} {r.success_rate:>8.1%} {r.latency_ms:>7.1f} ms" for r in rows
-    ]
+    lines += [f"{r.policy:<8} {r.num_steps:>5} {r.success_rate:>8.1%} {r.latency_ms:>7.1f} ms" for r in rows]
     return "\n".join(lines)
 
 

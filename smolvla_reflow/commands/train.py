@@ -9,14 +9,13 @@ Everything `lerobot-train` does (resuming, logging, evaluation, the hub, several
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
-
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
+from torch import nn
+
 from smolvla_reflow.arguments import Arguments, complete
 from smolvla_reflow.attach import attach
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
@@ -81,11 +80,11 @@ def run(arguments: Arguments) -> None:
         validate(cfg)
         check_run(cfg, teacher)
 
-        teach = partial(attach, teacher=teacher.folder, strategy=cfg.reflow.strategy, num_steps=cfg.reflow.num_steps)
-        accelerator = TeachingAccelerator(teach, **accelerator_arguments(cfg))
-        if accelerator.is_main_process:
+        def teach(policy: nn.Module) -> None:
             announce(cfg, arguments)
-        train_function()(cfg, accelerator=accelerator)
+            attach(policy, teacher.folder, strategy=cfg.reflow.strategy, num_steps=cfg.reflow.num_steps)
+
+        train_function()(cfg, accelerator=TeachingAccelerator(teach, **accelerator_arguments(cfg)))
 
 
 def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
@@ -113,8 +112,10 @@ def validate(cfg: ReflowTrainPipelineConfig) -> None:
 
 
 def announce(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> None:
-    """Say in one line what is used and what the user did not ask for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    """Say in one line what is used and what the user did not ask for.
+
+    Called once LeRobot has set up logging, which it does for the main process only.
+    """
     if arguments.resume:
         logging.info("Reflow: resuming, teacher %s.", cfg.reflow.teacher_path)
         return

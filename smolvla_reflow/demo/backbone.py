@@ -6,7 +6,6 @@ download, so that the demo and the tests run the real SmolVLA code offline. The 
 use it with `load_vlm_weights=false`.
 """
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

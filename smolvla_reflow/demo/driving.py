@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
 from smolvla_reflow.demo.task import CAMERA, TASK, Drives, Scenes, drive, render
 
 

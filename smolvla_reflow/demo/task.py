@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 TASK = "drive past"
@@ -88,7 +87,7 @@ def render(positions: np.ndarray, obstacle_y: np.ndarray) -> np.ndarray:
     column = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
     row = VIEW_HALF_HEIGHT * (1.0 - 2.0 * column)
     obstacles = np.stack([np.full_like(obstacle_y, OBSTACLE_X), obstacle_y], axis=-1)
-    images = np.full((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), 240.0)
+    images: np.ndarray = np.full((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), 240.0)
     for centres, radius, colour in (
         (obstacles, OBSTACLE_RADIUS, (200, 40, 40)),
         (positions, 0.05, (40, 80, 200)),

@@ -1,0 +1,419 @@
+"""`smolvla-reflow-train` as a user runs it: what it writes, what stock LeRobot makes of it, what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import lerobot
+import pytest
+import torch
+from conftest import lerobot_train_main, reflow_run, reflow_train_main, short
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow.demo.recipe import LAST, reflow_flags
+from smolvla_reflow.demo.task import write_dataset
+
+OLD_LEROBOT = lerobot.__version__.startswith("0.4.")
+
+
+def weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def student(workshop, tmp_path_factory):
+    """The output folder of one short reflow run."""
+    folder = tmp_path_factory.mktemp("student") / "2rf"
+    reflow_train_main(reflow_run(workshop, folder, save_freq=2))
+    return folder
+
+
+# --- what it writes -------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_is_stock(workshop, student):
+    teacher_folder = workshop / "1rf" / LAST
+    ours, theirs = weights(student), load_file(teacher_folder / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+    assert not equal(ours, theirs)
+    config, stock = (json.loads((f / "config.json").read_text()) for f in (student / LAST, teacher_folder))
+    assert config.keys() == stock.keys()
+    assert sorted(p.name for p in (student / LAST).iterdir()) == sorted(p.name for p in teacher_folder.iterdir())
+
+
+def test_train_config_remembers_the_teacher(workshop, student):
+    config = json.loads((student / LAST / "train_config.json").read_text())
+    teacher_path = str((workshop / "1rf" / LAST).resolve())
+    assert config["reflow"] == {"teacher_path": teacher_path, "strategy": "reflow", "num_steps": None}
+
+
+def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
+    """In a process where `smolvla_reflow` cannot be imported: load, act, and train on."""
+    code = f"""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "smolvla_reflow":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Absent())
+        import torch
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+        from lerobot.scripts import lerobot_train
+
+        policy = SmolVLAPolicy.from_pretrained({str(student / LAST)!r})
+        action = policy.select_action({{
+            "observation.state": torch.zeros(1, 2),
+            "observation.images.top": torch.zeros(1, 3, 32, 32),
+            "observation.language.tokens": torch.zeros(1, 4, dtype=torch.long),
+            "observation.language.attention_mask": torch.ones(1, 4, dtype=torch.bool),
+        }})
+        assert action.shape == (1, 2)
+        sys.argv = ["lerobot-train", "--policy.path={student / LAST}", *{
+        short(
+            [f for f in reflow_flags(workshop, steps=1) if not f.startswith("--reflow.")],
+            output_dir=tmp_path / "on",
+            policy__push_to_hub="false",
+        )!r
+    }]
+        lerobot_train.train()
+        assert "smolvla_reflow" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "on" / LAST / "model.safetensors").exists()
+
+
+def test_teacher_checkpoint_is_untouched(workshop, tmp_path):
+    files = {p: p.read_bytes() for p in (workshop / "1rf").rglob("*") if p.is_file()}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2))
+    assert {p: p.read_bytes() for p in (workshop / "1rf").rglob("*") if p.is_file()} == files
+
+
+def test_student_starts_as_the_teacher(workshop, tmp_path):
+    """At learning rate zero it ends as the teacher, too."""
+    zero = {"policy__optimizer_lr": 1e-30, "policy__scheduler_decay_lr": 1e-30}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **zero))
+    assert equal(weights(tmp_path / "run"), weights(workshop / "1rf"))
+
+
+def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
+    flags = [f for f in reflow_run(workshop, tmp_path / "run", steps=1) if "optimizer_lr" not in f]
+    reflow_train_main(flags)
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "Reflow: teacher" in ln]
+    assert "1 steps, batch 8; filled in:" in line
+    assert "--policy.optimizer_lr=2e-05" in line
+    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
+    assert saved["optimizer"]["lr"] == 2e-5
+    assert saved["scheduler"]["decay_lr"] == pytest.approx(5e-7)
+
+
+def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
+    """Nothing but the loss differs: same data order, same random numbers, same optimizer, same result."""
+    flags = reflow_run(workshop, tmp_path / "ours", reflow__strategy="standard")
+    reflow_train_main(flags)
+    saved = json.loads((tmp_path / "ours" / LAST / "train_config.json").read_text())["policy"]
+    fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
+    stock = [f for f in flags if not f.startswith("--reflow.")]
+    stock += [f"--policy.{name}={saved[name]}" for name in fields]
+    stock += [f"--policy.path={workshop / '1rf' / LAST}", "--policy.push_to_hub=false"]
+    lerobot_train_main([*stock, f"--output_dir={tmp_path / 'stock'}"])
+    assert equal(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
+
+
+def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):
+    """2-RF to 3-RF; also from a path relative to the working directory."""
+    teacher = os.path.relpath(student / LAST)
+    reflow_train_main(reflow_run(workshop, tmp_path / "3rf", steps=2, reflow__teacher_path=teacher))
+    config = json.loads((tmp_path / "3rf" / LAST / "train_config.json").read_text())
+    assert config["reflow"]["teacher_path"] == str((student / LAST).resolve())
+    assert not equal(weights(tmp_path / "3rf"), weights(student))
+
+
+def test_the_forks_yaml_trains(workshop, tmp_path):
+    flags = reflow_run(workshop, tmp_path / "run", steps=1, reflow__teacher_path=None)
+    config = tmp_path / "fork.yaml"
+    config.write_text(
+        "policy:\n  type: smolvla\n  training_mode: reflow\n"
+        f"  teacher_model_path: {workshop / '1rf' / LAST}\n  optimizer_lr: 3e-5\n"
+    )
+    flags = [f for f in flags if "optimizer_lr" not in f and "teacher_path" not in f]
+    reflow_train_main([*flags, f"--config_path={config}"])
+    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
+    assert saved["reflow"]["strategy"] == "reflow"
+    assert saved["optimizer"]["lr"] == 3e-5
+    assert "training_mode" not in (tmp_path / "run" / LAST / "config.json").read_text()
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+def resume_at(run: Path, step: str, copy: Path, train) -> dict[str, torch.Tensor]:
+    """Cut a copy of a finished run back to `step`, resume it with `train`, and return the last weights."""
+    shutil.copytree(run, copy, symlinks=True)
+    checkpoints = copy / "checkpoints"
+    for folder in checkpoints.iterdir():
+        if not folder.is_symlink() and folder.name > step:
+            shutil.rmtree(folder)
+    (checkpoints / "last").unlink()
+    (checkpoints / "last").symlink_to(step)
+    file = copy / LAST / "train_config.json"
+    config = json.loads(file.read_text())
+    config["output_dir"] = str(copy)
+    file.write_text(json.dumps(config))
+    train([f"--config_path={file}", "--resume=true"])
+    return weights(copy)
+
+
+@pytest.mark.parametrize("step", ["000004", "000006"], ids=["mid-epoch", "epoch-boundary"])
+def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step):
+    """48 frames in batches of 8: step 6 ends the first epoch.
+
+    Stock LeRobot resumes bitwise at an epoch's end on 0.4, and nowhere on 0.6.1 (the resumed loader draws one
+    random number more, and accelerate resets the sampler's epoch). Reflow resumes bitwise wherever stock does;
+    and everywhere its resumed run with the stock loss is the stock resumed run, bitwise.
+    """
+    common = {"steps": 12, "save_freq": 2}
+    reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **common))
+    reflow_train_main(reflow_run(workshop, tmp_path / "stock", reflow__strategy="standard", **common))
+
+    def without_reflow(flags):
+        file = Path(flags[0].partition("=")[2])
+        config = json.loads(file.read_text())
+        config.pop("reflow")
+        file.write_text(json.dumps(config))
+        lerobot_train_main(flags)
+
+    stock = resume_at(tmp_path / "stock", step, tmp_path / "stock_resumed", without_reflow)
+    stock_is_exact = equal(stock, weights(tmp_path / "stock"))
+    assert stock_is_exact == (OLD_LEROBOT and step == "000006")
+
+    same = resume_at(tmp_path / "stock", step, tmp_path / "standard_resumed", reflow_train_main)
+    assert equal(same, stock)
+    resumed = resume_at(tmp_path / "reflow", step, tmp_path / "reflow_resumed", reflow_train_main)
+    assert equal(resumed, weights(tmp_path / "reflow")) == stock_is_exact
+    config = json.loads((tmp_path / "reflow_resumed" / LAST / "train_config.json").read_text())
+    assert config["reflow"]["teacher_path"] == str((workshop / "1rf" / LAST).resolve())
+
+
+# --- several processes ----------------------------------------------------------------------------------------
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_two_processes_train_and_only_the_main_one_logs(workshop, tmp_path):
+    flags = reflow_run(workshop, tmp_path / "run", steps=2, batch_size=4)
+    result = torchrun("-m", "smolvla_reflow.commands.train", *flags)
+    output = result.stdout + result.stderr
+    assert output.count("Effective batch size: 4 x 2 = 8") == 1
+    assert output.count("Reflow: teacher") == 1
+    assert output.count("Teacher shares") == 1
+    assert not equal(weights(tmp_path / "run"), weights(workshop / "1rf"))
+
+
+def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
+    """Equal global batch, noise and time: the averaged gradient of two halves is the gradient of the whole."""
+    script = tmp_path / "gradient.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import functools, sys, torch
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedDataParallelKwargs
+            from safetensors.torch import save_file
+            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+            from smolvla_reflow import attach
+            from smolvla_reflow.commands.train import TeachingAccelerator
+
+            checkpoint = {str(workshop / "1rf" / LAST)!r}
+            policy = SmolVLAPolicy.from_pretrained(checkpoint)
+            torch.manual_seed(0)
+            with torch.no_grad():  # a student that has moved away from its teacher
+                for p in policy.parameters():
+                    p.add_(0.02 * torch.randn_like(p))
+            n, chunk, width = 8, policy.config.chunk_size, policy.config.max_action_dim
+            batch = {{
+                "observation.state": torch.randn(n, 2),
+                "observation.images.top": torch.rand(n, 3, 32, 32),
+                "observation.language.tokens": torch.randint(0, 200, (n, 4)),
+                "observation.language.attention_mask": torch.ones(n, 4, dtype=torch.bool),
+                "action": torch.randn(n, chunk, 2),
+            }}
+            noise, time = torch.randn(n, chunk, width), torch.rand(n)
+            teach = functools.partial(attach, teacher=checkpoint)
+            ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+            accelerator = TeachingAccelerator(teach, cpu=True, kwargs_handlers=[ddp])
+            optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+            wrapped, optimizer = accelerator.prepare(policy, optimizer)
+            share = slice(accelerator.process_index, None, accelerator.num_processes)
+            wrapped.train()
+            loss, _ = wrapped.forward({{k: v[share] for k, v in batch.items()}}, noise=noise[share], time=time[share])
+            accelerator.backward(loss)
+            if accelerator.is_main_process:
+                assert accelerator.num_processes == int(sys.argv[1])
+                grads = {{n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}}
+                save_file(grads, sys.argv[2])
+            accelerator.end_training()
+            """
+        )
+    )
+    torchrun(str(script), "2", str(tmp_path / "two.safetensors"))
+    subprocess.run([sys.executable, str(script), "1", str(tmp_path / "one.safetensors")], check=True)
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert max(g.abs().max() for g in one.values()) > 1e-3
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+# --- what it refuses ------------------------------------------------------------------------------------------
+
+
+def refused(flags: list[str], capsys, folder: Path) -> str:
+    """Run a command that must be refused with one line, exit code 2 and nothing written; return the line."""
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(SystemExit) as exit:
+        reflow_train_main(flags)
+    assert exit.value.code == 2
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-train: error:")]
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    return line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reflow__teacher_path": None}, "Name the teacher"),
+        ({"reflow__teacher_path": "no/such/place"}, "There is no checkpoint at no/such/place"),
+        ({"reflow__teacher_path": "nobody/nothing"}, "as a hub id it cannot be downloaded"),
+        (
+            {"reflow__teacher_path": "{workshop}/1rf"},
+            "Did you mean {workshop}/1rf/checkpoints/last/pretrained_model?",
+        ),
+        ({"reflow__teacher_path": "{teacher}/config.json"}, "is a file; name the checkpoint's folder"),
+        ({"reflow__strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
+        ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
+        ({"reflow__num_stepz": 3}, "unrecognized arguments: --reflow.num_stepz=3"),
+        ({"reflow__num_steps": "ten"}, "num_steps"),
+        ({"policy__optimizer_lrr": 3}, "unrecognized arguments: --optimizer_lrr=3"),
+        ({"policy__type": "act"}, "only smolvla can"),
+        ({"output_dir": "{workshop}/1rf"}, "1rf already exists"),
+        ({"dataset__root": "{workshop}/nowhere"}, "There is no LeRobotDataset at --dataset.root="),
+        (
+            {"dataset__root": "{workshop}/other"},
+            "statistics are not those the teacher was trained with: 'observ",
+        ),
+        ({"policy__push_to_hub": "true"}, "needs --policy.repo_id"),
+    ],
+)
+def test_user_errors(workshop, tmp_path, capsys, changes, message):
+    if not (workshop / "other").exists():
+        write_dataset(workshop / "other", episodes=4, seed=9)
+    names = {"workshop": workshop, "teacher": workshop / "1rf" / LAST}
+    changes = {k: v.format(**names) if isinstance(v, str) else v for k, v in changes.items()}
+    flags = reflow_run(workshop, **{"output_dir": tmp_path / "run", **changes})
+    line = refused(flags, capsys, workshop)
+    assert message.format(**names) in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def broken_teacher(workshop, tmp_path):
+    return Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: edit_config(f, type="act"), "holds a policy of type 'act'; only smolvla"),
+        (lambda f: edit_config(f, training_mode="reflow"), "field(s) training_mode of an earlier fork"),
+        (lambda f: edit_config(f, no_such_field=1), "The installed LeRobot cannot read"),
+        (lambda f: (f / "config.json").write_text("{"), "is not readable JSON"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda f: (f / "policy_preprocessor.json").unlink(), "has no policy_preprocessor.json"),
+    ],
+)
+def test_unusable_teachers(workshop, broken_teacher, tmp_path, capsys, break_it, message):
+    break_it(broken_teacher)
+    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
+    assert message in refused(flags, capsys, tmp_path)
+
+
+def test_teacher_without_the_statistics_it_needs(workshop, broken_teacher, tmp_path, capsys):
+    (file,) = broken_teacher.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    stats = load_file(file)
+    save_file({name: t for name, t in stats.items() if not name.startswith("action.std")}, file)
+    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
+    assert "no saved statistics 'action.std'" in refused(flags, capsys, tmp_path)
+
+
+def test_dataset_without_the_teachers_camera(workshop, broken_teacher, tmp_path, capsys):
+    features = json.loads((broken_teacher / "config.json").read_text())["input_features"]
+    features["observation.images.wrist"] = features.pop("observation.images.top")
+    edit_config(broken_teacher, input_features=features)
+    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
+    line = refused(flags, capsys, tmp_path)
+    assert "The teacher needs 'observation.images.wrist', which the dataset lacks" in line
+    assert "--rename_map" in line
+
+
+def test_dataset_of_another_action_width(workshop, broken_teacher, tmp_path, capsys):
+    edit_config(broken_teacher, output_features={"action": {"type": "ACTION", "shape": [3]}})
+    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
+    assert "'action' has shape (2,) in the dataset and (3,) in the teacher" in refused(flags, capsys, tmp_path)
+
+
+def test_resuming_a_run_that_was_not_reflow(workshop, capsys):
+    config = workshop / "1rf" / LAST / "train_config.json"
+    line = refused([f"--config_path={config}", "--resume=true"], capsys, workshop)
+    assert "names no teacher" in line
+
+
+@pytest.mark.skipif(OLD_LEROBOT, reason="--job.target exists from LeRobot 0.6 on")
+def test_a_remote_job_is_never_standard_training_in_disguise(workshop, tmp_path, capsys):
+    flags = reflow_run(workshop, tmp_path / "run", job__target="a10g-small")
+    assert "--job.target=a10g-small would run lerobot-train, not reflow" in refused(flags, capsys, workshop)
+
+
+def test_help_explains_the_reflow_options(capsys):
+    with pytest.raises(SystemExit) as exit:
+        reflow_train_main(["--help"])
+    assert not exit.value.code
+    text = capsys.readouterr().out
+    for name in ("teacher_path", "strategy", "num_steps"):
+        assert f"--reflow.{name}" in text
+    assert "Euler steps with which the teacher" in " ".join(text.split())
+
+
+def test_interrupting_says_so(workshop, tmp_path, capsys, monkeypatch):
+    from smolvla_reflow.commands import train
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_function", lambda: interrupted)
+    with pytest.raises(SystemExit) as exit:
+        reflow_train_main(reflow_run(workshop, tmp_path / "run"))
+    assert exit.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
