@@ -10,6 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from lerobot.scripts import lerobot_train
+from packaging.version import Version
 
 from smolvla_reflow.errors import ReflowError
 
@@ -38,9 +39,11 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
         "kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)],
         "cpu": policy.device == "cpu",
     }
-    # From 0.6.1 on training honours `use_amp`, in the device's default autocast dtype; before, it ignores it.
-    follows_use_amp = "get_autocast_dtype" in inspect.getsource(inspect.unwrap(lerobot_train.train))
-    if follows_use_amp and policy.use_amp:
+    version = Version(lerobot.__version__)
+    if version >= Version("0.6.0"):
+        arguments["mixed_precision"] = None
+    # Until 0.6.0 training ignores `use_amp`; from then on it follows it in the device's default autocast dtype.
+    if version >= Version("0.6.1") and policy.use_amp:
         dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
         arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return arguments

@@ -29,7 +29,7 @@ def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
     """Raise ReflowError if this dataset cannot be trained on with this teacher."""
     metadata = open_metadata(cfg)
     check_features(teacher, metadata.features, cfg.rename_map)
-    check_statistics(teacher, metadata.stats, cfg.rename_map)
+    check_statistics(teacher, metadata.stats)
 
 
 def open_metadata(cfg: ReflowTrainPipelineConfig) -> LeRobotDatasetMetadata:
@@ -63,14 +63,14 @@ def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: di
             )
 
 
-def check_statistics(teacher: Checkpoint, stats: dict[str, Any], rename_map: dict[str, str]) -> None:
+def check_statistics(teacher: Checkpoint, stats: dict[str, Any]) -> None:
     """Teacher and dataset must normalise alike.
 
     The teacher's actions live in the space of the statistics it was trained with, the batches in that of the
-    dataset's: where the two differ, its couplings would be wrong by that difference.
+    dataset's: where the two differ, its couplings would be wrong by that difference. LeRobot hands its
+    normaliser the dataset's statistics under the dataset's own names, so a renamed state has none.
     """
     saved = teacher.statistics()
-    current = {rename_map.get(name, name): value for name, value in stats.items()}
     differences: dict[str, float] = {}
     for feature, kind in ((ACTION, FeatureType.ACTION), (OBS_STATE, FeatureType.STATE)):
         mode = teacher.config.normalization_mapping.get(kind.value, NormalizationMode.IDENTITY)
@@ -81,7 +81,12 @@ def check_statistics(teacher: Checkpoint, stats: dict[str, Any], rename_map: dic
                     f"The teacher {teacher.source} has no saved statistics '{name}', so the space of its "
                     "actions is unknown; use a checkpoint saved by lerobot-train."
                 )
-            differences[name] = _relative_difference(saved[name], current.get(feature, {}).get(statistic))
+            if statistic not in stats.get(feature, {}):
+                raise ReflowError(
+                    f"The dataset has no statistics '{name}', by which the teacher's {feature} is normalised; "
+                    "a dataset that names this feature differently has to be converted, not mapped."
+                )
+            differences[name] = _relative_difference(saved[name], stats[feature][statistic])
     worst = max(differences, key=differences.__getitem__, default=None)
     if worst is not None and differences[worst] > RELATIVE_TOLERANCE:
         raise ReflowError(
@@ -92,8 +97,7 @@ def check_statistics(teacher: Checkpoint, stats: dict[str, Any], rename_map: dic
 
 
 def _relative_difference(saved: Tensor, current: Any) -> float:
-    if current is None:
-        return float("inf")
+    """Largest difference relative to the largest entry; infinite if the shapes differ."""
     old = saved.double().flatten().cpu()
     new = torch.as_tensor(np.asarray(current), dtype=torch.float64).flatten()
     if old.shape != new.shape:

@@ -53,6 +53,26 @@ def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_t
     assert abs(losses.mean() - losses[:, :, :ACTION_DIM].mean()) > 1e-3  # the fault would show
 
 
+def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeypatch):
+    """Student and teacher see the same tensors, not equal ones prepared twice."""
+    attach(policy, teacher)
+    prepared, seen = [], []
+    prepare, sample = policy.prepare_images, policy.model.teacher.model.sample_actions
+    stock = policy.model.forward_standard
+    monkeypatch.setitem(vars(policy), "prepare_images", lambda b: prepared.append(prepare(b)) or prepared[-1])
+    monkeypatch.setitem(
+        vars(policy.model.teacher.model),
+        "sample_actions",
+        lambda *o, noise: seen.append(o) or sample(*o, noise=noise),
+    )
+    monkeypatch.setitem(vars(policy.model), "forward_standard", lambda *o: seen.append(o[:5]) or stock(*o))
+    policy.train().forward(dict(batch))
+    assert len(prepared) == 1
+    by_teacher, by_student = seen
+    assert by_teacher[0] is by_student[0] is prepared[0][0]
+    assert all(a is b for a, b in zip(by_teacher, by_student, strict=True))
+
+
 def test_recorded_actions_have_no_influence(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
     attach(policy, teacher)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import ReflowError, attach
@@ -23,6 +24,17 @@ def test_frozen_and_equal_parameters_are_held_once(policy, teacher):
         extra.pop(storage(parameter), None)
     trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert sum(extra.values()) == trainable
+
+
+def test_the_backbone_is_not_built_again(policy, teacher, tmp_path, monkeypatch):
+    """Start-up is not doubled: neither the architecture nor the VLM's weights are loaded a second time."""
+    teacher.save_pretrained(tmp_path)
+
+    def built_again(*args, **kwargs):
+        raise AssertionError("a second backbone was built")
+
+    monkeypatch.setattr(SmolVLMWithExpertModel, "__init__", built_again)
+    attach(policy, tmp_path)
 
 
 def test_a_differing_backbone_gets_its_own_copy(policy, teacher):

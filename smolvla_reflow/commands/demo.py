@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from smolvla_reflow.commands.console import parse_errors, reported_errors
 from smolvla_reflow.demo.backbone import write_backbone
+from smolvla_reflow.demo.driving import Driver
+from smolvla_reflow.demo.picture import draw_paths
 from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
 from smolvla_reflow.demo.task import Scenes, draw_scenes, write_dataset
 from smolvla_reflow.errors import ReflowError
@@ -130,9 +132,6 @@ def train(program: str, flags: Sequence[str], log_file: Path) -> None:
 
 def evaluate(folder: Path, seed: int) -> list[Row]:
     """Drive with teacher and student on the same scenes and noise, and draw the picture."""
-    from smolvla_reflow.demo.driving import Driver  # matplotlib and the policy: not needed for --help
-    from smolvla_reflow.demo.picture import draw_paths
-
     with quiet():
         drivers = {
             "teacher": Driver.load(folder / "1rf" / LAST),

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Circle
 
 from smolvla_reflow.demo.task import OBSTACLE_RADIUS, OBSTACLE_X, VIEW_HALF_HEIGHT, Drives
 
@@ -15,17 +13,17 @@ ARRIVED, CRASHED = "#0072B2", "#D55E00"  # told apart by colour-blind readers to
 
 
 def draw_paths(panels: dict[str, Drives], file: Path) -> None:
-    """One panel per entry, titled by its key; every path starts at the same place, with the obstacle at y = 0."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.3), sharey=True)
+    """One panel per entry, titled by its key; all drives start at (0, 0) with the obstacle at y = 0."""
+    figure = Figure(figsize=(3.0 * len(panels), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, drives) in zip(axes, panels.items(), strict=True):
-        axis.add_patch(plt.Circle((OBSTACLE_X, 0.0), OBSTACLE_RADIUS, color="0.75", zorder=0))
+        axis.add_patch(Circle((OBSTACLE_X, 0.0), OBSTACLE_RADIUS, color="0.75", zorder=0))
         for path, success in zip(drives.paths, drives.success, strict=True):
             axis.plot(*path.T, color=ARRIVED if success else CRASHED, lw=1.0, alpha=0.5)
-        axis.set_title(f"{title}\n{drives.success.mean():.0%} get past", fontsize=11)
+        axis.set_title(f"{title}\n{drives.success.mean():.0%} of {len(drives.success)} get past", fontsize=10)
         axis.set(xlim=(-0.03, 1.05), ylim=(-VIEW_HALF_HEIGHT, VIEW_HALF_HEIGHT), xlabel="x", aspect="equal")
     axes[0].set_ylabel("y")
     handles = [Line2D([], [], color=ARRIVED), Line2D([], [], color=CRASHED)]
-    figure.legend(handles, ["gets past", "hits the obstacle"], loc="lower center", ncols=2, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(file, dpi=160)
-    plt.close(figure)
+    figure.legend(handles, ["gets past", "hits the obstacle"], loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,45 @@
+"""The one place that knows LeRobot's versions, held against the LeRobot that is installed."""
+
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+from lerobot.configs.default import DatasetConfig
+from lerobot.scripts import lerobot_train
+
+from smolvla_reflow import ReflowError, compat
+from smolvla_reflow.commands.console import command_line
+from smolvla_reflow.config import ReflowTrainPipelineConfig
+
+
+class RecordedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("use_amp", [False, True])
+def test_accelerator_is_built_as_lerobot_builds_its_own(make_config, monkeypatch, use_amp):
+    built = []
+
+    def record(**arguments):
+        built.append(arguments)
+        raise RecordedError
+
+    monkeypatch.setattr(accelerate, "Accelerator", record)
+    monkeypatch.setattr(lerobot_train, "Accelerator", record, raising=False)
+    cfg = ReflowTrainPipelineConfig(dataset=DatasetConfig(repo_id="a/b"), policy=make_config(use_amp=use_amp))
+    with command_line("lerobot-train", []), pytest.raises(RecordedError):
+        compat.train_function()(cfg)
+    assert compat.accelerator_arguments(cfg) == built[0]
+
+
+def test_a_lerobot_that_takes_no_accelerator_is_refused(monkeypatch):
+    monkeypatch.setattr(lerobot_train, "train", lambda cfg: None)
+    with pytest.raises(ReflowError, match="supports LeRobot 0.4.4 to 0.6.1"):
+        compat.train_function()
+
+
+def test_remote_jobs_are_refused():
+    compat.refuse_remote_job(SimpleNamespace())
+    compat.refuse_remote_job(SimpleNamespace(job=SimpleNamespace(is_remote=False, target=None)))
+    with pytest.raises(ReflowError, match="--job.target=a10g would run lerobot-train, not reflow"):
+        compat.refuse_remote_job(SimpleNamespace(job=SimpleNamespace(is_remote=True, target="a10g")))
