@@ -68,6 +68,8 @@ def complete(argv: Sequence[str]) -> Arguments:
     kind = given.pop("policy.type", "smolvla")
     if kind != "smolvla":
         raise ReflowError(f"--policy.type={kind} cannot be reflowed, only smolvla can.")
+    if "policy.pretrained_path" in given:  # another way of saying the same, which LeRobot would let lose
+        given.setdefault("policy.path", given.pop("policy.pretrained_path"))
     chosen = _choose(given, rest)
     flags = _flags({**given, **chosen})
     if rest:
@@ -161,6 +163,7 @@ def _read_config_file(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ReflowError(f"--config_path={path}: '{name}' should be a section with fields.")
+    # In a train_config.json this is where the *teacher's* training started from.
     sections["policy"].pop("pretrained_path", None)
     flags = {
         f"{name}.{field}": value

@@ -19,6 +19,7 @@ def flags(*argv):
 def test_student_starts_from_the_teacher():
     assert flags(TEACHER)["policy.path"] == "T"
     assert flags(TEACHER, "--policy.path=S")["policy.path"] == "S"
+    assert flags(TEACHER, "--policy.type=smolvla", "--policy.pretrained_path=S")["policy.path"] == "S"
     named = flags(TEACHER, "--policy.type=smolvla")
     assert named["policy.path"] == "T"
     assert "policy.type" not in named

@@ -11,10 +11,10 @@ from pathlib import Path
 import lerobot
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main, short
+from conftest import lerobot_train_main, reflow_run, reflow_train_main
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow.demo.recipe import LAST, reflow_flags
+from smolvla_reflow.demo.recipe import LAST
 from smolvla_reflow.demo.task import write_dataset
 
 OLD_LEROBOT = lerobot.__version__.startswith("0.4.")
@@ -57,6 +57,8 @@ def test_train_config_remembers_the_teacher(workshop, student):
 
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
     """In a process where `smolvla_reflow` cannot be imported: load, act, and train on."""
+    flags = [f for f in reflow_run(workshop, tmp_path / "on", steps=1) if not f.startswith("--reflow.")]
+    flags += [f"--policy.path={student / LAST}", "--policy.push_to_hub=false"]
     code = f"""
         import sys
 
@@ -78,13 +80,7 @@ def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path
             "observation.language.attention_mask": torch.ones(1, 4, dtype=torch.bool),
         }})
         assert action.shape == (1, 2)
-        sys.argv = ["lerobot-train", "--policy.path={student / LAST}", *{
-        short(
-            [f for f in reflow_flags(workshop, steps=1) if not f.startswith("--reflow.")],
-            output_dir=tmp_path / "on",
-            policy__push_to_hub="false",
-        )!r
-    }]
+        sys.argv = ["lerobot-train", *{flags!r}]
         lerobot_train.train()
         assert "smolvla_reflow" not in sys.modules
     """
@@ -406,14 +402,26 @@ def test_help_explains_the_reflow_options(capsys):
     assert "Euler steps with which the teacher" in " ".join(text.split())
 
 
-def test_interrupting_says_so(workshop, tmp_path, capsys, monkeypatch):
-    from smolvla_reflow.commands import train
+def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the third step: exit code 130, and the command it prints resumes."""
+    from smolvla_reflow import attach as attach_module
 
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+    calls = iter(range(100))
 
-    monkeypatch.setattr(train, "train_function", lambda: interrupted)
-    with pytest.raises(SystemExit) as exit:
-        reflow_train_main(reflow_run(workshop, tmp_path / "run"))
-    assert exit.value.code == 130
-    assert "interrupted" in capsys.readouterr().err
+    def interrupted_solve(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return solve(*args)
+
+    solve = attach_module.solve
+    for save_freq, hint in ((10, "No checkpoint was saved yet"), (2, "Go on from the last checkpoint with ")):
+        run, calls = tmp_path / str(save_freq), iter(range(100))
+        monkeypatch.setattr(attach_module, "solve", interrupted_solve)
+        with pytest.raises(SystemExit) as exit:
+            reflow_train_main(reflow_run(workshop, run, save_freq=save_freq))
+        monkeypatch.setattr(attach_module, "solve", solve)
+        assert exit.value.code == 130
+        (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "interrupted." in ln]
+        assert hint in line
+    reflow_train_main(line.partition("with ")[2].split())
+    assert (run / "checkpoints" / "000004").is_dir()

@@ -21,8 +21,8 @@ def reported_errors(program: str) -> Iterator[None]:
     except ReflowError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{program}: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

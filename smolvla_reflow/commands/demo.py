@@ -13,12 +13,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import draccus
+from datasets import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 from smolvla_reflow.commands.console import parse_errors, reported_errors
@@ -114,7 +115,7 @@ def train(program: str, flags: Sequence[str], log_file: Path) -> None:
     total = next(int(flag.partition("=")[2]) for flag in flags if flag.startswith("--steps="))
     with (
         log_file.open("wb") as log,
-        tqdm(total=total, desc="     ", unit="step", mininterval=1.0) as bar,
+        tqdm(total=total, desc="      training", unit="step", mininterval=1.0) as bar,
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process,
     ):
         assert process.stdout is not None
@@ -146,7 +147,7 @@ def evaluate(folder: Path, seed: int) -> list[Row]:
             success_rate=float(drivers[name].drive(scenes, num_steps, seed).success.mean()),
             latency_ms=drivers[name].latency_ms(num_steps),
         )
-        for name, num_steps in tqdm(cells, desc="     ", unit="cell")
+        for name, num_steps in tqdm(cells, desc="      driving", unit="table row")
     ]
     same_scene = Scenes.repeat(start_y=0.0, obstacle_y=0.0, n=PICTURED)
     draw_paths(
@@ -169,10 +170,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 @contextlib.contextmanager
-def quiet():
-    """Swallow what LeRobot prints on standard output while it loads."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
+def quiet() -> Iterator[None]:
+    """Keep LeRobot's prints and the one progress bar per episode of its dataset library to themselves."""
+    disable_progress_bars()
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        enable_progress_bars()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Everything `lerobot-train` does (resuming, logging, evaluation, the hub, several
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -84,7 +85,11 @@ def run(arguments: Arguments) -> None:
             announce(cfg, arguments)
             attach(policy, teacher.folder, strategy=cfg.reflow.strategy, num_steps=cfg.reflow.num_steps)
 
-        train_function()(cfg, accelerator=TeachingAccelerator(teach, **accelerator_arguments(cfg)))
+        accelerator = TeachingAccelerator(teach, **accelerator_arguments(cfg))
+        try:
+            train_function()(cfg, accelerator=accelerator)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_go_on(cfg)) from None
 
 
 def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
@@ -127,6 +132,14 @@ def announce(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> None:
         cfg.batch_size,
         filled or "nothing",
     )
+
+
+def how_to_go_on(cfg: ReflowTrainPipelineConfig) -> str:
+    """What to do about a run that was interrupted."""
+    last = Path(cfg.output_dir or ".") / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
+    if last.is_file():
+        return f"Go on from the last checkpoint with --config_path={last} --resume=true"
+    return f"No checkpoint was saved yet; start again with another --output_dir than {cfg.output_dir}."
 
 
 if __name__ == "__main__":

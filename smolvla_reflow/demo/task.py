@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from tqdm import tqdm
 
 TASK = "drive past"
 REPO_ID = "smolvla-reflow/demo"
@@ -149,7 +150,9 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0) -> LeRobotDataset:
             },
         },
     )
-    for start_y, obstacle_y in zip(scenes.start_y, scenes.obstacle_y, strict=True):
+    for start_y, obstacle_y in tqdm(
+        zip(scenes.start_y, scenes.obstacle_y, strict=True), total=episodes, desc="      recording", unit="episode"
+    ):
         path = expert_path(start_y, obstacle_y, side=rng.choice([-1, 1]))
         images = render(path[:-1], np.full(EPISODE_STEPS, obstacle_y))
         for here, there, image in zip(path[:-1], path[1:], images, strict=True):
