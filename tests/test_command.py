@@ -404,8 +404,7 @@ def test_help_explains_the_reflow_options(capsys):
 
 def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):
     """Ctrl-C in the third step: exit code 130, and the command it prints resumes."""
-    from smolvla_reflow import attach as attach_module
-
+    attach_module = sys.modules["smolvla_reflow.attach"]  # the package exports the function of that name
     calls = iter(range(100))
 
     def interrupted_solve(*args):
