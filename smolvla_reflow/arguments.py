@@ -32,11 +32,13 @@ class Arguments:
         flags: for LeRobot's parser, each `--name=value`.
         chosen: what was filled in because the user gave none, by flag name.
         resume: whether the run continues an earlier one, whose configuration then holds.
+        config_file: the temporary copy of the user's config file that `flags` name; for the caller to delete.
     """
 
     flags: list[str]
     chosen: dict[str, Any]
-    resume: bool
+    resume: bool = False
+    config_file: Path | None = None
 
 
 def complete(argv: Sequence[str]) -> Arguments:
@@ -51,7 +53,7 @@ def complete(argv: Sequence[str]) -> Arguments:
             raise ReflowError("--resume=true needs --config_path=.../pretrained_model/train_config.json.")
         if not Path(given["config_path"]).exists():
             raise ReflowError(f"--config_path={given['config_path']} does not exist.")
-        return Arguments(_flags(given), {}, resume=True)
+        return Arguments(_flags(given), chosen={}, resume=True)
 
     file, rest = _read_config_file(given.pop("config_path", None))
     given = _rename_fork_flags({**file, **given})
@@ -72,9 +74,10 @@ def complete(argv: Sequence[str]) -> Arguments:
         given.setdefault("policy.path", given.pop("policy.pretrained_path"))
     chosen = _choose(given, rest)
     flags = _flags({**given, **chosen})
-    if rest:
-        flags.insert(0, f"--config_path={_write_config(rest)}")
-    return Arguments(flags, chosen, resume=False)
+    if not rest:
+        return Arguments(flags, chosen)
+    config_file = _write_config(rest)
+    return Arguments([f"--config_path={config_file}", *flags], chosen, config_file=config_file)
 
 
 def _choose(given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +177,8 @@ def _read_config_file(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]
     return flags, rest
 
 
-def _write_config(rest: dict[str, Any]) -> str:
+def _write_config(rest: dict[str, Any]) -> Path:
     # LeRobot 0.4 reads every config file as JSON.
     with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
         json.dump(rest, file)
-    return file.name
+    return Path(file.name)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -134,7 +135,10 @@ def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):
     assert not equal(weights(tmp_path / "3rf"), weights(student))
 
 
-def test_the_forks_yaml_trains(workshop, tmp_path):
+def test_the_forks_yaml_trains(workshop, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     flags = reflow_run(workshop, tmp_path / "run", steps=1, reflow__teacher_path=None)
     config = tmp_path / "fork.yaml"
     config.write_text(
@@ -147,6 +151,7 @@ def test_the_forks_yaml_trains(workshop, tmp_path):
     assert saved["reflow"]["strategy"] == "reflow"
     assert saved["optimizer"]["lr"] == 3e-5
     assert "training_mode" not in (tmp_path / "run" / LAST / "config.json").read_text()
+    assert not list(scratch.glob("reflow_config_*"))
 
 
 # --- resuming -------------------------------------------------------------------------------------------------

@@ -74,8 +74,12 @@ def run(arguments: Arguments) -> None:
     """Check everything that can be checked without writing, then train."""
     register_third_party_plugins()
     with command_line(PROGRAM, arguments.flags):
-        with parse_errors():
-            cfg = parse()
+        try:
+            with parse_errors():
+                cfg = parse()
+        finally:
+            if arguments.config_file is not None:
+                arguments.config_file.unlink()
         refuse_remote_job(cfg)
         teacher = open_teacher(cfg)
         validate(cfg)
