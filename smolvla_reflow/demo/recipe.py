@@ -10,7 +10,7 @@ N_ACTION_STEPS = 2
 LAST = Path("checkpoints/last/pretrained_model")
 
 
-def one_rectified_flow_flags(folder: Path, *, steps: int = 1500, lr: float = 2e-3) -> list[str]:
+def one_rectified_flow_flags(folder: Path, *, steps: int = 2000, lr: float = 2e-3) -> list[str]:
     """`lerobot-train`: a small SmolVLA from scratch on the recorded demonstrations."""
     return [
         "--policy.type=smolvla",
@@ -34,7 +34,7 @@ def one_rectified_flow_flags(folder: Path, *, steps: int = 1500, lr: float = 2e-
     ]
 
 
-def reflow_flags(folder: Path, *, steps: int = 1500, lr: float = 1e-3) -> list[str]:
+def reflow_flags(folder: Path, *, steps: int = 1300, lr: float = 1e-3) -> list[str]:
     """`smolvla-reflow-train`: straighten that checkpoint, with the backbone frozen."""
     return [
         f"--reflow.teacher_path={folder / '1rf' / LAST}",
