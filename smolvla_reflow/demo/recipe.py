@@ -19,8 +19,8 @@ def one_rectified_flow_flags(folder: Path, *, steps: int = 2000, lr: float = 2e-
         "--policy.num_vlm_layers=2",
         f"--policy.chunk_size={CHUNK_SIZE}",
         f"--policy.n_action_steps={N_ACTION_STEPS}",
-        "--policy.max_action_dim=3",
-        "--policy.max_state_dim=3",
+        "--policy.max_action_dim=4",
+        "--policy.max_state_dim=4",
         f"--policy.resize_imgs_with_padding=[{IMAGE_SIZE},{IMAGE_SIZE}]",
         "--policy.freeze_vision_encoder=false",
         "--policy.train_expert_only=false",
@@ -34,7 +34,7 @@ def one_rectified_flow_flags(folder: Path, *, steps: int = 2000, lr: float = 2e-
     ]
 
 
-def reflow_flags(folder: Path, *, steps: int = 1300, lr: float = 1e-3) -> list[str]:
+def reflow_flags(folder: Path, *, steps: int = 1200, lr: float = 1e-3) -> list[str]:
     """`smolvla-reflow-train`: straighten that checkpoint, with the backbone frozen."""
     return [
         f"--reflow.teacher_path={folder / '1rf' / LAST}",

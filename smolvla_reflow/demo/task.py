@@ -2,8 +2,7 @@
 
 A vehicle crosses a field from x = 0 to x = 1. A disc stands in the way, in one of three lanes; going
 round it above or below is equally good, going in between means hitting it. Where the disc stands is visible only
-in the camera image. An action is the next waypoint (x, y); an expert demonstration picks a side by coin toss, and
-wobbles, so that there is something to learn about how to get back on a path.
+in the camera image. An action is the next waypoint (x, y); an expert demonstration picks a side by coin toss.
 
     y ^        .-~~-.
       |      .'  __  '.         expert, above
@@ -25,7 +24,7 @@ CAMERA = "observation.images.top"
 FPS = 10
 
 EPISODE_STEPS = 6
-OBSTACLE_X = 0.47
+OBSTACLE_X = 0.45
 OBSTACLE_RADIUS = 0.14
 CLEARANCE = 0.22
 MAX_STEP = 0.4
@@ -33,7 +32,6 @@ IMAGE_SIZE = 32
 VIEW_HALF_HEIGHT = 0.6
 START_SPREAD = 0.1
 OBSTACLE_SPREAD = 0.2
-WOBBLE = 0.08  # standard deviation with which demonstrations stray from their path before steering back
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,8 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0) -> LeRobotDataset:
         zip(scenes.start_y, scenes.obstacle_y, strict=True), total=episodes, desc="      recording", unit="episode"
     ):
         path = expert_path(start_y, obstacle_y, side=rng.choice([-1, 1]))
-        positions = path[:-1].copy()
-        positions[1:, 1] += rng.normal(0.0, WOBBLE, EPISODE_STEPS - 1)
-        images = render(positions, np.full(EPISODE_STEPS, obstacle_y))
-        for here, there, image in zip(positions, path[1:], images, strict=True):
+        images = render(path[:-1], np.full(EPISODE_STEPS, obstacle_y))
+        for here, there, image in zip(path[:-1], path[1:], images, strict=True):
             dataset.add_frame(
                 {
                     "observation.state": here.astype(np.float32),
