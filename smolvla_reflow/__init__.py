@@ -1,8 +1,10 @@
 """Reflow for SmolVLA: fine-tune a checkpoint on its own couplings until one or two ODE steps are enough."""
 
 from smolvla_reflow.attach import Attachment, attach, detach, is_attached
-from smolvla_reflow.coupling import Coupling, Observation
+from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.flow import Observation
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import (
     LossStrategy,
     available_loss_strategies,
@@ -16,6 +18,7 @@ __all__ = [
     "LossStrategy",
     "Observation",
     "ReflowError",
+    "Solver",
     "attach",
     "available_loss_strategies",
     "detach",

@@ -6,11 +6,14 @@
 
 No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this one instance,
 in the slot LeRobot itself uses when it compiles a policy (`self.forward = ...`), and puts the teacher where
-`nn.Module` does not look for submodules. `detach` restores `vars(policy)` and `vars(policy.model)`.
+`nn.Module` does not look for submodules. `detach` restores what `vars()` of each module held.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -20,10 +23,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from smolvla_reflow.coupling import Coupling, Observation, solve
+from smolvla_reflow.bindings import Binding, bind
+from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.flow import Observation
+from smolvla_reflow.normalization import ChangeOfSpace, Statistics, change_of_space
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
-from smolvla_reflow.teacher import TeacherSource, base_policy, frozen_teacher
+from smolvla_reflow.teacher import base_policy, frozen_teacher
+from smolvla_reflow.vision import SharedFeatures, share_features
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
 
@@ -43,8 +52,10 @@ class ModelMixin:
         if not self.training:
             return self.forward_standard(*observation, actions, noise, time)
         strategy = get_loss_strategy(self.training_mode)
-        losses = strategy(self, observation, actions, noise, time)
-        vars(self)[_STATE].whole_chunk_losses = losses if strategy.whole_chunk else None
+        attachment = vars(self)[_STATE]
+        with attachment.each_image_once(observation) as observation:
+            losses = strategy(self, observation, actions, noise, time)
+        attachment.whole_chunk_losses = losses if strategy.whole_chunk else None
         return losses
 
     def forward_reflow(
@@ -63,7 +74,9 @@ class ModelMixin:
             config = self.teacher.config
             shape = (state.shape[0], config.chunk_size, config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
-        return solve(self.teacher, Observation(images, img_masks, lang_tokens, lang_masks, state), noise)
+        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
+        attachment = vars(self)[_STATE]
+        return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
 
 class PolicyMixin:
@@ -92,16 +105,31 @@ class Attachment:
     Attributes:
         policy: the attached SmolVLAPolicy (inside a PEFT wrapper, the base policy).
         teacher: its frozen teacher.
+        solver: of the teacher's ODE.
+        space: the way into the teacher's normalised space and back; None if it is the batches' own.
+        features: of the images, shared by the two; None if the vision encoder is trained or differs.
         policy_forward: the policy's forward as it was before.
-        displaced: per module ("policy", "model"), the entries of `vars()` that `attach` replaced.
+        bindings: what is to be undone.
         whole_chunk_losses: within one forward pass, the losses on their way from model to policy.
     """
 
     policy: SmolVLAPolicy
     teacher: SmolVLAPolicy
+    solver: Solver
+    space: ChangeOfSpace | None
+    features: SharedFeatures | None
     policy_forward: Callable[..., tuple[Tensor, dict[str, Any]]]
-    displaced: dict[str, dict[str, Any]]
+    bindings: tuple[Binding, ...] = ()
     whole_chunk_losses: Tensor | None = None
+
+    @contextmanager
+    def each_image_once(self, observation: Observation) -> Iterator[Observation]:
+        """Within this block the vision encoder sees each image of the yielded observation once."""
+        if self.features is None:
+            yield observation
+            return
+        with self.features.once():
+            yield observation._replace(images=[image.to(self.features.dtype) for image in observation.images])
 
     def detach(self) -> None:
         detach(self.policy)
@@ -116,66 +144,75 @@ class Attachment:
 
 def attach(
     policy: nn.Module,
-    teacher: TeacherSource = None,
+    teacher: str | Path | Checkpoint | SmolVLAPolicy | None = None,
     *,
     strategy: str = "reflow",
+    solver: str = "euler",
     num_steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    dataset_stats: Statistics | None = None,
 ) -> Attachment:
     """Let `policy.forward` compute the loss of a strategy, with a frozen teacher at hand.
 
     After this `policy.model` has `training_mode` (assignable), `teacher`, `forward_standard` (the forward it
     had, compiled or not), `forward_reflow` and `generate_reflow_target`. The teacher is no submodule: it is
     in no `state_dict()`, `parameters()` or checkpoint, and shares the memory of every parameter that is frozen
-    in the policy and equal in both.
+    in the policy and equal in both, so load the policy's weights before. Where the vision encoder is such,
+    each image goes through it once per training step for the two together.
 
     Args:
         policy: a SmolVLAPolicy, or one wrapped by PEFT.
         teacher: a checkpoint folder or hub id, a SmolVLAPolicy (its present weights are taken), or None for
             the policy as it is now.
         strategy: a name from `available_loss_strategies()`.
-        num_steps: the teacher's Euler steps; None for its own `config.num_steps`.
+        solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is its own
+            sampler, Euler with its own `config.num_steps`.
+        dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
+            the statistics saved in the teacher's checkpoint; state and actions are then mapped.
 
     Raises:
-        ReflowError: the policy is no SmolVLA or is attached already, the strategy is unknown, or the teacher
-            cannot be loaded or does not fit.
+        ReflowError: the policy is no SmolVLA or is attached already, the strategy or solver is unknown, the
+            teacher cannot be loaded or does not fit, or the statistics cannot be mapped.
     """
     base = base_policy(policy)
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     get_loss_strategy(strategy)
-    frozen = frozen_teacher(policy, teacher, num_steps)
+    ode = Solver(solver, num_steps, rtol, atol)
+    source = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
+    space = None
+    if dataset_stats is not None:
+        if not isinstance(source, Checkpoint):
+            raise ReflowError(
+                "dataset_stats needs a teacher given as a checkpoint, which saves its own statistics."
+            )
+        space = change_of_space(source, dataset_stats)
+    frozen = frozen_teacher(policy, source, num_steps)
 
+    attachment = Attachment(base, frozen, ode, space, share_features(base, frozen), base.forward)
     model = base.model
-    bindings = {
-        "policy": {"forward": MethodType(PolicyMixin.forward, base)},
-        "model": {
-            "training_mode": strategy,
-            "teacher": frozen,
-            "forward_standard": model.forward,
-            "forward": MethodType(ModelMixin.forward, model),
-            "forward_reflow": MethodType(ModelMixin.forward_reflow, model),
-            "generate_reflow_target": MethodType(ModelMixin.generate_reflow_target, model),
-        },
-    }
-    modules = {"policy": base, "model": model}
-    attachment = Attachment(
-        policy=base,
-        teacher=frozen,
-        policy_forward=base.forward,
-        displaced={
-            key: {name: vars(module)[name] for name in bindings[key] if name in vars(module)}
-            for key, module in modules.items()
-        },
+    attachment.bindings = (
+        *(attachment.features.bindings if attachment.features else ()),
+        bind(base, forward=MethodType(PolicyMixin.forward, base), **{_STATE: attachment}),
+        bind(
+            model,
+            training_mode=strategy,
+            teacher=frozen,
+            forward_standard=model.forward,
+            forward=MethodType(ModelMixin.forward, model),
+            forward_reflow=MethodType(ModelMixin.forward_reflow, model),
+            generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
+            **{_STATE: attachment},
+        ),
     )
-    for key, module in modules.items():
-        # Past nn.Module.__setattr__, which would make the teacher a submodule.
-        vars(module).update(bindings[key], **{_STATE: attachment})
     _guard(model)
+    _report_sharing(attachment)
     return attachment
 
 
 def detach(policy: nn.Module) -> None:
-    """Undo `attach`: `vars()` of the policy and of its model are what they were.
+    """Undo `attach`: `vars()` of every module it touched is what it was.
 
     Raises:
         ReflowError: nothing is attached, or something else has replaced `policy.forward` since.
@@ -190,13 +227,20 @@ def detach(policy: nn.Module) -> None:
                 f"{type(module).__name__}.forward was wrapped after attach; unwrap it first "
                 "(for accelerate: accelerator.unwrap_model(policy, keep_fp32_wrapper=False))."
             )
-    attachment = vars(base)[_STATE]
     _unguard(base.model)
-    added = ("training_mode", "teacher", "forward_standard", "forward_reflow", "generate_reflow_target")
-    for key, module in (("policy", base), ("model", base.model)):
-        for name in ("forward", _STATE, *added):
-            vars(module).pop(name, None)
-        vars(module).update(attachment.displaced[key])
+    for binding in vars(base)[_STATE].bindings:
+        binding.undo()
+
+
+def _report_sharing(attachment: Attachment) -> None:
+    ours = {id(parameter) for parameter in attachment.policy.parameters()}
+    theirs = list(attachment.teacher.parameters())
+    logging.getLogger(__name__).info(
+        "Teacher shares %d of its %d parameters with the student%s.",
+        sum(parameter.numel() for parameter in theirs if id(parameter) in ours),
+        sum(parameter.numel() for parameter in theirs),
+        "" if attachment.features is None else ", and what the vision encoder makes of each image",
+    )
 
 
 def is_attached(policy: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
@@ -35,11 +35,11 @@ class Checkpoint:
     folder: Path
     config: SmolVLAConfig
 
-    def weights(self) -> dict[str, Tensor]:
-        """All tensors of `model.safetensors`, by name, mapped from the file rather than read."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """The tensors of `model.safetensors` by name, each read when it is asked for."""
         path = self.folder / SAFETENSORS_SINGLE_FILE
         try:
-            return load_file(path)
+            return StoredTensors(path)
         except (SafetensorError, OSError) as error:
             raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
 
@@ -57,6 +57,29 @@ class Checkpoint:
         )
         steps = [step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep)]
         return {name: tensor for step in steps for name, tensor in step.state_dict().items()}
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, no two of which are in memory for its sake at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        # The pages of a mapped file count as memory until it is closed.
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

@@ -18,8 +18,14 @@ class ReflowConfig:
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     strategy: str = "reflow"
     """Loss strategy, either 'reflow', 'standard' or one that an installed package offers."""
+    solver: str = "euler"
+    """Solver of the teacher's ODE, either 'euler' (its stock sampler), 'midpoint', 'heun3', 'rk4' or 'dopri5'."""
     num_steps: int | None = None
-    """Euler steps with which the teacher carries noise to actions, by default its own config's num_steps."""
+    """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config."""
+    rtol: float | None = None
+    """Relative tolerance of dopri5, by default 1e-5."""
+    atol: float | None = None
+    """Absolute tolerance of dopri5 in normalised units, by default 1e-5."""
 
 
 @dataclass

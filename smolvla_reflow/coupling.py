@@ -15,27 +15,28 @@ import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
-
-class Observation(NamedTuple):
-    """What the flow is conditioned on, in the order SmolVLA's forward takes it. `B` is the batch size."""
-
-    images: list[Tensor]  # per camera (B, 3, H, W) float32 in [-1, 1]
-    img_masks: list[Tensor]  # per camera (B,) bool, False where the camera is missing
-    lang_tokens: Tensor  # (B, L) int64
-    lang_masks: Tensor  # (B, L) bool
-    state: Tensor  # (B, max_state_dim) float32, normalised
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.flow import Observation, solve
+from smolvla_reflow.normalization import ChangeOfSpace
+from smolvla_reflow.solver import Solver
 
 
 class Coupling(NamedTuple):
-    """Both ends of `B` paths of the teacher, in the teacher's normalised action space."""
+    """Both ends of `B` paths of the teacher, in the normalised space of the student's batches."""
 
     noise: Tensor  # (B, chunk_size, max_action_dim) float32, t = 1
     actions: Tensor  # (B, chunk_size, max_action_dim) float32, t = 0
 
 
 @torch.no_grad()
-def solve(teacher: SmolVLAPolicy, observation: Observation, noise: Tensor) -> Coupling:
-    """Carry `noise` along the teacher's flow with its stock sampler, `teacher.config.num_steps` Euler steps.
+def couple(
+    teacher: SmolVLAPolicy,
+    observation: Observation,
+    noise: Tensor,
+    solver: Solver,
+    space: ChangeOfSpace | None = None,
+) -> Coupling:
+    """Carry `noise` along the teacher's flow, under whatever autocast is active, as its stock sampler would be.
 
     The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part
     of the flow's state, and the student's sampler will see them too.
@@ -44,8 +45,30 @@ def solve(teacher: SmolVLAPolicy, observation: Observation, noise: Tensor) -> Co
         teacher: a frozen policy; it is moved to the device of `noise` if it is elsewhere.
         observation: the tensors the student sees, prepared once for both.
         noise: (B, chunk_size, max_action_dim) float32.
+        solver: of the teacher's ODE.
+        space: the way into the teacher's normalised space and back, if that is not the student's.
+
+    Raises:
+        ReflowError: the student has begun to train what it shares with the teacher, or the solver fails.
     """
-    tensors = [*teacher.parameters(), *teacher.buffers()]
-    if any(tensor.device != noise.device for tensor in tensors):
-        teacher.to(noise.device)
-    return Coupling(noise, teacher.model.sample_actions(*observation, noise=noise))
+    _follow(teacher, noise.device)
+    if space is not None:
+        observation = observation._replace(state=space.state(observation.state))
+    actions = solve(teacher, observation, noise, solver)
+    if space is not None:
+        actions = space.actions(actions)
+    return Coupling(noise, actions)
+
+
+def _follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
+    """Bring what is the teacher's own to the student's device; what is shared went along."""
+    elsewhere = False
+    for parameter in teacher.parameters():
+        elsewhere |= parameter.device != device
+        if parameter.requires_grad:
+            raise ReflowError(
+                "A parameter that the teacher shares with the student was unfrozen after attach, so that "
+                "training would change the teacher; detach, unfreeze it, and attach again."
+            )
+    if elsewhere or any(buffer.device != device for buffer in teacher.buffers()):
+        teacher.to(device)

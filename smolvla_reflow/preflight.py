@@ -2,34 +2,29 @@
 
 from typing import Any
 
-import numpy as np
-import torch
-from lerobot.configs.types import FeatureType, NormalizationMode
-from lerobot.utils.constants import ACTION, OBS_STATE
-from torch import Tensor
+from lerobot.configs.types import FeatureType
+from lerobot.datasets.factory import IMAGENET_STATS
 
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
-
-# The statistics each mode of LeRobot's normaliser divides by.
-STATISTICS = {
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-    NormalizationMode.IDENTITY: (),
-}
-# They are stored as float32; anything beyond rounding is another dataset.
-RELATIVE_TOLERANCE = 1e-5
+from smolvla_reflow.normalization import Statistics, change_of_space
 
 
-def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
-    """Raise ReflowError if this dataset cannot be trained on with this teacher."""
+def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> Statistics:
+    """Raise ReflowError if this dataset cannot be trained on with this teacher.
+
+    Returns:
+        The statistics by which LeRobot will normalise the batches.
+    """
     metadata = open_metadata(cfg)
     check_features(teacher, metadata.features, cfg.rename_map)
-    check_statistics(teacher, metadata.stats)
+    stats = dict(metadata.stats)
+    if cfg.dataset.use_imagenet_stats:
+        stats |= {camera: {**stats.get(camera, {}), **IMAGENET_STATS} for camera in metadata.camera_keys}
+    change_of_space(teacher, stats)
+    return stats
 
 
 def open_metadata(cfg: ReflowTrainPipelineConfig) -> LeRobotDatasetMetadata:
@@ -61,46 +56,3 @@ def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: di
             raise ReflowError(
                 f"'{name}' has shape {shape} in the dataset and {tuple(feature.shape)} in the teacher."
             )
-
-
-def check_statistics(teacher: Checkpoint, stats: dict[str, Any]) -> None:
-    """Teacher and dataset must normalise alike.
-
-    The teacher's actions live in the space of the statistics it was trained with, the batches in that of the
-    dataset's: where the two differ, its couplings would be wrong by that difference. LeRobot hands its
-    normaliser the dataset's statistics under the dataset's own names, so a renamed state has none.
-    """
-    saved = teacher.statistics()
-    differences: dict[str, float] = {}
-    for feature, kind in ((ACTION, FeatureType.ACTION), (OBS_STATE, FeatureType.STATE)):
-        mode = teacher.config.normalization_mapping.get(kind.value, NormalizationMode.IDENTITY)
-        for statistic in STATISTICS[mode]:
-            name = f"{feature}.{statistic}"
-            if name not in saved:
-                raise ReflowError(
-                    f"The teacher {teacher.source} has no saved statistics '{name}', so the space of its "
-                    "actions is unknown; use a checkpoint saved by lerobot-train."
-                )
-            if statistic not in stats.get(feature, {}):
-                raise ReflowError(
-                    f"The dataset has no statistics '{name}', by which the teacher's {feature} is normalised; "
-                    "a dataset that names this feature differently has to be converted, not mapped."
-                )
-            differences[name] = _relative_difference(saved[name], stats[feature][statistic])
-    worst = max(differences, key=differences.__getitem__, default=None)
-    if worst is not None and differences[worst] > RELATIVE_TOLERANCE:
-        raise ReflowError(
-            f"The dataset's statistics are not those the teacher was trained with: '{worst}' differs by "
-            f"{differences[worst]:.2g} relative. Reflow on the dataset of the teacher, or first fine-tune "
-            "the teacher on this one with lerobot-train."
-        )
-
-
-def _relative_difference(saved: Tensor, current: Any) -> float:
-    """Largest difference relative to the largest entry; infinite if the shapes differ."""
-    old = saved.double().flatten().cpu()
-    new = torch.as_tensor(np.asarray(current), dtype=torch.float64).flatten()
-    if old.shape != new.shape:
-        return float("inf")
-    scale = torch.maximum(old.abs().max(), new.abs().max()).clamp_min(1e-12)
-    return ((old - new).abs().max() / scale).item()

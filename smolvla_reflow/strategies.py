@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import Tensor
 
-from smolvla_reflow.coupling import Observation
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.flow import Observation
 
 ENTRY_POINT_GROUP = "smolvla_reflow.loss_strategies"
 

@@ -6,10 +6,8 @@ backbone is neither loaded nor held twice.
 """
 
 import copy
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -17,10 +15,10 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
-from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.errors import ReflowError
 
-TeacherSource: TypeAlias = str | Path | SmolVLAPolicy | None
+TeacherSource: TypeAlias = Checkpoint | SmolVLAPolicy | None
 
 # Config fields that the shape of no tensor gives away, but in which student and teacher must agree: they decide
 # how a batch is prepared, which is done once for both, or how the shared module tree computes.
@@ -48,17 +46,15 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
 
     Args:
         student: a SmolVLAPolicy, or one wrapped by PEFT.
-        source: a checkpoint folder or hub id, a policy, or None for the student as it is now.
-        num_steps: Euler steps of the teacher's sampler; None for its own `config.num_steps`.
+        source: a checkpoint, a policy, or None for the student as it is now.
+        num_steps: steps of the teacher's ODE; None for its own `config.num_steps`.
 
     Returns:
         A policy in eval mode none of whose parameters requires a gradient.
 
     Raises:
-        ReflowError: `source` is no SmolVLA checkpoint, or its configuration or weights do not fit the student.
+        ReflowError: the configuration or weights of `source` do not fit the student.
     """
-    if num_steps is not None and num_steps < 1:
-        raise ReflowError(f"The teacher needs at least one ODE step, not num_steps={num_steps}.")
     structure: nn.Module
     weights: Mapping[str, Tensor]
     if source is None:
@@ -66,12 +62,8 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
         structure, config = base, base.config
         weights = dict(base.named_parameters(remove_duplicate=False))
     else:
-        structure = student
-        if isinstance(source, SmolVLAPolicy):
-            config, weights = source.config, source.state_dict()
-        else:
-            checkpoint = open_checkpoint(source)
-            config, weights = checkpoint.config, checkpoint.weights()
+        structure, config = student, source.config
+        weights = source.weights() if isinstance(source, Checkpoint) else source.state_dict()
 
     teacher = _copy_sharing_parameters(structure)
     _check_agreement(teacher.config, config)
@@ -137,7 +129,6 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
                 + (f" and {len(found) - 1} more." if len(found) > 1 else ".")
             )
 
-    shared = owned = 0
     with torch.no_grad():
         for parameter, aliases in names.items():
             value = next(weights[name] for name in aliases if name in weights)
@@ -148,16 +139,11 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
                 )
             value = value.to(parameter)
             if not parameter.requires_grad and torch.equal(value, parameter):
-                shared += parameter.numel()
                 continue
-            owned += parameter.numel()
             own = nn.Parameter(value.clone(), requires_grad=False)
             for name in aliases:
                 owner, _, leaf = name.rpartition(".")
                 setattr(teacher.get_submodule(owner), leaf, own)
-    logging.getLogger(__name__).info(
-        "Teacher shares %d of its %d parameters with the student.", shared, shared + owned
-    )
 
 
 def _configure(teacher: SmolVLAPolicy, config: SmolVLAConfig, num_steps: int | None) -> None:

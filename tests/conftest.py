@@ -17,6 +17,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 
+from smolvla_reflow import Observation
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.demo.backbone import write_backbone
@@ -25,6 +26,8 @@ from smolvla_reflow.demo.task import write_dataset
 
 torch.set_num_threads(2)
 STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
+# Periods of the time embedding for which even random weights make a velocity that is smooth in time.
+SMOOTH = {"min_period": 1.0, "max_period": 4.0}
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +107,16 @@ def make_batch(size: int, seed: int = 2) -> dict[str, torch.Tensor]:
         "action": torch.randn(size, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": is_pad,
     }
+
+
+def observe(policy: SmolVLAPolicy, batch: dict[str, torch.Tensor]) -> Observation:
+    """What the model's forward and sampler are conditioned on."""
+    return Observation(
+        *policy.prepare_images(batch),
+        batch["observation.language.tokens"],
+        batch["observation.language.attention_mask"],
+        policy.prepare_state(batch),
+    )
 
 
 @pytest.fixture

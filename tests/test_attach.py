@@ -241,6 +241,8 @@ def test_peft_policy(make_policy, teacher, batch, noise_and_time, tmp_path):
     attach(wrapped, tmp_path)
     assert is_attached(wrapped)
     assert is_attached(student)
+    # Everything but the adapter is frozen in the student, and the teacher has no adapter: nothing is held twice.
+    assert {id(p) for p in student.model.teacher.parameters()} < {id(p) for p in wrapped.parameters()}
     assert not any("lora" in name for name in student.model.teacher.state_dict())
     loss, _ = wrapped.train().forward(dict(batch), noise=noise, time=time)
     assert loss != expected  # the adapter moves the student, not the teacher

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import lerobot_train_main, reflow_run, reflow_train_main
 from safetensors.torch import load_file, save_file
 
+from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.demo.recipe import LAST
 from smolvla_reflow.demo.task import write_dataset
 
@@ -27,6 +29,12 @@ def weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def other_dataset(workshop):
+    write_dataset(workshop / "other", episodes=4, seed=9)
+    return workshop / "other"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,8 @@ def test_checkpoint_is_stock(workshop, student):
 def test_train_config_remembers_the_teacher(workshop, student):
     config = json.loads((student / LAST / "train_config.json").read_text())
     teacher_path = str((workshop / "1rf" / LAST).resolve())
-    assert config["reflow"] == {"teacher_path": teacher_path, "strategy": "reflow", "num_steps": None}
+    solver = {"solver": "euler", "num_steps": None, "rtol": None, "atol": None}
+    assert config["reflow"] == {"teacher_path": teacher_path, "strategy": "reflow", **solver}
 
 
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
@@ -135,6 +144,28 @@ def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):
     assert not equal(weights(tmp_path / "3rf"), weights(student))
 
 
+def test_a_dataset_with_other_statistics(workshop, other_dataset, tmp_path, capsys):
+    """The teacher is asked in its own space; the student learns, and saves, the dataset's."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2, dataset__root=other_dataset))
+    log = capsys.readouterr().err
+    assert log.count("The dataset's statistics are not the teacher's (most in '") == 1
+    current = json.loads((other_dataset / "meta/stats.json").read_text())["action"]["mean"]
+    saved = open_checkpoint(tmp_path / "run" / LAST).statistics()["action.mean"]
+    teachers = open_checkpoint(workshop / "1rf" / LAST).statistics()["action.mean"]
+    torch.testing.assert_close(saved, torch.tensor(current))
+    assert not torch.allclose(saved, teachers)
+
+
+def test_a_solver_by_flags(workshop, tmp_path):
+    """The flags reach the teacher, and the resumed run finds them in its train_config.json."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "euler", steps=1))
+    dopri5 = {"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": 1e-3}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **dopri5))
+    assert not equal(weights(tmp_path / "euler"), weights(tmp_path / "run"))
+    config = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())["reflow"]
+    assert (config["solver"], config["rtol"], config["num_steps"]) == ("dopri5", 1e-3, None)
+
+
 def test_the_forks_yaml_trains(workshop, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -175,7 +206,7 @@ def resume_at(run: Path, step: str, copy: Path, train) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("step", ["000004", "000006"], ids=["mid-epoch", "epoch-boundary"])
-def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step):
+def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step, capsys):
     """48 frames in batches of 8: step 6 ends the first epoch.
 
     Stock LeRobot resumes bitwise at an epoch's end on 0.4, and nowhere on 0.6.1 (the resumed loader draws one
@@ -201,6 +232,9 @@ def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step):
     assert equal(same, stock)
     resumed = resume_at(tmp_path / "reflow", step, tmp_path / "reflow_resumed", reflow_train_main)
     assert equal(resumed, weights(tmp_path / "reflow")) == stock_is_exact
+    shared = re.findall(r"Teacher shares (\d+) of its \d+ parameters", capsys.readouterr().err)
+    assert len(shared) == 4  # two runs from the start, two resumed ones
+    assert len(set(shared)) == 1
     config = json.loads((tmp_path / "reflow_resumed" / LAST / "train_config.json").read_text())
     assert config["reflow"]["teacher_path"] == str((workshop / "1rf" / LAST).resolve())
 
@@ -246,7 +280,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             torch.manual_seed(0)
             with torch.no_grad():  # a student that has moved away from its teacher
                 for p in policy.parameters():
-                    p.add_(0.02 * torch.randn_like(p))
+                    p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
             n, chunk, width = 8, policy.config.chunk_size, policy.config.max_action_dim
             batch = {{
                 "observation.state": torch.randn(n, 2),
@@ -265,6 +299,9 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             wrapped.train()
             loss, _ = wrapped.forward({{k: v[share] for k, v in batch.items()}}, noise=noise[share], time=time[share])
             accelerator.backward(loss)
+            teacher = dict(policy.model.teacher.named_parameters())
+            for name, p in policy.named_parameters():
+                assert (teacher[name] is p) is not p.requires_grad, name
             if accelerator.is_main_process:
                 assert accelerator.num_processes == int(sys.argv[1])
                 grads = {{n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}}
@@ -309,22 +346,25 @@ def refused(flags: list[str], capsys, folder: Path) -> str:
         ({"reflow__teacher_path": "{teacher}/config.json"}, "is a file; name the checkpoint's folder"),
         ({"reflow__strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
         ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
+        (
+            {"reflow__solver": "rk5"},
+            "--reflow.solver=rk5 is unknown; known are: euler, midpoint, heun3, rk4, dopri5",
+        ),
+        (
+            {"reflow__solver": "dopri5", "reflow__num_steps": 5},
+            "--reflow.solver=dopri5 chooses its own steps; give rtol and atol instead",
+        ),
+        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=euler takes equal steps"),
         ({"reflow__num_stepz": 3}, "unrecognized arguments: --reflow.num_stepz=3"),
         ({"reflow__num_steps": "ten"}, "num_steps"),
         ({"policy__optimizer_lrr": 3}, "unrecognized arguments: --optimizer_lrr=3"),
         ({"policy__type": "act"}, "only smolvla can"),
         ({"output_dir": "{workshop}/1rf"}, "1rf already exists"),
         ({"dataset__root": "{workshop}/nowhere"}, "There is no LeRobotDataset at --dataset.root="),
-        (
-            {"dataset__root": "{workshop}/other"},
-            "statistics are not those the teacher was trained with: 'observ",
-        ),
         ({"policy__push_to_hub": "true"}, "needs --policy.repo_id"),
     ],
 )
 def test_user_errors(workshop, tmp_path, capsys, changes, message):
-    if not (workshop / "other").exists():
-        write_dataset(workshop / "other", episodes=4, seed=9)
     names = {"workshop": workshop, "teacher": workshop / "1rf" / LAST}
     changes = {k: v.format(**names) if isinstance(v, str) else v for k, v in changes.items()}
     flags = reflow_run(workshop, **{"output_dir": tmp_path / "run", **changes})
@@ -402,9 +442,9 @@ def test_help_explains_the_reflow_options(capsys):
         reflow_train_main(["--help"])
     assert not exit.value.code
     text = capsys.readouterr().out
-    for name in ("teacher_path", "strategy", "num_steps"):
+    for name in ("teacher_path", "strategy", "solver", "num_steps", "rtol", "atol"):
         assert f"--reflow.{name}" in text
-    assert "Euler steps with which the teacher" in " ".join(text.split())
+    assert "Steps of the solver (not for dopri5)" in " ".join(text.split())
 
 
 def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):
@@ -412,18 +452,18 @@ def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch)
     attach_module = sys.modules["smolvla_reflow.attach"]  # the package exports the function of that name
     calls = iter(range(100))
 
-    def interrupted_solve(*args):
+    def interrupted(*args):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return solve(*args)
+        return couple(*args)
 
-    solve = attach_module.solve
+    couple = attach_module.couple
     for save_freq, hint in ((10, "No checkpoint was saved yet"), (2, "Go on from the last checkpoint with ")):
         run, calls = tmp_path / str(save_freq), iter(range(100))
-        monkeypatch.setattr(attach_module, "solve", interrupted_solve)
+        monkeypatch.setattr(attach_module, "couple", interrupted)
         with pytest.raises(SystemExit) as exit:
             reflow_train_main(reflow_run(workshop, run, save_freq=save_freq))
-        monkeypatch.setattr(attach_module, "solve", solve)
+        monkeypatch.setattr(attach_module, "couple", couple)
         assert exit.value.code == 130
         (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "interrupted." in ln]
         assert hint in line

@@ -69,7 +69,7 @@ def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeyp
     policy.train().forward(dict(batch))
     assert len(prepared) == 1
     by_teacher, by_student = seen
-    assert by_teacher[0] is by_student[0] is prepared[0][0]
+    assert by_teacher[0][0] is by_student[0][0] is prepared[0][0][0]
     assert all(a is b for a, b in zip(by_teacher, by_student, strict=True))
 
 

@@ -1,16 +1,25 @@
 """The frozen teacher: what it shares with the student, and which teachers are refused."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate import Accelerator
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import ReflowError, attach
+from smolvla_reflow.checkpoint import StoredTensors, open_checkpoint
 from smolvla_reflow.teacher import frozen_teacher
 
 
 def storage(parameter):
     return parameter.untyped_storage().data_ptr()
+
+
+def prepared(policy):
+    return Accelerator(cpu=True).prepare(policy)
 
 
 def test_frozen_and_equal_parameters_are_held_once(policy, teacher):
@@ -58,12 +67,45 @@ def test_a_trained_backbone_is_not_shared(make_policy):
 @pytest.mark.parametrize("source", ["folder", "policy"])
 def test_sources_give_the_same_teacher(policy, teacher, tmp_path, source):
     teacher.save_pretrained(tmp_path)
-    frozen = frozen_teacher(policy, tmp_path if source == "folder" else teacher)
+    frozen = frozen_teacher(policy, open_checkpoint(tmp_path) if source == "folder" else teacher)
     expected = teacher.state_dict()
     assert frozen.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in frozen.state_dict().items())
     assert teacher.training is False
     assert any(p.requires_grad for p in teacher.parameters())  # the user's policy is not touched
+
+
+@pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.to(torch.float64), prepared])
+def test_sharing_survives_what_is_done_to_the_student(policy, teacher, move):
+    attach(policy, teacher)
+    move(policy)
+    frozen = dict(policy.model.teacher.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert (storage(frozen[name]) == storage(parameter)) is not parameter.requires_grad, name
+
+
+def test_unfreezing_what_is_shared_is_refused(policy, teacher, batch):
+    """It would train the teacher along with the student."""
+    attach(policy, teacher)
+    policy.requires_grad_(True)
+    with pytest.raises(ReflowError, match="unfrozen after attach.*detach, unfreeze it, and attach again"):
+        policy.train().forward(dict(batch))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
+def test_a_checkpoint_is_never_in_memory_whole(tmp_path):
+    megabyte, count = 2**20, 100
+    save_file({f"w{i}": torch.full((megabyte // 4,), float(i)) for i in range(count)}, tmp_path / "w.safetensors")
+
+    def in_use() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    weights, before, peak = StoredTensors(tmp_path / "w.safetensors"), in_use(), 0
+    assert len(weights) == count
+    for i in range(count):
+        assert weights[f"w{i}"].sum() == i * megabyte // 4
+        peak = max(peak, in_use())
+    assert peak - before < 20 * megabyte
 
 
 def test_num_steps_defaults_to_the_teachers_own(policy, teacher):
@@ -72,7 +114,7 @@ def test_num_steps_defaults_to_the_teachers_own(policy, teacher):
     assert frozen_teacher(policy, teacher, num_steps=3).config.num_steps == 3
     assert (policy.config.num_steps, teacher.config.num_steps) == (10, 7)
     with pytest.raises(ReflowError, match="at least one ODE step"):
-        frozen_teacher(policy, teacher, num_steps=0)
+        attach(policy, teacher, num_steps=0)
 
 
 def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):

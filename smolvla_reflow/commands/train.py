@@ -25,6 +25,7 @@ from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, trai
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.preflight import check_run
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
 
 PROGRAM = "smolvla-reflow-train"
@@ -83,11 +84,20 @@ def run(arguments: Arguments) -> None:
         refuse_remote_job(cfg)
         teacher = open_teacher(cfg)
         validate(cfg)
-        check_run(cfg, teacher)
+        stats = check_run(cfg, teacher)
 
         def teach(policy: nn.Module) -> None:
             announce(cfg, arguments)
-            attach(policy, teacher.folder, strategy=cfg.reflow.strategy, num_steps=cfg.reflow.num_steps)
+            attach(
+                policy,
+                teacher,
+                strategy=cfg.reflow.strategy,
+                solver=cfg.reflow.solver,
+                num_steps=cfg.reflow.num_steps,
+                rtol=cfg.reflow.rtol,
+                atol=cfg.reflow.atol,
+                dataset_stats=stats,
+            )
 
         accelerator = TeachingAccelerator(teach, **accelerator_arguments(cfg))
         try:
@@ -104,8 +114,10 @@ def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
             "resume it with lerobot-train."
         )
     get_loss_strategy(cfg.reflow.strategy)
-    if cfg.reflow.num_steps is not None and cfg.reflow.num_steps < 1:
-        raise ReflowError(f"--reflow.num_steps={cfg.reflow.num_steps}: the teacher needs at least one ODE step.")
+    try:
+        Solver(cfg.reflow.solver, cfg.reflow.num_steps, cfg.reflow.rtol, cfg.reflow.atol)
+    except ReflowError as error:
+        raise ReflowError(f"--reflow.{error}") from None
     teacher = open_checkpoint(cfg.reflow.teacher_path)
     cfg.reflow.teacher_path = teacher.source
     return teacher

@@ -1,0 +1,96 @@
+"""How far a teacher's couplings are from the true ends of its paths, by solver and number of steps.
+
+    smolvla-reflow-demo --output_dir=outputs/demo
+    python examples/benchmarks/coupling_error.py --repo_id=smolvla-reflow/demo --root=outputs/demo/dataset \
+        --teacher_path=outputs/demo/1rf/checkpoints/last/pretrained_model
+
+The reference is 200 steps of rk4 in float32; the first line says how far 100 steps are from it. Errors are root
+mean squares over frames, steps and the robot's action dimensions, in normalised units (standard deviations of the
+action). NFE, the number of velocity evaluations, is what a coupling costs.
+"""
+
+from dataclasses import dataclass
+
+import draccus
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch.utils.data import DataLoader, Subset
+
+from smolvla_reflow.flow import Observation, encode, solve
+from smolvla_reflow.solver import Solver
+
+
+@dataclass
+class ErrorConfig:
+    teacher_path: str
+    repo_id: str
+    root: str | None = None
+    num_frames: int = 64
+    device: str = "cpu"
+
+
+def load_observation(cfg: ErrorConfig, policy: SmolVLAPolicy) -> Observation:
+    """Evenly spaced frames of the dataset, as the policy sees them."""
+    preprocessor, _ = make_pre_post_processors(
+        policy.config, cfg.teacher_path, preprocessor_overrides={"device_processor": {"device": cfg.device}}
+    )
+    dataset = LeRobotDataset(cfg.repo_id, root=cfg.root)
+    frames = torch.linspace(0, len(dataset) - 1, cfg.num_frames).long().tolist()
+    batch = preprocessor(next(iter(DataLoader(Subset(dataset, frames), batch_size=cfg.num_frames))))
+    return Observation(
+        *policy.prepare_images(batch),
+        batch["observation.language.tokens"],
+        batch["observation.language.attention_mask"],
+        policy.prepare_state(batch),
+    )
+
+
+def rms(difference: torch.Tensor) -> float:
+    return difference.square().mean().sqrt().item()
+
+
+def main() -> None:
+    cfg = draccus.parse(ErrorConfig)
+    policy = SmolVLAPolicy.from_pretrained(cfg.teacher_path).to(cfg.device).eval()
+    config = policy.config
+    observation = load_observation(cfg, policy)
+    torch.manual_seed(0)
+    noise = torch.randn(cfg.num_frames, config.chunk_size, config.max_action_dim, device=cfg.device)
+    width = config.action_feature.shape[0]
+
+    def end(solver: Solver) -> torch.Tensor:
+        return solve(policy, observation, noise, solver)[..., :width]
+
+    def nfe(solver: Solver) -> int:
+        count, velocity = 0, encode(policy, observation)
+
+        def counting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            nonlocal count
+            count += 1
+            return velocity(x, t)
+
+        with torch.no_grad():
+            solver.integrate(counting, noise)
+        return count
+
+    reference = end(Solver("rk4", num_steps=200))
+    print(f"reference: rk4 200; rk4 100 is off by {rms(end(Solver('rk4', num_steps=100)) - reference):.4f}")
+    solvers = [Solver("euler", num_steps=n) for n in (1, 2, 5, 10, 20, 50)]
+    solvers += [Solver("midpoint", num_steps=n) for n in (5, 10)]
+    solvers += [Solver("heun3", num_steps=n) for n in (3, 7)]
+    solvers += [Solver("rk4", num_steps=n) for n in (2, 5)]
+    solvers += [Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-3, 1e-5)]
+    print(f"{'solver':<18} {'NFE':>4} {'float32':>9} {'bfloat16 autocast':>18} {'bf16 - fp32':>12}")
+    for solver in solvers:
+        exact = end(solver)
+        with torch.autocast(torch.device(cfg.device).type, torch.bfloat16):
+            rounded = end(solver)
+        name = f"{solver.method} {solver.num_steps or f'{solver.rtol:g}'}"
+        errors = [rms(exact - reference), rms(rounded - reference), rms(rounded - exact)]
+        print(f"{name:<18} {nfe(solver):>4} {errors[0]:>9.4f} {errors[1]:>18.4f} {errors[2]:>12.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The flow of a SmolVLA for one observation: its velocity field, and the ODE solved from noise to actions."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from torch import Tensor
+
+from smolvla_reflow.bindings import bind
+from smolvla_reflow.solver import Solver
+
+
+class Observation(NamedTuple):
+    """What the flow is conditioned on, in the order SmolVLA's forward takes it. `B` is the batch size."""
+
+    images: list[Tensor]  # per camera (B, 3, H, W) in [-1, 1], float32 or the vision encoder's dtype
+    img_masks: list[Tensor]  # per camera (B,) bool, False where the camera is missing
+    lang_tokens: Tensor  # (B, L) int64
+    lang_masks: Tensor  # (B, L) bool
+    state: Tensor  # (B, max_state_dim) float32, normalised
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """`v(x, t)` given one observation, whose prefix (images, language, state) has been encoded.
+
+    Attributes:
+        model: of the policy.
+        prefix: what the stock sampler hands to `denoise_step` besides x and t: padding masks and key-value cache.
+    """
+
+    model: VLAFlowMatching
+    prefix: dict[str, Any]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt, (B, chunk_size, max_action_dim) in the dtype of `x`; `t` is a scalar or (B,)."""
+        timestep = t.to(torch.float32).expand(len(x))
+        denoise_step = type(self.model).denoise_step
+        return denoise_step(self.model, x_t=x, timestep=timestep, **self.prefix).to(x.dtype)
+
+
+@torch.no_grad()
+def encode(policy: SmolVLAPolicy, observation: Observation) -> Velocity:
+    """Encode the prefix once, for any number of velocity evaluations.
+
+    The stock sampler does it: it is run with a `denoise_step` that notes what it is given and stands still.
+    """
+    model, config = policy.model, policy.model.config
+    prefix: dict[str, Any] = {}
+
+    def note(x_t: Tensor, timestep: Tensor, **given: Any) -> Tensor:
+        prefix.update(given)
+        return torch.zeros_like(x_t)
+
+    noise = observation.state.new_zeros(len(observation.state), config.chunk_size, config.max_action_dim)
+    binding = bind(model, denoise_step=note)
+    try:
+        type(model).sample_actions(model, *observation, noise=noise)
+    finally:
+        binding.undo()
+    return Velocity(model, prefix)
+
+
+@torch.no_grad()
+def solve(policy: SmolVLAPolicy, observation: Observation, noise: Tensor, solver: Solver) -> Tensor:
+    """Carry `noise` along the policy's flow; returns actions `(B, chunk_size, max_action_dim)` at full width.
+
+    Args:
+        policy: in eval mode, its `config.num_steps` holding where `solver.num_steps` is None.
+        observation: prepared tensors on the policy's device.
+        noise: (B, chunk_size, max_action_dim) float32.
+        solver: `euler` with the config's own number of steps is the stock sampler itself.
+    """
+    if solver.method == "euler" and solver.num_steps in (None, policy.config.num_steps):
+        return policy.model.sample_actions(*observation, noise=noise)
+    return solver.integrate(encode(policy, observation), noise, policy.config.num_steps)

@@ -1,0 +1,209 @@
+"""The normalised space a teacher's actions live in, where it is not the one its student is trained in.
+
+A SmolVLA sees state and gives actions in units of the statistics saved with its checkpoint. `train()` normalises
+batches by the current dataset's. Where the two differ (more episodes were recorded, another dataset), the teacher
+is asked in its own space: the state is mapped into it, the actions are mapped back. Every mode of LeRobot's
+normaliser is affine in each dimension, and so are both maps.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.processor import (
+    NormalizerProcessorStep,
+    TransitionKey,
+    UnnormalizerProcessorStep,
+    create_transition,
+)
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+from torch.nn.functional import pad
+
+from smolvla_reflow.checkpoint import Checkpoint
+from smolvla_reflow.errors import ReflowError
+
+# The statistics each mode of LeRobot's normaliser uses.
+STATISTICS = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.IDENTITY: (),
+}
+# In normalised units: what is less is rounding, what is more no teacher has seen.
+NEGLIGIBLE = 1e-6
+HOPELESS = 1e3
+
+# As in LeRobot's `dataset.meta.stats`: `{"action": {"mean": ..., "std": ...}, ...}`.
+Statistics = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`scale * x + shift` in the last dimension; padded dimensions have scale 1 and shift 0."""
+
+    scale: Tensor  # (width,) float64
+    shift: Tensor  # (width,) float64
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map `(..., width)`, in its dtype."""
+        return x * self.scale.to(x) + self.shift.to(x)
+
+    def change(self) -> Tensor:
+        """By how much each dimension moves at most for x in [-1, 1], (width,)."""
+        return (self.scale - 1).abs() + self.shift.abs()
+
+
+@dataclass(frozen=True)
+class ChangeOfSpace:
+    """The two maps between the normalised spaces of a student and its teacher."""
+
+    state: Affine  # from the student's to the teacher's
+    actions: Affine  # from the teacher's to the student's
+
+
+def change_of_space(teacher: Checkpoint, stats: Statistics) -> ChangeOfSpace | None:
+    """The maps for batches normalised by `stats`; None if those are the teacher's own statistics.
+
+    Args:
+        teacher: a checkpoint with saved statistics.
+        stats: the dataset's, by feature and statistic.
+
+    Raises:
+        ReflowError: either side lacks statistics, or they differ so that no map can bridge them.
+    """
+    config, saved = teacher.config, _nested(teacher.statistics())
+    current = {name: {k: np.asarray(v, np.float32) for k, v in of.items()} for name, of in stats.items()}
+    _check(teacher.source, config, saved, current)
+
+    # Into the teacher's units: undo the dataset's normaliser, apply the teacher's.
+    ours, theirs = (_probe(NormalizerProcessorStep, OBS_STATE, config, s) for s in (current, saved))
+    scale = theirs.slope / ours.slope
+    state = _padded(scale, theirs.offset - scale * ours.offset, config.max_state_dim)
+    # Out of them as the robot would get them: the teacher's unnormaliser, then the inverse of the student's.
+    ours, theirs = (_probe(UnnormalizerProcessorStep, ACTION, config, s) for s in (current, saved))
+    # A dimension that is constant in both has no slope to divide by, and nothing to map.
+    same = (theirs.slope == ours.slope) & (theirs.offset == ours.offset)
+    actions = _padded(
+        torch.where(same, 1.0, theirs.slope / ours.slope),
+        torch.where(same, 0.0, (theirs.offset - ours.offset) / ours.slope),
+        config.max_action_dim,
+    )
+
+    changes = {OBS_STATE: state.change(), ACTION: actions.change()}
+    feature = max(changes, key=lambda name: changes[name].nan_to_num(torch.inf).max().item())
+    dimension = int(changes[feature].nan_to_num(torch.inf).argmax())
+    largest = changes[feature][dimension].item()
+    if largest <= NEGLIGIBLE:
+        return None
+    if not largest < HOPELESS:
+        raise ReflowError(
+            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension {dimension} is "
+            "(nearly) constant in the one and not in the other. First fine-tune the teacher on this dataset "
+            "with lerobot-train."
+        )
+    if config.adapt_to_pi_aloha:
+        raise ReflowError(
+            "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised "
+            "space, so they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
+        )
+    logging.getLogger(__name__).info(
+        "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
+        "state and actions are mapped to the teacher's space and back.",
+        feature,
+        dimension,
+        largest,
+    )
+    return ChangeOfSpace(state, actions)
+
+
+class _Line(NamedTuple):
+    """`slope * x + offset`, each (D,) float64."""
+
+    slope: Tensor
+    offset: Tensor
+
+
+def _probe(
+    kind: type[NormalizerProcessorStep] | type[UnnormalizerProcessorStep],
+    name: str,
+    config: SmolVLAConfig,
+    stats: Statistics,
+) -> _Line:
+    """What LeRobot's (un)normaliser does to one feature, by its values at 0 and 1."""
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    step = kind(
+        features={name: features[name]},
+        norm_map={FeatureType(k): mode for k, mode in config.normalization_mapping.items()},
+        stats={name: dict(stats.get(name, {}))},
+    )
+
+    def at(value: float) -> Tensor:
+        x = torch.full(features[name].shape, value, dtype=torch.float64)
+        if name == ACTION:
+            return step(create_transition(action=x))[TransitionKey.ACTION]
+        return step(create_transition(observation={name: x}))[TransitionKey.OBSERVATION][name]
+
+    offset = at(0.0)
+    return _Line(slope=at(1.0) - offset, offset=offset)
+
+
+def _padded(scale: Tensor, shift: Tensor, width: int) -> Affine:
+    missing = (0, width - len(scale))
+    return Affine(scale=pad(scale, missing, value=1.0), shift=pad(shift, missing, value=0.0))
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for name, tensor in flat.items():
+        feature, _, statistic = name.rpartition(".")
+        nested.setdefault(feature, {})[statistic] = tensor.cpu().numpy()
+    return nested
+
+
+def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Statistics) -> None:
+    """Both sides have every statistic in use, in the feature's shape; those of images, not mapped, agree.
+
+    LeRobot hands its normaliser the dataset's statistics under the dataset's own names, so a renamed state
+    has none, and would be trained unnormalised.
+    """
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    for feature, spec in features.items():
+        mode = config.normalization_mapping.get(spec.type.value, NormalizationMode.IDENTITY)
+        for statistic in STATISTICS[mode]:
+            name = f"{feature}.{statistic}"
+            ours, theirs = current.get(feature, {}).get(statistic), saved.get(feature, {}).get(statistic)
+            if spec.type is FeatureType.VISUAL:
+                if not _agree(ours, theirs):
+                    raise ReflowError(
+                        f"The teacher's images were normalised by other statistics: '{name}' is not the "
+                        "dataset's. Only state and actions can be mapped."
+                    )
+                continue
+            if theirs is None:
+                raise ReflowError(
+                    f"The teacher {source} has no saved statistics '{name}', so the space of its actions is "
+                    "unknown; use a checkpoint saved by lerobot-train."
+                )
+            if ours is None:
+                raise ReflowError(
+                    f"The dataset has no statistics '{name}', by which the teacher's {feature} is normalised; a "
+                    "dataset that names this feature differently has to be converted, not mapped."
+                )
+            if not ours.shape == theirs.shape == tuple(spec.shape):
+                raise ReflowError(
+                    f"The statistics '{name}' have shape {ours.shape} in the dataset and {theirs.shape} in the "
+                    f"teacher, and the feature has {tuple(spec.shape)}."
+                )
+
+
+def _agree(ours: np.ndarray | None, theirs: np.ndarray | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.size == theirs.size and np.allclose(ours.ravel(), theirs.ravel())

@@ -1,0 +1,93 @@
+"""Look at each image once: teacher and student share what a frozen vision encoder makes of it.
+
+The encoder is most of a training step's cost, and the teacher looks at the student's images. Within
+`SharedFeatures.once()` the first of the two to encode an image does so for both.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor, nn
+
+from smolvla_reflow.bindings import Binding, bind
+
+
+@dataclass(eq=False)
+class SharedFeatures:
+    """What the encoder made of the images of the present step.
+
+    Attributes:
+        dtype: of the encoder; images in this dtype reach it as the very tensors that were passed in.
+        bindings: on the encoders of student and teacher.
+        seen: (image, features) pairs, or None outside of a step.
+    """
+
+    dtype: torch.dtype
+    bindings: tuple[Binding, ...] = ()
+    seen: list[tuple[Tensor, Any]] | None = None
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Encode each image tensor once until the end of this block."""
+        self.seen = []
+        try:
+            yield
+        finally:
+            self.seen = None
+
+
+class VisionMixin:
+    """Bound onto the two vision encoders; never inherited."""
+
+    training: bool
+    forward_standard: Callable[..., Any]
+    shared_features: SharedFeatures
+
+    # A compiled student calls it between two graphs: what was seen is a fact of this step, not of the graph.
+    @torch.compiler.disable
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The stock forward, unless this very image was seen in this step. A training encoder may drop out."""
+        seen = self.shared_features.seen
+        if seen is None or self.training:
+            return self.forward_standard(pixel_values, *args, **kwargs)
+        for image, features in seen:
+            if image is pixel_values:
+                return features
+        features = self.forward_standard(pixel_values, *args, **kwargs)
+        seen.append((pixel_values, features))
+        return features
+
+
+def share_features(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> SharedFeatures | None:
+    """Let the two share their vision encoder's features; None if it is trained, or differs."""
+    encoders = vision_encoder(student), vision_encoder(teacher)
+    if not _same_frozen_parameters(*encoders):
+        return None
+    shared = SharedFeatures(next(encoders[0].parameters()).dtype)
+    shared.bindings = tuple(
+        bind(
+            encoder,
+            shared_features=shared,
+            forward_standard=encoder.forward,
+            forward=MethodType(VisionMixin.forward, encoder),
+        )
+        for encoder in encoders
+    )
+    return shared
+
+
+def vision_encoder(policy: SmolVLAPolicy) -> nn.Module:
+    """The part of the backbone that turns images into features, before the connector."""
+    return policy.model.vlm_with_expert.get_vlm_model().vision_model
+
+
+def _same_frozen_parameters(ours: nn.Module, theirs: nn.Module) -> bool:
+    mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    return mine.keys() == other.keys() and all(
+        parameter is other[name] and not parameter.requires_grad for name, parameter in mine.items()
+    )

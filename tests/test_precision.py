@@ -1,0 +1,52 @@
+"""Under autocast the teacher runs as its stock inference would, and stays close to float32."""
+
+import pytest
+import torch
+from conftest import observe
+
+from smolvla_reflow import attach
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_couplings_under_autocast_are_the_stock_samplers(policy, teacher, batch, noise_and_time, device):
+    noise = noise_and_time[0].to(device)
+    policy, teacher = policy.to(device), teacher.to(device)
+    observation = observe(policy, {name: tensor.to(device) for name, tensor in batch.items()})
+    attach(policy, teacher)
+    with torch.autocast(device, torch.bfloat16):
+        coupling = policy.model.generate_reflow_target(*observation, noise=noise)
+        with torch.no_grad():
+            stock = teacher.model.sample_actions(*observation, noise=noise)
+    assert torch.equal(coupling.actions, stock)
+    assert coupling.actions.dtype == torch.float32
+    exact = policy.model.generate_reflow_target(*observation, noise=noise).actions
+    distance = (coupling.actions - exact).square().mean().sqrt() / exact.std()
+    assert 0 < distance < 0.02
+
+
+@pytest.mark.parametrize("arguments", [{"solver": "midpoint"}, {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}])
+def test_other_solvers_keep_the_state_in_float32(make_policy, batch, noise_and_time, arguments):
+    noise, _ = noise_and_time
+    policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
+    attach(policy, teacher, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    exact = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    assert actions.dtype == torch.float32
+    assert 0 < (actions - exact).square().mean().sqrt() / exact.std() < 0.02
+
+
+def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_time):
+    noise, time = noise_and_time
+    losses = []
+    for shared in (True, False):
+        with attach(policy, teacher) as attachment, torch.autocast("cpu", torch.bfloat16):
+            if not shared:
+                attachment.features = None
+            losses.append(policy.train().forward(dict(batch), noise=noise, time=time)[0])
+    assert torch.equal(*losses)

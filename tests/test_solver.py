@@ -1,0 +1,164 @@
+"""ODE solvers: their order on a flow whose solution is known, and on SmolVLA against other code."""
+
+import math
+
+import pytest
+import torch
+from conftest import SMOOTH, observe
+from oracle import Flow
+
+from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.flow import encode, solve
+from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP
+
+
+class RiccatiFlow:
+    """dx/dt = t x^2, which carries x at t = 1 to x / (1 + x / 2) at t = 0."""
+
+    evaluations = 0
+
+    def __call__(self, x, t):
+        self.evaluations += 1
+        return t * x**2
+
+    def solution(self, noise):
+        return noise / (1 + noise / 2)
+
+
+@pytest.fixture
+def start():
+    return torch.linspace(0.1, 2, 24, dtype=torch.float64).reshape(2, 3, 4)
+
+
+def error(solver, noise):
+    flow = RiccatiFlow()
+    return (solver.integrate(flow, noise) - flow.solution(noise)).abs().max().item(), flow.evaluations
+
+
+@pytest.mark.parametrize(
+    ("method", "order", "evaluations"), [("euler", 1, 1), ("midpoint", 2, 2), ("heun3", 3, 3), ("rk4", 4, 4)]
+)
+def test_a_fixed_step_method_converges_with_its_order(start, method, order, evaluations):
+    coarse, used = error(Solver(method, num_steps=160), start)
+    fine, _ = error(Solver(method, num_steps=320), start)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+    assert used == 160 * evaluations
+
+
+def test_dopri5_meets_its_tolerance_at_the_cost_of_a_fifth_order_method(start):
+    """Such a method needs tolerance^(-1/5) steps; one of order 3 would need tolerance^(-1/3)."""
+    costs = []
+    for tolerance in (1e-7, 1e-9, 1e-11):
+        off, evaluations = error(Solver("dopri5", rtol=tolerance, atol=tolerance), start)
+        assert off < 30 * tolerance
+        costs.append(evaluations)
+    assert math.log(costs[-1] / costs[0]) / math.log(1e4) == pytest.approx(1 / 5, abs=0.05)
+
+
+def test_the_default_tolerance_is_1e_5(start):
+    assert error(Solver("dopri5"), start) == error(Solver("dopri5", rtol=1e-5, atol=1e-5), start)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "dopri"}, "solver=dopri is unknown; known are: euler, .*dopri5. Did you mean 'dopri5'"),
+        ({"num_steps": 0}, "num_steps=0: the teacher needs at least one ODE step"),
+        ({"method": "rk4", "num_steps": -3}, "at least one ODE step"),
+        ({"method": "dopri5", "num_steps": 5}, "chooses its own steps; give rtol and atol"),
+        ({"method": "midpoint", "rtol": 1e-3}, "takes equal steps; give num_steps instead"),
+        ({"method": "dopri5", "atol": 0.0}, "atol=0.0: a tolerance is a positive number"),
+        ({"method": "dopri5", "rtol": float("nan")}, "rtol=nan"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ReflowError, match=message):
+        Solver(**arguments)
+
+
+def test_a_velocity_that_is_not_finite_is_an_error(start):
+    with pytest.raises(ReflowError, match="cannot be solved by dopri5"):
+        Solver("dopri5").integrate(lambda x, t: x * float("nan"), start)
+
+
+# --- on SmolVLA -----------------------------------------------------------------------------------------------
+
+
+def midpoint(v, x, t, h):
+    return x - h * v(x - h / 2 * v(x, t), t - h / 2)
+
+
+def heun3(v, x, t, h):
+    k1 = v(x, t)
+    k2 = v(x - h / 3 * k1, t - h / 3)
+    k3 = v(x - 2 * h / 3 * k2, t - 2 * h / 3)
+    return x - h / 4 * (k1 + 3 * k3)
+
+
+def three_eighths(v, x, t, h):
+    k1 = v(x, t)
+    k2 = v(x - h * k1 / 3, t - h / 3)
+    k3 = v(x - h * (k2 - k1 / 3), t - 2 * h / 3)
+    k4 = v(x - h * (k1 - k2 + k3), t - h)
+    return x - h / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
+
+
+@pytest.mark.parametrize(("method", "step"), [("midpoint", midpoint), ("heun3", heun3), ("rk4", three_eighths)])
+def test_couplings_equal_an_independent_solution(policy, teacher, batch, noise_and_time, method, step):
+    noise, _ = noise_and_time
+    attach(policy, teacher, solver=method, num_steps=3)
+    coupling = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise)
+
+    flow, x = Flow(teacher, batch), noise
+    with torch.no_grad():
+        for i in range(3):
+            x = step(lambda x, t: flow.velocity(x, torch.full((len(x),), t)), x, 1 - i / 3, 1 / 3)
+    torch.testing.assert_close(coupling.actions, x, rtol=1e-4, atol=1e-5)
+    assert coupling.actions.dtype == torch.float32
+
+
+def test_dopri5_finds_the_solution_that_euler_creeps_up_to(make_policy, batch, noise_and_time):
+    noise, _ = noise_and_time
+    policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
+    attach(policy, teacher, solver="dopri5", rtol=1e-6, atol=1e-6)
+    actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    flow = Flow(teacher, batch)
+    with torch.no_grad():
+        distances = [(flow.euler(noise, n) - actions).abs().max().item() for n in (25, 50, 100)]
+    assert distances[0] / distances[1] == pytest.approx(2, abs=0.2)
+    assert distances[1] / distances[2] == pytest.approx(2, abs=0.2)
+
+
+def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher, batch, noise_and_time):
+    noise, _ = noise_and_time
+    teacher.config.num_steps = 7
+    observation = observe(policy, batch)
+    with torch.no_grad():
+        stock = teacher.model.sample_actions(*observation, noise=noise)
+    for solver in ({}, {"solver": "euler"}, {"solver": "euler", "num_steps": 7}):
+        with attach(policy, teacher, **solver):
+            assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
+    by_torchdiffeq = Solver().integrate(encode(teacher, observation), noise, num_steps=7)
+    torch.testing.assert_close(by_torchdiffeq, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*FIXED_STEP, *ADAPTIVE])
+def test_the_prefix_is_encoded_once_per_solve(make_policy, batch, noise_and_time, method):
+    noise, _ = noise_and_time
+    teacher = make_policy(seed=1, **SMOOTH)
+    model, encoded, evaluated = teacher.model, [], []
+    embed_prefix, embed_suffix = model.embed_prefix, model.embed_suffix
+    vars(model)["embed_prefix"] = lambda *a, **k: encoded.append(1) or embed_prefix(*a, **k)
+    vars(model)["embed_suffix"] = lambda *a: evaluated.append(1) or embed_suffix(*a)
+    before = dict(vars(model))
+    solve(teacher, observe(teacher, batch), noise, Solver(method, num_steps=None if method in ADAPTIVE else 4))
+    assert len(encoded) == 1
+    assert len(evaluated) >= 4
+    assert vars(model) == before
+
+
+def test_a_solver_for_the_teacher_does_not_change_the_policys_own_sampling(policy, teacher, batch, noise_and_time):
+    noise, _ = noise_and_time
+    expected = policy.predict_action_chunk(dict(batch), noise=noise)
+    attach(policy, teacher, solver="rk4", num_steps=2)
+    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)
