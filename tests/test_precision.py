@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import observe
+from conftest import SMOOTH, observe
 
 from smolvla_reflow import attach
 
