@@ -29,8 +29,12 @@ def test_couplings_under_autocast_are_the_stock_samplers(policy, teacher, batch,
     assert 0 < distance < 0.02
 
 
-@pytest.mark.parametrize("arguments", [{"solver": "midpoint"}, {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}])
-def test_other_solvers_keep_the_state_in_float32(make_policy, batch, noise_and_time, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "bound"),
+    # An adaptive solver takes other steps, so that the two differ by a few of its tolerances.
+    [({"solver": "midpoint"}, 0.02), ({"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}, 0.05)],
+)
+def test_other_solvers_keep_the_state_in_float32(make_policy, batch, noise_and_time, arguments, bound):
     noise, _ = noise_and_time
     policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
     attach(policy, teacher, **arguments)
@@ -38,7 +42,7 @@ def test_other_solvers_keep_the_state_in_float32(make_policy, batch, noise_and_t
         actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
     exact = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
     assert actions.dtype == torch.float32
-    assert 0 < (actions - exact).square().mean().sqrt() / exact.std() < 0.02
+    assert 0 < (actions - exact).square().mean().sqrt() / exact.std() < bound
 
 
 def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_time):
