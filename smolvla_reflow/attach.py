@@ -18,6 +18,8 @@ from types import MethodType
 from typing import Any
 from weakref import WeakSet
 
+import torch
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -29,6 +31,7 @@ from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
 from smolvla_reflow.normalization import ChangeOfSpace, Statistics, change_of_space
+from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
 from smolvla_reflow.teacher import base_policy, frozen_teacher
@@ -42,7 +45,8 @@ class ModelMixin:
 
     training: bool
     training_mode: str
-    teacher: SmolVLAPolicy
+    teacher: SmolVLAPolicy | None
+    config: SmolVLAConfig
     forward_standard: Callable[..., Tensor]
     sample_noise: Callable[..., Tensor]
 
@@ -68,14 +72,16 @@ class ModelMixin:
     def generate_reflow_target(self, images, img_masks, lang_tokens, lang_masks, state, noise=None) -> Coupling:
         """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
 
-        `noise` is drawn as the stock sampler draws it unless it is given.
+        `noise` is drawn as the stock sampler draws it unless it is given. With pairs from disk, one of those of
+        each of the batch's frames is drawn instead.
         """
+        attachment = vars(self)[_STATE]
+        if attachment.pairs is not None:
+            return attachment.draw_pairs(noise, state.device)
         if noise is None:
-            config = self.teacher.config
-            shape = (state.shape[0], config.chunk_size, config.max_action_dim)
+            shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
-        attachment = vars(self)[_STATE]
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
 
@@ -90,6 +96,7 @@ class PolicyMixin:
         """
         attachment = vars(self)[_STATE]
         attachment.whole_chunk_losses = None
+        attachment.frames = batch.get("index")
         loss, metrics = attachment.policy_forward(batch, noise, time, reduction)
         losses, attachment.whole_chunk_losses = attachment.whole_chunk_losses, None
         if losses is not None:
@@ -104,22 +111,26 @@ class Attachment:
 
     Attributes:
         policy: the attached SmolVLAPolicy (inside a PEFT wrapper, the base policy).
-        teacher: its frozen teacher.
+        teacher: its frozen teacher; None if pairs stand in for it.
+        pairs: couplings made before, read from disk.
         solver: of the teacher's ODE.
         space: the way into the teacher's normalised space and back; None if it is the batches' own.
         features: of the images, shared by the two; None if the vision encoder is trained or differs.
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
+        frames: the dataset indices of the batch of the present forward pass, (B,) int64, or None if it has none.
         whole_chunk_losses: within one forward pass, the losses on their way from model to policy.
     """
 
     policy: SmolVLAPolicy
-    teacher: SmolVLAPolicy
+    teacher: SmolVLAPolicy | None
+    pairs: Pairs | None
     solver: Solver
     space: ChangeOfSpace | None
     features: SharedFeatures | None
     policy_forward: Callable[..., tuple[Tensor, dict[str, Any]]]
     bindings: tuple[Binding, ...] = ()
+    frames: Tensor | None = None
     whole_chunk_losses: Tensor | None = None
 
     @contextmanager
@@ -130,6 +141,22 @@ class Attachment:
             return
         with self.features.once():
             yield observation._replace(images=[image.to(self.features.dtype) for image in observation.images])
+
+    def draw_pairs(self, noise: Tensor | None, device: torch.device) -> Coupling:
+        """One stored coupling for each frame of the batch.
+
+        Raises:
+            ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
+        """
+        assert self.pairs is not None
+        if noise is not None:
+            raise ReflowError("Stored pairs have noise of their own; attach a teacher to couple a given noise.")
+        if self.frames is None:
+            raise ReflowError(
+                "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
+                "and call policy.forward(batch)."
+            )
+        return self.pairs.draw(self.frames.tolist(), device)
 
     def detach(self) -> None:
         detach(self.policy)
@@ -152,8 +179,9 @@ def attach(
     rtol: float | None = None,
     atol: float | None = None,
     dataset_stats: Statistics | None = None,
+    pairs: str | Path | Pairs | None = None,
 ) -> Attachment:
-    """Let `policy.forward` compute the loss of a strategy, with a frozen teacher at hand.
+    """Let `policy.forward` compute the loss of a strategy, with a frozen teacher or its stored couplings at hand.
 
     After this `policy.model` has `training_mode` (assignable), `teacher`, `forward_standard` (the forward it
     had, compiled or not), `forward_reflow` and `generate_reflow_target`. The teacher is no submodule: it is
@@ -170,6 +198,8 @@ def attach(
             sampler, Euler with its own `config.num_steps`.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped.
+        pairs: a folder of `smolvla-reflow-pairs`, instead of a teacher and a solver. That it fits the dataset the
+            batches come from is for the caller to know; the training command checks it.
 
     Raises:
         ReflowError: the policy is no SmolVLA or is attached already, the strategy or solver is unknown, the
@@ -180,6 +210,12 @@ def attach(
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     get_loss_strategy(strategy)
     ode = Solver(solver, num_steps, rtol, atol)
+    if pairs is not None:
+        if teacher is not None:
+            raise ReflowError("Attach either a teacher or the pairs it made, not both.")
+        stored = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
+        _check_shape(stored, base)
+        return _bind(Attachment(base, None, stored, ode, None, None, base.forward), strategy)
     source = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space = None
     if dataset_stats is not None:
@@ -190,15 +226,28 @@ def attach(
         space = change_of_space(source, dataset_stats)
     frozen = frozen_teacher(policy, source, num_steps)
 
-    attachment = Attachment(base, frozen, ode, space, share_features(base, frozen), base.forward)
-    model = base.model
+    attachment = Attachment(base, frozen, None, ode, space, share_features(base, frozen), base.forward)
+    _bind(attachment, strategy)
+    _report_sharing(base, frozen, attachment.features)
+    return attachment
+
+
+def _check_shape(pairs: Pairs, policy: SmolVLAPolicy) -> None:
+    for name in ("chunk_size", "max_action_dim"):
+        ours, theirs = getattr(policy.config, name), getattr(pairs.manifest.provenance, name)
+        if ours != theirs:
+            raise ReflowError(f"The pairs do not fit the policy: {name} is {theirs} in them and {ours} in it.")
+
+
+def _bind(attachment: Attachment, strategy: str) -> Attachment:
+    base, model = attachment.policy, attachment.policy.model
     attachment.bindings = (
         *(attachment.features.bindings if attachment.features else ()),
         bind(base, forward=MethodType(PolicyMixin.forward, base), **{_STATE: attachment}),
         bind(
             model,
             training_mode=strategy,
-            teacher=frozen,
+            teacher=attachment.teacher,
             forward_standard=model.forward,
             forward=MethodType(ModelMixin.forward, model),
             forward_reflow=MethodType(ModelMixin.forward_reflow, model),
@@ -207,7 +256,6 @@ def attach(
         ),
     )
     _guard(model)
-    _report_sharing(attachment)
     return attachment
 
 
@@ -232,14 +280,14 @@ def detach(policy: nn.Module) -> None:
         binding.undo()
 
 
-def _report_sharing(attachment: Attachment) -> None:
-    ours = {id(parameter) for parameter in attachment.policy.parameters()}
-    theirs = list(attachment.teacher.parameters())
+def _report_sharing(student: SmolVLAPolicy, teacher: SmolVLAPolicy, features: SharedFeatures | None) -> None:
+    ours = {id(parameter) for parameter in student.parameters()}
+    theirs = list(teacher.parameters())
     logging.getLogger(__name__).info(
         "Teacher shares %d of its %d parameters with the student%s.",
         sum(parameter.numel() for parameter in theirs if id(parameter) in ours),
         sum(parameter.numel() for parameter in theirs),
-        "" if attachment.features is None else ", and what the vision encoder makes of each image",
+        "" if features is None else ", and what the vision encoder makes of each image",
     )
 
 

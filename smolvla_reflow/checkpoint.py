@@ -1,5 +1,6 @@
 """Find and open a SmolVLA checkpoint, and say in one sentence what is wrong with one that cannot be used."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,26 @@ from torch import Tensor
 from smolvla_reflow.errors import ReflowError
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
+# Prefixes of config fields about training, publishing and running a policy; `num_steps` belongs to the solver.
+IRRELEVANT_TO_ACTIONS = (
+    "device",
+    "optimizer_",
+    "scheduler_",
+    "push_to_hub",
+    "repo_id",
+    "private",
+    "tags",
+    "license",
+    "pretrained_path",
+    "load_vlm_weights",
+    "compile_",
+    "rtc_config",
+    "use_peft",
+    "freeze_",
+    "train_",
+    "n_action_steps",
+    "num_steps",
+)
 FORK_FIELDS = ("training_mode", "teacher_model_path", "use_reflow")
 
 
@@ -42,6 +63,19 @@ class Checkpoint:
             return StoredTensors(path)
         except (SafetensorError, OSError) as error:
             raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what its actions depend on: weights, configuration and statistics, wherever it is stored."""
+        digest = hashlib.sha256()
+        with (self.folder / SAFETENSORS_SINGLE_FILE).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        fields = json.loads((self.folder / CONFIG_NAME).read_text())
+        relevant = {k: v for k, v in fields.items() if not k.startswith(IRRELEVANT_TO_ACTIONS)}
+        digest.update(json.dumps(relevant, sort_keys=True).encode())
+        for name, tensor in sorted(self.statistics().items()):
+            digest.update(name.encode() + tensor.double().numpy().tobytes())
+        return digest.hexdigest()
 
     def statistics(self) -> dict[str, Tensor]:
         """The normalisation statistics saved with it, e.g. `{"action.mean": ..., "action.std": ...}`."""

@@ -1,5 +1,6 @@
 """What differs between the supported LeRobot versions, 0.4.4 to 0.6.1, and nothing else."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,19 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from lerobot.scripts import lerobot_train
 from packaging.version import Version
+from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
 
 SUPPORTED = "0.4.4 to 0.6.1"
 
-__all__ = ["LeRobotDatasetMetadata", "accelerator_arguments", "refuse_remote_job", "train_function"]
+__all__ = [
+    "LeRobotDatasetMetadata",
+    "accelerator_arguments",
+    "refuse_remote_job",
+    "repeat_prefix",
+    "train_function",
+]
 
 
 def train_function() -> Callable[..., None]:
@@ -47,6 +55,25 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
         dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
         arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return arguments
+
+
+def repeat_prefix(prefix: dict[str, Any], times: int) -> dict[str, Any]:
+    """Repeat each sample of what the sampler hands to `denoise_step`: a mask, and the cache of keys and values.
+
+    The cache is a dictionary of tensors up to LeRobot 0.6.0 and transformers' own class from 0.6.1 on.
+    """
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(times, dim=0)
+        if isinstance(value, dict):
+            return {key: repeated(item) for key, item in value.items()}
+        if value is not None:
+            value = copy.deepcopy(value)
+            value.batch_repeat_interleave(times)
+        return value
+
+    return {key: repeated(value) for key, value in prefix.items()}
 
 
 def refuse_remote_job(cfg: TrainPipelineConfig) -> None:

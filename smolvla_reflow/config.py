@@ -18,6 +18,10 @@ class ReflowConfig:
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     strategy: str = "reflow"
     """Loss strategy, either 'reflow', 'standard' or one that an installed package offers."""
+    pairs_path: str | None = None
+    """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, its path says where to start."""
+    augment_pairs: bool = False
+    """Allow image transforms together with pairs, whose actions the teacher chose for the images as recorded."""
     solver: str = "euler"
     """Solver of the teacher's ODE, either 'euler' (its stock sampler), 'midpoint', 'heun3', 'rk4' or 'dopri5'."""
     num_steps: int | None = None

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
 from smolvla_reflow.bindings import bind
+from smolvla_reflow.compat import repeat_prefix
 from smolvla_reflow.solver import Solver
 
 
@@ -21,6 +23,13 @@ class Observation(NamedTuple):
     state: Tensor  # (B, max_state_dim) float32, normalised
 
 
+def observe(policy: SmolVLAPolicy, batch: dict[str, Tensor]) -> Observation:
+    """The observations of a preprocessed batch, prepared as the policy's own forward prepares them."""
+    images, img_masks = policy.prepare_images(batch)
+    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+    return Observation(images, img_masks, tokens, mask, policy.prepare_state(batch))
+
+
 @dataclass(frozen=True)
 class Velocity:
     """`v(x, t)` given one observation, whose prefix (images, language, state) has been encoded.
@@ -32,6 +41,10 @@ class Velocity:
 
     model: VLAFlowMatching
     prefix: dict[str, Any]
+
+    def repeated(self, times: int) -> "Velocity":
+        """For each observation `times` in a row: B observations become B * times, sharing the work of encoding."""
+        return Velocity(self.model, repeat_prefix(self.prefix, times))
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """dx/dt, (B, chunk_size, max_action_dim) in the dtype of `x`; `t` is a scalar or (B,)."""

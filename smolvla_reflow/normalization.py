@@ -6,6 +6,7 @@ is asked in its own space: the state is mapped into it, the actions are mapped b
 normaliser is affine in each dimension, and so are both maps.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,6 +122,18 @@ def change_of_space(teacher: Checkpoint, stats: Statistics) -> ChangeOfSpace | N
         largest,
     )
     return ChangeOfSpace(state, actions)
+
+
+def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
+    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32."""
+    digest = hashlib.sha256()
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    for feature in (OBS_STATE, ACTION):
+        mode = config.normalization_mapping.get(features[feature].type.value, NormalizationMode.IDENTITY)
+        for statistic in STATISTICS[mode]:
+            digest.update(f"{feature}.{statistic}".encode())
+            digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
+    return digest.hexdigest()
 
 
 class _Line(NamedTuple):

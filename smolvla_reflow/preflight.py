@@ -1,34 +1,41 @@
 """Check a run before anything is written: does the dataset exist, and does the teacher fit it?"""
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
+from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import FeatureType
 from lerobot.datasets.factory import IMAGENET_STATS
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.normalization import Statistics, change_of_space
+from smolvla_reflow.normalization import Statistics, change_of_space, fingerprint
+from smolvla_reflow.pairs import Pairs, Provenance, differences
+
+ODE_FIELDS = ("solver", "num_steps", "rtol", "atol")
 
 
-def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> Statistics:
-    """Raise ReflowError if this dataset cannot be trained on with this teacher.
+def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, pairs: Pairs | None = None) -> Statistics:
+    """Raise ReflowError if this dataset cannot be trained on with this teacher, or with these pairs.
 
     Returns:
         The statistics by which LeRobot will normalise the batches.
     """
-    metadata = open_metadata(cfg)
+    metadata = open_metadata(cfg.dataset)
     check_features(teacher, metadata.features, cfg.rename_map)
-    stats = dict(metadata.stats)
-    if cfg.dataset.use_imagenet_stats:
-        stats |= {camera: {**stats.get(camera, {}), **IMAGENET_STATS} for camera in metadata.camera_keys}
+    stats = dataset_statistics(metadata, cfg.dataset)
     change_of_space(teacher, stats)
+    if pairs is not None:
+        check_pairs(cfg, teacher, pairs, metadata, stats)
     return stats
 
 
-def open_metadata(cfg: ReflowTrainPipelineConfig) -> LeRobotDatasetMetadata:
-    dataset = cfg.dataset
+def open_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
+    """Raise ReflowError if there is no such dataset."""
     try:
         return LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
     except Exception as error:  # the hub client's and LeRobot's errors share no base class
@@ -37,6 +44,78 @@ def open_metadata(cfg: ReflowTrainPipelineConfig) -> LeRobotDatasetMetadata:
         raise ReflowError(
             f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason})."
         ) from None
+
+
+def dataset_statistics(metadata: LeRobotDatasetMetadata, dataset: DatasetConfig) -> Statistics:
+    """The statistics by which LeRobot normalises this dataset's batches."""
+    stats = dict(metadata.stats)
+    if dataset.use_imagenet_stats:
+        stats |= {camera: {**stats.get(camera, {}), **IMAGENET_STATS} for camera in metadata.camera_keys}
+    return stats
+
+
+def frame_ranges(metadata: LeRobotDatasetMetadata, episodes: Sequence[int] | None) -> list[range]:
+    """The indices of all frames of these episodes (None for all), as ascending ranges without gaps between them.
+
+    Raises:
+        ReflowError: there is no such episode.
+    """
+    chosen = range(metadata.total_episodes) if episodes is None else sorted(set(episodes))
+    unknown = [episode for episode in chosen if not 0 <= episode < metadata.total_episodes]
+    if unknown:
+        raise ReflowError(
+            f"--dataset.episodes: the dataset has {metadata.total_episodes}, and no episode {unknown[0]}."
+        )
+    ranges: list[range] = []
+    for episode in chosen:
+        row = metadata.episodes[episode]
+        start, stop = int(row["dataset_from_index"]), int(row["dataset_to_index"])
+        if ranges and ranges[-1].stop == start:
+            start = ranges.pop().start
+        ranges.append(range(start, stop))
+    return ranges
+
+
+def check_pairs(
+    cfg: ReflowTrainPipelineConfig,
+    teacher: Checkpoint,
+    pairs: Pairs,
+    metadata: LeRobotDatasetMetadata,
+    stats: Statistics,
+) -> None:
+    """Raise ReflowError unless the pairs are this teacher's on this dataset, whole, and cover every frame."""
+    made, ode, policy = pairs.manifest.provenance, cfg.reflow, cfg.policy
+    assert isinstance(policy, SmolVLAConfig)
+    here = replace(
+        made,
+        teacher=teacher.fingerprint(),
+        dataset=cfg.dataset.repo_id,
+        total_frames=metadata.total_frames,
+        statistics=fingerprint(teacher.config, stats),
+        chunk_size=policy.chunk_size,
+        max_action_dim=policy.max_action_dim,
+        # The teacher's ODE was solved when the pairs were made; what is said of it here has to agree.
+        **{
+            name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in (None, "euler")
+        },
+    )
+    unlike = differences(here, made, [field.name for field in fields(Provenance)])
+    if unlike:
+        raise ReflowError(f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}.")
+    wanted = frame_ranges(metadata, cfg.dataset.episodes)
+    missing, total = pairs.missing(wanted), sum(map(len, wanted))
+    if missing:
+        raise ReflowError(
+            f"{missing} of the {total} frames to train on have no pairs in {pairs.folder}, which covers "
+            f"{pairs.manifest.num_frames}. Make pairs for them, or choose --dataset.episodes that have some."
+        )
+    if cfg.dataset.image_transforms.enable and not ode.augment_pairs:
+        raise ReflowError(
+            "--dataset.image_transforms.enable=true changes the images the student sees, but not the pairs, which "
+            "the teacher made from the images as recorded. If that is what you want, say "
+            "--reflow.augment_pairs=true."
+        )
+    pairs.check()
 
 
 def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: dict[str, str]) -> None:

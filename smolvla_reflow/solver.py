@@ -7,7 +7,7 @@ The methods are torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,12 @@ class Solver:
             )
         if self.method in FIXED_STEP and any(value is not None for value in tolerances.values()):
             raise ReflowError(f"solver={self.method} takes equal steps; give num_steps instead of rtol and atol.")
+
+    def resolved(self, num_steps: int) -> "Solver":
+        """The same with every value filled in; `num_steps` where a fixed-step method has none."""
+        if self.method in ADAPTIVE:
+            return replace(self, rtol=self.rtol or DEFAULT_TOLERANCE, atol=self.atol or DEFAULT_TOLERANCE)
+        return replace(self, num_steps=self.num_steps or num_steps)
 
     def integrate(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Tensor:
         """Solve the ODE from `noise` at t = 1; returns x at t = 0, in the shape and dtype of `noise`.

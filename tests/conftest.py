@@ -17,7 +17,6 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 
-from smolvla_reflow import Observation
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.demo.backbone import write_backbone
@@ -107,16 +106,6 @@ def make_batch(size: int, seed: int = 2) -> dict[str, torch.Tensor]:
         "action": torch.randn(size, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": is_pad,
     }
-
-
-def observe(policy: SmolVLAPolicy, batch: dict[str, torch.Tensor]) -> Observation:
-    """What the model's forward and sampler are conditioned on."""
-    return Observation(
-        *policy.prepare_images(batch),
-        batch["observation.language.tokens"],
-        batch["observation.language.attention_mask"],
-        policy.prepare_state(batch),
-    )
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ACTION_DIM, STATE_DIM, observe
+from conftest import ACTION_DIM, STATE_DIM
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 
 from smolvla_reflow import ReflowError, attach
 from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.flow import observe
 from smolvla_reflow.normalization import STATISTICS, change_of_space
 
 WIDTHS = {"action": ACTION_DIM, "observation.state": STATE_DIM}

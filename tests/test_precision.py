@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import SMOOTH, observe
+from conftest import SMOOTH
 
 from smolvla_reflow import attach
+from smolvla_reflow.flow import observe
 
 DEVICES = [
     "cpu",

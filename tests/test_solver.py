@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import SMOOTH, observe
+from conftest import SMOOTH
 from oracle import Flow
 
 from smolvla_reflow import ReflowError, Solver, attach
-from smolvla_reflow.flow import encode, solve
+from smolvla_reflow.flow import encode, observe, solve
 from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP
 
 

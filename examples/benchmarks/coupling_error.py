@@ -18,7 +18,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch.utils.data import DataLoader, Subset
 
-from smolvla_reflow.flow import Observation, encode, solve
+from smolvla_reflow.flow import Observation, encode, observe, solve
 from smolvla_reflow.solver import Solver
 
 
@@ -39,12 +39,7 @@ def load_observation(cfg: ErrorConfig, policy: SmolVLAPolicy) -> Observation:
     dataset = LeRobotDataset(cfg.repo_id, root=cfg.root)
     frames = torch.linspace(0, len(dataset) - 1, cfg.num_frames).long().tolist()
     batch = preprocessor(next(iter(DataLoader(Subset(dataset, frames), batch_size=cfg.num_frames))))
-    return Observation(
-        *policy.prepare_images(batch),
-        batch["observation.language.tokens"],
-        batch["observation.language.attention_mask"],
-        policy.prepare_state(batch),
-    )
+    return observe(policy, batch)
 
 
 def rms(difference: torch.Tensor) -> float:

@@ -36,6 +36,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
 from smolvla_reflow import attach, is_attached, register_loss_strategy
+from smolvla_reflow.flow import observe
 
 STANDARD, NAIVE, SHARED_WEIGHTS, REFLOW = VARIANTS = ("standard", "naive", "shared weights", "reflow")
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -68,18 +69,11 @@ def prepare(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> Loss:
         teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
 
         def naive(batch: dict[str, Tensor]) -> Tensor:
-            images, img_masks = student.prepare_images(batch)
-            inputs = (
-                images,
-                img_masks,
-                batch["observation.language.tokens"],
-                batch["observation.language.attention_mask"],
-                student.prepare_state(batch),
-            )
+            inputs = observe(student, batch)
             with torch.no_grad():
                 config = student.config
                 noise = torch.randn(
-                    len(images[0]), config.chunk_size, config.max_action_dim, device=images[0].device
+                    len(inputs.state), config.chunk_size, config.max_action_dim, device=inputs.state.device
                 )
                 actions = teacher.model.sample_actions(*inputs, noise=noise)
             return student.model.forward(*inputs, actions, noise).mean()

@@ -24,6 +24,7 @@ from smolvla_reflow.commands.console import command_line, parse_errors, reported
 from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.preflight import check_run
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
@@ -83,11 +84,16 @@ def run(arguments: Arguments) -> None:
                 arguments.config_file.unlink()
         refuse_remote_job(cfg)
         teacher = open_teacher(cfg)
+        pairs = open_pairs(cfg)
         validate(cfg)
-        stats = check_run(cfg, teacher)
+        stats = check_run(cfg, teacher, pairs)
 
         def teach(policy: nn.Module) -> None:
             announce(cfg, arguments)
+            if pairs is not None:
+                logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(pairs), pairs.folder)
+                attach(policy, pairs=pairs, strategy=cfg.reflow.strategy)
+                return
             attach(
                 policy,
                 teacher,
@@ -121,6 +127,15 @@ def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
     teacher = open_checkpoint(cfg.reflow.teacher_path)
     cfg.reflow.teacher_path = teacher.source
     return teacher
+
+
+def open_pairs(cfg: ReflowTrainPipelineConfig) -> Pairs | None:
+    """Open the stored couplings, if there are any, and pin them by a path that holds from any folder."""
+    if not cfg.reflow.pairs_path:
+        return None
+    pairs = Pairs(cfg.reflow.pairs_path)
+    cfg.reflow.pairs_path = str(pairs.folder.resolve())
+    return pairs
 
 
 def validate(cfg: ReflowTrainPipelineConfig) -> None:
