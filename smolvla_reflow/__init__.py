@@ -4,6 +4,7 @@ from smolvla_reflow.attach import Attachment, attach, detach, is_attached
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
+from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import (
     LossStrategy,
@@ -17,6 +18,7 @@ __all__ = [
     "Coupling",
     "LossStrategy",
     "Observation",
+    "Pairs",
     "ReflowError",
     "Solver",
     "attach",

@@ -97,7 +97,10 @@ class PolicyMixin:
         attachment = vars(self)[_STATE]
         attachment.whole_chunk_losses = None
         attachment.frames = batch.get("index")
-        loss, metrics = attachment.policy_forward(batch, noise, time, reduction)
+        try:
+            loss, metrics = attachment.policy_forward(batch, noise, time, reduction)
+        finally:
+            attachment.frames = None
         losses, attachment.whole_chunk_losses = attachment.whole_chunk_losses, None
         if losses is not None:
             loss = losses.mean(dim=(1, 2)) if reduction == "none" else losses.mean()

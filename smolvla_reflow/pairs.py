@@ -214,7 +214,7 @@ class Pairs:
         Raises:
             ReflowError: it holds no pairs, or not all of them yet.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder).expanduser().resolve()
         self.manifest = read_manifest(self.folder)
         if self.manifest.unfinished:
             raise ReflowError(
@@ -238,7 +238,7 @@ class Pairs:
             raise ReflowError(
                 f"The pairs in {self.folder} are damaged: {names}{' and others' if len(damaged) > 3 else ''} "
                 "is not the file that was written. Run smolvla-reflow-pairs again with the same flags and "
-                "--repair=true."
+                "--repair."
             )
 
     def missing(self, frames: Iterable[range]) -> int:

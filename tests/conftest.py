@@ -2,6 +2,8 @@
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,15 @@ def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
 def reflow_train_main(flags: Sequence[str]) -> None:
     """`smolvla-reflow-train` in this process."""
     reflow_train.main(list(flags))
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
 
 
 @pytest.fixture(autouse=True)

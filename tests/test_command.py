@@ -13,7 +13,7 @@ from pathlib import Path
 import lerobot
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main
+from conftest import lerobot_train_main, reflow_run, reflow_train_main, torchrun
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow.checkpoint import open_checkpoint
@@ -240,15 +240,6 @@ def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step, capsys):
 
 
 # --- several processes ----------------------------------------------------------------------------------------
-
-
-def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
 
 
 def test_two_processes_train_and_only_the_main_one_logs(workshop, tmp_path):

@@ -16,30 +16,25 @@ step. Memory is the peak of a process of its own that loads a checkpoint and its
 
 import contextlib
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import draccus
 import torch
 from architecture import make_batch, make_policy, write_real_size_backbone
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from timing import Loss, machine, take_step
 from torch import Tensor
 
 from smolvla_reflow import attach, is_attached, register_loss_strategy
 from smolvla_reflow.flow import observe
 
 STANDARD, NAIVE, SHARED_WEIGHTS, REFLOW = VARIANTS = ("standard", "naive", "shared weights", "reflow")
-Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass
@@ -88,22 +83,6 @@ def prepare(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> Loss:
         return student.forward(dict(batch))[0]
 
     return attached
-
-
-def take_step(loss: Loss, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
-    """One training step; returns its seconds."""
-    synchronise(batch)
-    start = time.perf_counter()
-    optimizer.zero_grad()
-    loss(batch).backward()
-    optimizer.step()
-    synchronise(batch)
-    return time.perf_counter() - start
-
-
-def synchronise(batch: dict[str, Tensor]) -> None:
-    if batch["action"].is_cuda:
-        torch.cuda.synchronize()
 
 
 def load_student(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
@@ -172,9 +151,7 @@ def main() -> None:
             measured = measure_memory(cfg, cfg.checkpoint)
         print(json.dumps(measured))
         return
-    device = torch.cuda.get_device_name() if cfg.device.startswith("cuda") else f"CPU, {os.cpu_count()} cores"
-    versions = " ".join(f"{name} {version(name)}" for name in ("lerobot", "torch", "transformers"))
-    print(f"{device} ({platform.machine()}), {versions}, compile_model={cfg.compile_model}")
+    print(f"{machine(cfg.device)}, compile_model={cfg.compile_model}")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         checkpoint = Path(folder) / "checkpoint"
         torch.manual_seed(0)

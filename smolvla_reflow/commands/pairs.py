@@ -3,7 +3,7 @@
     smolvla-reflow-pairs --reflow.teacher_path=... --dataset.repo_id=... --output_dir=DIR
     smolvla-reflow-train --reflow.teacher_path=... --dataset.repo_id=... --reflow.pairs_path=DIR
 
-The same command goes on where it was interrupted. `--repair=true` makes damaged shards again;
+The same command goes on where it was interrupted. `--repair` makes damaged shards again;
 `--verify=DIR` solves a sample of the pairs again and reports the largest difference.
 """
 
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_errors(PROGRAM):
         if "-h" in argv or "--help" in argv:
             print(__doc__)
+        argv = _with_values(argv)
         verifying = any(word.partition("=")[0] == "--verify" for word in argv)
         if not verifying and "--help" not in argv and "-h" not in argv and not _names(argv, "dataset.repo_id"):
             raise ReflowError("Name the teacher's dataset: --dataset.repo_id=... (--dataset.root=...).")
@@ -124,7 +125,8 @@ def make(cfg: PairsConfig) -> None:
     """Make the pairs, or what is missing of them."""
     check_values(cfg)
     state = PartialState(cpu=cfg.policy.device == "cpu")
-    device = str(torch.device(cfg.policy.device)) if cfg.policy.device else str(state.device)
+    # Named by its kind alone, a device is each process's own.
+    device = str(state.device) if cfg.policy.device in (None, state.device.type) else str(cfg.policy.device)
     teacher = open_checkpoint(cfg.reflow.teacher_path or "")
     wanted = plan(cfg, teacher)
     assert cfg.output_dir is not None
@@ -282,7 +284,7 @@ def begin(cfg: PairsConfig, folder: Path, wanted: Manifest, state: PartialState)
     if damaged and not cfg.repair:
         raise ReflowError(
             f"{', '.join(shard_path(folder, shard).name for shard in damaged[:3])} in {folder} "
-            f"({len(damaged)} in all) is not the file that was written; add --repair=true to make it again."
+            f"({len(damaged)} in all) is not the file that was written; add --repair to make it again."
         )
     return replace(found, checksums={k: v for k, v in found.checksums.items() if k not in damaged})
 
@@ -336,6 +338,15 @@ def verify(cfg: VerifyConfig) -> None:
 def rounding(actions: torch.Tensor, dtype: str) -> float:
     """The largest error of storing actions of this size in `dtype`."""
     return (actions.abs().max() * torch.finfo(DTYPES[dtype]).eps / 2).item()
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Let `--repair` alone mean `--repair=true`."""
+    following = [*argv[1:], "--"]
+    return [
+        "--repair=true" if word == "--repair" and next_word.startswith("--") else word
+        for word, next_word in zip(argv, following, strict=True)
+    ]
 
 
 def _names(argv: Sequence[str], flag: str) -> bool:

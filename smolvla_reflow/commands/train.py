@@ -134,7 +134,7 @@ def open_pairs(cfg: ReflowTrainPipelineConfig) -> Pairs | None:
     if not cfg.reflow.pairs_path:
         return None
     pairs = Pairs(cfg.reflow.pairs_path)
-    cfg.reflow.pairs_path = str(pairs.folder.resolve())
+    cfg.reflow.pairs_path = str(pairs.folder)
     return pairs
 
 

@@ -1,0 +1,175 @@
+"""What stored pairs cost to make, to read and to train on, with SmolVLA at its real size.
+
+python examples/benchmarks/pairs_cost.py
+
+training step      from pairs next to a standard one, taken in turn, and the teacher parameters in memory
+generating         four pairs a frame, the prefix encoded once, next to one `sample_actions` call per pair
+reading            one pair at random out of a million, and what that leaves in memory
+rounding           what storing actions in fewer bits does to them and to the loss
+"""
+
+import contextlib
+import dataclasses
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+import torch
+from architecture import make_batch, make_policy, write_real_size_backbone
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import save_file
+from timing import machine, synchronise, take_step
+from torch import Tensor
+from tqdm import tqdm
+
+from smolvla_reflow import Pairs, attach, detach
+from smolvla_reflow.flow import observe
+from smolvla_reflow.generation import PairSolver
+from smolvla_reflow.pairs import DTYPES, Manifest, Provenance, shard_path
+
+PAIRS_PER_FRAME, FRAMES_PER_SHARD, READS = 4, 128, 10_000
+
+
+@dataclass
+class BenchmarkConfig:
+    device: str = "cpu"
+    batch_size: int = 2
+    steps: int = 5
+    num_pairs: int = 1_000_000
+
+
+def provenance(policy: SmolVLAPolicy, dtype: str = "float16") -> Provenance:
+    return Provenance(
+        teacher="",
+        dataset="",
+        total_frames=1,
+        statistics="",
+        solver="euler",
+        num_steps=policy.config.num_steps,
+        rtol=None,
+        atol=None,
+        chunk_size=policy.config.chunk_size,
+        max_action_dim=policy.config.max_action_dim,
+        seed=0,
+        pairs_per_frame=PAIRS_PER_FRAME,
+        dtype=dtype,
+    )
+
+
+def write_pairs(folder: Path, policy: SmolVLAPolicy, num_pairs: int) -> Pairs:
+    """A set of random actions."""
+    made = provenance(policy)
+    num_frames = -(-num_pairs // PAIRS_PER_FRAME)
+    manifest = Manifest(made, {}, "benchmark", [[0, num_frames]], FRAMES_PER_SHARD)
+    shape = (FRAMES_PER_SHARD, PAIRS_PER_FRAME, made.chunk_size, made.max_action_dim)
+    for shard in tqdm(range(manifest.num_shards), desc="writing pairs", unit="file", leave=False):
+        save_file({"actions": torch.randn(shape).half()}, shard_path(folder, shard))
+    dataclasses.replace(manifest, checksums=dict.fromkeys(range(manifest.num_shards), "")).write(folder)
+    return Pairs(folder)
+
+
+def training_step(cfg: BenchmarkConfig, policy: SmolVLAPolicy, pairs: Pairs) -> None:
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-6)
+    batch = {**make_batch(policy, cfg.batch_size), "index": torch.arange(cfg.batch_size)}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return policy.forward(dict(batch))[0]
+
+    standard, from_pairs = [], []
+    for _ in range(cfg.steps + 1):
+        standard.append(take_step(loss, batch, optimizer))
+        attachment = attach(policy, pairs=pairs)
+        from_pairs.append(take_step(loss, batch, optimizer))
+        teacher = 0 if attachment.teacher is None else sum(p.numel() for p in attachment.teacher.parameters())
+        detach(policy)
+    medians = [statistics.median(seconds[1:]) for seconds in (standard, from_pairs)]  # the first one warms up
+    print(f"training step   standard {medians[0]:.3f} s, from pairs {medians[1]:.3f} s: ", end="")
+    print(f"{medians[1] / medians[0]:.3f}x, {teacher} teacher parameters in memory")
+
+
+def generating(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
+    policy.eval()
+    solver = PairSolver(policy, lambda batch: batch, None, provenance(policy))
+    batch = {**make_batch(policy, cfg.batch_size), "index": torch.arange(cfg.batch_size)}
+    shape = (cfg.batch_size, policy.config.chunk_size, policy.config.max_action_dim)
+    together, separate = [], []
+    for _ in range(max(2, cfg.steps // 2) + 1):
+        start = time.perf_counter()
+        solver(batch)
+        synchronise(batch)
+        together.append((time.perf_counter() - start) / (cfg.batch_size * PAIRS_PER_FRAME))
+        start = time.perf_counter()
+        with torch.no_grad():
+            policy.model.sample_actions(*observe(policy, batch), noise=torch.randn(shape, device=cfg.device))
+        synchronise(batch)
+        separate.append((time.perf_counter() - start) / cfg.batch_size)
+    medians = [statistics.median(seconds[1:]) for seconds in (separate, together)]
+    print(f"generating      {medians[0]:.3f} s a pair by sample_actions, {medians[1]:.3f} s by fours: ", end="")
+    print(f"{medians[1] / medians[0]:.2f}x")
+
+
+def reading(pairs: Pairs) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    frames, draw = pairs.manifest.num_frames, random.Random(0)
+    pairs.lookup(0, 0)
+    before, milliseconds = resident(), []
+    for _ in range(READS):
+        frame, pair = draw.randrange(frames), draw.randrange(PAIRS_PER_FRAME)
+        start = time.perf_counter()
+        pairs.lookup(frame, pair)
+        milliseconds.append((time.perf_counter() - start) * 1e3)
+    milliseconds.sort()
+    print(
+        f"reading         one of {len(pairs)} pairs ({pairs.manifest.num_shards} files): median "
+        f"{milliseconds[READS // 2]:.3f} ms, 99 % below {milliseconds[READS * 99 // 100]:.3f} ms; "
+        f"memory after {READS} reads {(resident() - before) / 2**20:+.1f} MiB"
+    )
+
+
+def rounding(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
+    policy.eval()
+    batch = make_batch(policy, cfg.batch_size)
+    inputs = observe(policy, batch)
+    torch.manual_seed(0)
+    noise = torch.randn(cfg.batch_size, policy.config.chunk_size, policy.config.max_action_dim, device=cfg.device)
+    time_ = torch.rand(cfg.batch_size, device=cfg.device)
+    with torch.no_grad():
+        actions = policy.model.sample_actions(*inputs, noise=noise)
+        exact = policy.model.forward(*inputs, actions, noise, time_).mean().item()
+        for name, dtype in DTYPES.items():
+            stored = actions.to(dtype).float()
+            error = (stored - actions).square().mean().sqrt().item()
+            loss = policy.model.forward(*inputs, stored, noise, time_).mean().item()
+            size = provenance(policy).chunk_size * provenance(policy).max_action_dim * dtype.itemsize
+            print(
+                f"rounding        {name:<8} {size:>5} bytes a pair, actions off by {error:.1e} (RMS), "
+                f"loss by {abs(loss - exact) / exact:.1e} of itself"
+            )
+
+
+def main() -> None:
+    cfg = draccus.parse(BenchmarkConfig)
+    print(machine(cfg.device))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        with contextlib.redirect_stdout(sys.stderr):
+            policy = make_policy(write_real_size_backbone(Path(folder) / "backbone"), cfg.device)
+        (Path(folder) / "pairs").mkdir()
+        pairs = write_pairs(Path(folder) / "pairs", policy, cfg.num_pairs)
+        rounding(cfg, policy)
+        reading(pairs)
+        generating(cfg, policy)
+        training_step(cfg, policy, pairs)
+
+
+if __name__ == "__main__":
+    main()

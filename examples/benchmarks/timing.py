@@ -1,0 +1,35 @@
+"""Seconds of a training step, and on what machine they were taken."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+
+def take_step(loss: Loss, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
+    """One training step; returns its seconds."""
+    synchronise(batch)
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    loss(batch).backward()
+    optimizer.step()
+    synchronise(batch)
+    return time.perf_counter() - start
+
+
+def synchronise(batch: dict[str, Tensor]) -> None:
+    if batch["action"].is_cuda:
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> str:
+    """Device and versions, in a line."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {os.cpu_count()} cores"
+    versions = " ".join(f"{package} {version(package)}" for package in ("lerobot", "torch", "transformers"))
+    return f"{name} ({platform.machine()}), {versions}"
