@@ -125,8 +125,7 @@ def make(cfg: PairsConfig) -> None:
     """Make the pairs, or what is missing of them."""
     check_values(cfg)
     state = PartialState(cpu=cfg.policy.device == "cpu")
-    # Named by its kind alone, a device is each process's own.
-    device = str(state.device) if cfg.policy.device in (None, state.device.type) else str(cfg.policy.device)
+    device = own_device(cfg.policy.device, state)
     teacher = open_checkpoint(cfg.reflow.teacher_path or "")
     wanted = plan(cfg, teacher)
     assert cfg.output_dir is not None
@@ -165,6 +164,13 @@ def make(cfg: PairsConfig) -> None:
             f"Train on them: smolvla-reflow-train --reflow.teacher_path={teacher.source} "
             f"--dataset.repo_id={made.dataset} --reflow.pairs_path={folder} ..."
         )
+
+
+def own_device(wanted: str | None, state: PartialState) -> str:
+    """This process's device; one named by its kind alone ("cuda") is each process's own."""
+    if wanted not in (None, state.device.type):
+        return str(wanted)
+    return "cpu" if state.device.type == "cpu" else str(state.device)
 
 
 def check_values(cfg: PairsConfig) -> None:
@@ -315,7 +321,7 @@ def verify(cfg: VerifyConfig) -> None:
     )
     open_metadata(where)
     dataset = LeRobotDataset(where.repo_id, root=where.root, revision=where.revision)
-    device = cfg.policy.device or str(PartialState().device)
+    device = own_device(cfg.policy.device, PartialState(cpu=cfg.policy.device == "cpu"))
     solver = pair_solver(teacher, made, where, device, origin["rename_map"])
     every = [frame for start, stop in pairs.manifest.frames for frame in range(start, stop)]
     frames = sorted(random.Random(cfg.seed).sample(every, min(VERIFIED_FRAMES, len(every))))
