@@ -491,6 +491,7 @@ def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
         ({"dtype": "int8"}, "--dtype=int8 is unknown; known are: float32, bfloat16, float16"),
         ({"reflow__solver": "rk5"}, "--reflow.solver=rk5 is unknown"),
         ({"repair": "true"}, "there are no pairs in"),
+        ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
         ({"pair_per_frame": 2}, "unrecognized arguments: --pair_per_frame=2"),
         ({"dataset__image_transforms__enable": "true"}, "from the images as they were recorded"),
     ],

@@ -168,6 +168,12 @@ def make(cfg: PairsConfig) -> None:
 
 def own_device(wanted: str | None, state: PartialState) -> str:
     """This process's device; one named by its kind alone ("cuda") is each process's own."""
+    if wanted is not None:
+        try:
+            torch.empty(0, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ReflowError(f"--policy.device={wanted} cannot be used ({reason}); leave the flag out.") from None
     if wanted not in (None, state.device.type):
         return str(wanted)
     return "cpu" if state.device.type == "cpu" else str(state.device)
