@@ -64,9 +64,7 @@ def complete(argv: Sequence[str]) -> Arguments:
             "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
         )
     if "dataset.repo_id" not in given and not (rest.get("dataset") or {}).get("repo_id"):
-        raise ReflowError(
-            "Name the dataset the teacher was trained on: --dataset.repo_id=... (--dataset.root=...)."
-        )
+        raise ReflowError("Name the dataset the teacher was trained on: --dataset.repo_id=... (--dataset.root=...).")
     kind = given.pop("policy.type", "smolvla")
     if kind != "smolvla":
         raise ReflowError(f"--policy.type={kind} cannot be reflowed, only smolvla can.")

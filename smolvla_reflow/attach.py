@@ -223,9 +223,7 @@ def attach(
     space = None
     if dataset_stats is not None:
         if not isinstance(source, Checkpoint):
-            raise ReflowError(
-                "dataset_stats needs a teacher given as a checkpoint, which saves its own statistics."
-            )
+            raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
         space = change_of_space(source, dataset_stats)
     frozen = frozen_teacher(policy, source, num_steps)
 

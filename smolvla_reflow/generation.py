@@ -61,9 +61,7 @@ class PairSolver:
         made = self.provenance
         frames = batch["index"].tolist()
         shape = (made.chunk_size, made.max_action_dim)
-        noise = torch.stack(
-            [pair_noise(made.seed, f, k, shape) for f in frames for k in range(made.pairs_per_frame)]
-        )
+        noise = torch.stack([pair_noise(made.seed, f, k, shape) for f in frames for k in range(made.pairs_per_frame)])
         batch = self.preprocessor(dict(batch))
         observation = observe(self.policy, batch)
         solver = Solver(made.solver, made.num_steps, made.rtol, made.atol)
@@ -82,6 +80,14 @@ class PairSolver:
         return actions.unflatten(0, (len(frames), made.pairs_per_frame)).float().cpu()
 
 
+def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
+    """A checkpoint's policy for inference on `device`, neither compiled nor guided by an earlier chunk."""
+    config = copy.deepcopy(checkpoint.config)
+    config.device, config.compile_model, config.rtc_config = device, False, None
+    policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config)
+    return policy.to(device).eval().requires_grad_(False)
+
+
 def load_pair_solver(
     checkpoint: Checkpoint,
     provenance: Provenance,
@@ -92,9 +98,7 @@ def load_pair_solver(
     """Load the teacher as plain LeRobot would, on `device`."""
     config = copy.deepcopy(checkpoint.config)
     config.device, config.compile_model, config.rtc_config = device, False, None
-    policy = (
-        SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device).eval().requires_grad_(False)
-    )
+    policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device).eval().requires_grad_(False)
     overrides: dict[str, Any] = {"device_processor": {"device": device}}
     if rename_map:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
@@ -146,9 +150,7 @@ def generate(
                 for frames in batches[shard]:
                     batch = next(loader)
                     if batch["index"].tolist() != frames:
-                        raise ReflowError(
-                            f"The dataset's frames {frames[0]} to {frames[-1]} are not in their place."
-                        )
+                        raise ReflowError(f"The dataset's frames {frames[0]} to {frames[-1]} are not in their place.")
                     solved.append(solver(batch))
                     bar.update(len(frames) * pairs_per_frame)
                 finished.append((shard, _write_shard(folder, shard, torch.cat(solved), manifest)))

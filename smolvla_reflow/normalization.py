@@ -124,6 +124,18 @@ def change_of_space(teacher: Checkpoint, stats: Statistics) -> ChangeOfSpace | N
     return ChangeOfSpace(state, actions)
 
 
+def robot_units(checkpoint: Checkpoint) -> Affine:
+    """From this checkpoint's normalised actions to the robot's own units, at the robot's width.
+
+    Raises:
+        ReflowError: the checkpoint has no saved statistics for its actions.
+    """
+    saved = _nested(checkpoint.statistics())
+    _check(checkpoint.source, checkpoint.config, saved, saved)
+    line = _probe(UnnormalizerProcessorStep, ACTION, checkpoint.config, saved)
+    return Affine(scale=line.slope, shift=line.offset)
+
+
 def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
     """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32."""
     digest = hashlib.sha256()

@@ -125,9 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise ReflowError(
-            f"{folder} holds no pairs: there is no {MANIFEST_NAME}. Make them with smolvla-reflow-pairs."
-        )
+        raise ReflowError(f"{folder} holds no pairs: there is no {MANIFEST_NAME}. Make them with smolvla-reflow-pairs.")
     try:
         values = json.loads(path.read_text())
         version = values["format_version"]
@@ -175,9 +173,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def check_shards(folder: Path, manifest: Manifest) -> list[int]:
     """Numbers of the finished shards whose file is missing or is not the one that was written."""
-    return [
-        shard for shard, checksum in manifest.checksums.items() if _checksum(shard_path(folder, shard)) != checksum
-    ]
+    return [shard for shard, checksum in manifest.checksums.items() if _checksum(shard_path(folder, shard)) != checksum]
 
 
 def _checksum(path: Path) -> str | None:
@@ -245,10 +241,7 @@ class Pairs:
         """How many of these frames have no pairs."""
         return sum(
             len(wanted)
-            - sum(
-                len(range(max(wanted.start, start), min(wanted.stop, stop)))
-                for start, stop in self.manifest.frames
-            )
+            - sum(len(range(max(wanted.start, start), min(wanted.stop, stop))) for start, stop in self.manifest.frames)
             for wanted in frames
         )
 

@@ -41,9 +41,7 @@ def open_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
     except Exception as error:  # the hub client's and LeRobot's errors share no base class
         where = f"--dataset.root={dataset.root}" if dataset.root else f"--dataset.repo_id={dataset.repo_id}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ReflowError(
-            f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason})."
-        ) from None
+        raise ReflowError(f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason}).") from None
 
 
 def dataset_statistics(metadata: LeRobotDatasetMetadata, dataset: DatasetConfig) -> Statistics:
@@ -95,9 +93,7 @@ def check_pairs(
         chunk_size=policy.chunk_size,
         max_action_dim=policy.max_action_dim,
         # The teacher's ODE was solved when the pairs were made; what is said of it here has to agree.
-        **{
-            name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in (None, "euler")
-        },
+        **{name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in (None, "euler")},
     )
     unlike = differences(here, made, [field.name for field in fields(Provenance)])
     if unlike:
@@ -132,6 +128,4 @@ def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: di
             )
         shape = tuple(names[name]["shape"])
         if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
-            raise ReflowError(
-                f"'{name}' has shape {shape} in the dataset and {tuple(feature.shape)} in the teacher."
-            )
+            raise ReflowError(f"'{name}' has shape {shape} in the dataset and {tuple(feature.shape)} in the teacher.")

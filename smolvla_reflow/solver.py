@@ -8,6 +8,7 @@ The methods are torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ DEFAULT_TOLERANCE = 1e-5
 
 # (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t a scalar tensor in [0, 1].
 VelocityField = Callable[[Tensor, Tensor], Tensor]
+
+
+class Path(NamedTuple):
+    """A solution of the ODE."""
+
+    times: Tensor  # (S,), from 1 to 0
+    points: Tensor  # (S, B, chunk_size, max_action_dim), x at those times
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,7 @@ class Solver:
             if value is not None and not 0 < value < float("inf"):
                 raise ReflowError(f"{name}={value}: a tolerance is a positive number.")
         if self.method in ADAPTIVE and self.num_steps is not None:
-            raise ReflowError(
-                f"solver={self.method} chooses its own steps; give rtol and atol instead of num_steps."
-            )
+            raise ReflowError(f"solver={self.method} chooses its own steps; give rtol and atol instead of num_steps.")
         if self.method in FIXED_STEP and any(value is not None for value in tolerances.values()):
             raise ReflowError(f"solver={self.method} takes equal steps; give num_steps instead of rtol and atol.")
 
@@ -77,12 +83,16 @@ class Solver:
             noise: (B, chunk_size, max_action_dim).
             num_steps: equal steps where `self.num_steps` is None.
         """
+        return self.path(velocity, noise, num_steps).points[-1]
+
+    def path(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Path:
+        """Solve the ODE and keep x after each step; an adaptive method keeps the two ends alone."""
         steps = 1 if self.method in ADAPTIVE else self.num_steps or num_steps
         if steps is None:
             raise ReflowError(f"{self.method} needs num_steps.")
         times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
         try:
-            path = odeint(
+            points = odeint(
                 lambda t, x: velocity(x, t),
                 noise,
                 times,
@@ -92,4 +102,4 @@ class Solver:
             )
         except AssertionError as error:
             raise ReflowError(f"The ODE cannot be solved by {self.method} ({error}).") from None
-        return path[-1]
+        return Path(times, points)

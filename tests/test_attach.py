@@ -234,9 +234,7 @@ def test_peft_policy(make_policy, teacher, batch, noise_and_time, tmp_path):
 
     student = make_policy(seed=0)
     student.load_state_dict(teacher.state_dict())
-    wrapped = get_peft_model(
-        student, LoraConfig(target_modules=r".*lm_expert\..*\.q_proj", init_lora_weights=False)
-    )
+    wrapped = get_peft_model(student, LoraConfig(target_modules=r".*lm_expert\..*\.q_proj", init_lora_weights=False))
     before = snapshot(student)
     attach(wrapped, tmp_path)
     assert is_attached(wrapped)

@@ -78,9 +78,7 @@ def test_dataset_holds_what_the_experts_did(workshop):
 def test_both_trainings_read_the_same_data(tmp_path):
     teacher, student = one_rectified_flow_flags(tmp_path), reflow_flags(tmp_path)
     for name in ("dataset.root", "dataset.repo_id", "batch_size"):
-        assert [f for f in teacher if f.startswith(f"--{name}=")] == [
-            f for f in student if f.startswith(f"--{name}=")
-        ]
+        assert [f for f in teacher if f.startswith(f"--{name}=")] == [f for f in student if f.startswith(f"--{name}=")]
 
 
 def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):

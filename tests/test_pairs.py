@@ -122,8 +122,7 @@ def test_stored_actions_are_the_teachers_stock_samples(workshop, stored):
         actions = torch.stack([c.actions for c in couplings])
         torch.testing.assert_close(actions, expected, rtol=2**-11, atol=1e-4)  # rounded to float16
         assert all(
-            torch.equal(c.noise, pair_noise(0, f, k, (CHUNK, WIDTH)))
-            for f, c in zip(frames, couplings, strict=True)
+            torch.equal(c.noise, pair_noise(0, f, k, (CHUNK, WIDTH))) for f, c in zip(frames, couplings, strict=True)
         )
 
 
@@ -282,9 +281,7 @@ def test_training_from_pairs_writes_a_stock_checkpoint_and_resumes(workshop, sto
     assert weights(tmp_path / "run").keys() == weights(workshop / "1rf").keys()
     config = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
     assert config["reflow"]["pairs_path"] == str(stored.resolve())
-    reflow_train_main(
-        [f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=8"]
-    )
+    reflow_train_main([f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=8"])
     assert (tmp_path / "run/checkpoints/000008").is_dir()
     stock = reflow_run(workshop, tmp_path / "stock", steps=1)
     stock = [f for f in stock if not f.startswith("--reflow.")]
@@ -499,9 +496,7 @@ def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
 def test_user_errors(workshop, tmp_path, capsys, flags, message):
     names = {"workshop": workshop, "tmp": tmp_path}
     flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
-    assert message in refused(
-        capsys, pairs_command.main, pairs_flags(workshop, **{"folder": tmp_path / "p", **flags})
-    )
+    assert message in refused(capsys, pairs_command.main, pairs_flags(workshop, **{"folder": tmp_path / "p", **flags}))
     assert not (tmp_path / "p" / "manifest.json").exists()
 
 

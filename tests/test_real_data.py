@@ -41,9 +41,7 @@ def test_humanoid_with_26_action_dimensions(tmp_path):
             f"--output_dir={tmp_path / '1rf'}",
         ]
     )
-    reflow_train_main(
-        [*shared, f"--reflow.teacher_path={tmp_path / '1rf' / LAST}", f"--output_dir={tmp_path / '2rf'}"]
-    )
+    reflow_train_main([*shared, f"--reflow.teacher_path={tmp_path / '1rf' / LAST}", f"--output_dir={tmp_path / '2rf'}"])
     student = SmolVLAPolicy.from_pretrained(tmp_path / "2rf" / LAST)
     teacher = SmolVLAPolicy.from_pretrained(tmp_path / "1rf" / LAST)
     assert student.config.action_feature.shape == (26,)

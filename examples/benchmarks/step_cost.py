@@ -97,8 +97,7 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
     # Two students, since a standard step knows no attachment; one optimizer each.
     plain, taught = load_student(cfg, checkpoint), load_student(cfg, checkpoint)
     losses = {
-        variant: prepare(variant, plain if variant in (STANDARD, NAIVE) else taught, checkpoint)
-        for variant in VARIANTS
+        variant: prepare(variant, plain if variant in (STANDARD, NAIVE) else taught, checkpoint) for variant in VARIANTS
     }
     optimizers = {policy: torch.optim.AdamW(policy.get_optim_params(), lr=1e-6) for policy in (plain, taught)}
     batch = make_batch(plain, batch_size)
@@ -116,9 +115,7 @@ def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
     """Unique parameters, and peak memory in bytes, of one variant in this process."""
     student = load_student(cfg, checkpoint)
     loss = prepare(cfg.variant, student, checkpoint)
-    closure = {
-        cell.cell_contents for cell in loss.__closure__ or () if isinstance(cell.cell_contents, SmolVLAPolicy)
-    }
+    closure = {cell.cell_contents for cell in loss.__closure__ or () if isinstance(cell.cell_contents, SmolVLAPolicy)}
     policies = [*closure, *([student.model.teacher] if is_attached(student) else [])]
     unique = {p.untyped_storage().data_ptr(): p.numel() for policy in policies for p in policy.parameters()}
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)

@@ -52,5 +52,14 @@ def parse_errors() -> Iterator[None]:
         raise ReflowError(f"{_one_line(str(error))}. See --help.") from None
 
 
+def with_values(argv: Sequence[str], switch: str) -> list[str]:
+    """Let `--switch` alone mean `--switch=true`."""
+    following = [*argv[1:], "--"]
+    return [
+        f"--{switch}=true" if word == f"--{switch}" and after.startswith("--") else word
+        for word, after in zip(argv, following, strict=True)
+    ]
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split()).rstrip(".")

@@ -152,9 +152,7 @@ def evaluate(folder: Path, seed: int) -> list[Row]:
     same_scene = Scenes.repeat(start_y=0.0, obstacle_y=0.0, n=PICTURED)
     draw_paths(
         {
-            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": drivers[name].drive(
-                same_scene, num_steps, seed
-            )
+            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": drivers[name].drive(same_scene, num_steps, seed)
             for name, num_steps in (("teacher", 10), ("teacher", 1), ("student", 1))
         },
         folder / "paths.png",

@@ -24,7 +24,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import parse_errors, reported_errors
+from smolvla_reflow.commands.console import parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.generation import PairSolver, full_disk, generate, load_pair_solver
 from smolvla_reflow.normalization import change_of_space
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_errors(PROGRAM):
         if "-h" in argv or "--help" in argv:
             print(__doc__)
-        argv = _with_values(argv)
+        argv = with_values(argv, "repair")
         verifying = any(word.partition("=")[0] == "--verify" for word in argv)
         if not verifying and "--help" not in argv and "-h" not in argv and not _names(argv, "dataset.repo_id"):
             raise ReflowError("Name the teacher's dataset: --dataset.repo_id=... (--dataset.root=...).")
@@ -289,8 +289,7 @@ def begin(cfg: PairsConfig, folder: Path, wanted: Manifest, state: PartialState)
         unlike.append(f"frames are {found.frames} in the pairs and {wanted.frames} here")
     if unlike:
         raise ReflowError(
-            f"--output_dir={folder} holds other pairs: {'; '.join(unlike)}. Name a new folder, or give the same "
-            "flags."
+            f"--output_dir={folder} holds other pairs: {'; '.join(unlike)}. Name a new folder, or give the same flags."
         )
     damaged = check_shards(folder, found)
     if damaged and not cfg.repair:
@@ -334,10 +333,7 @@ def verify(cfg: VerifyConfig) -> None:
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_sampler=[frames])))
     again = solver(batch)
     stored = torch.stack(
-        [
-            torch.stack([pairs.lookup(frame, pair).actions for pair in range(made.pairs_per_frame)])
-            for frame in frames
-        ]
+        [torch.stack([pairs.lookup(frame, pair).actions for pair in range(made.pairs_per_frame)]) for frame in frames]
     )
     difference = (again - stored).abs().max().item()
     print(
@@ -350,15 +346,6 @@ def verify(cfg: VerifyConfig) -> None:
 def rounding(actions: torch.Tensor, dtype: str) -> float:
     """The largest error of storing actions of this size in `dtype`."""
     return (actions.abs().max() * torch.finfo(DTYPES[dtype]).eps / 2).item()
-
-
-def _with_values(argv: Sequence[str]) -> list[str]:
-    """Let `--repair` alone mean `--repair=true`."""
-    following = [*argv[1:], "--"]
-    return [
-        "--repair=true" if word == "--repair" and next_word.startswith("--") else word
-        for word, next_word in zip(argv, following, strict=True)
-    ]
 
 
 def _names(argv: Sequence[str], flag: str) -> bool:

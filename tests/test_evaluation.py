@@ -1,0 +1,333 @@
+"""Metrics against flows with known answers, the evaluation against stock LeRobot, and the command as a user runs it."""
+
+import json
+import math
+import shutil
+import weakref
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import reflow_run, reflow_train_main
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from oracle import Flow
+
+from smolvla_reflow import Solver
+from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.commands import eval as eval_command
+from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.evaluation import Contestant, Evaluation, Row, evaluate, recommend
+from smolvla_reflow.metrics import spread, squared_error, straightness
+from smolvla_reflow.noise import pair_noise
+
+# --- metrics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10])
+def test_flow_error_of_a_linear_field(n):
+    """dx/dt = a x takes x to x e^-a, n Euler steps take it to x (1 - a/n)^n."""
+    a, noise = 0.8, torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    samples = Solver("euler", num_steps=n).integrate(lambda x, t: a * x, noise)
+    exact = (math.exp(-a) - (1 - a / n) ** n) ** 2 * noise.square().mean(dim=(-2, -1))
+    torch.testing.assert_close(squared_error(samples, noise * math.exp(-a)), exact)
+
+
+def test_straightness_of_a_linear_field():
+    """S = x^2 (a (1 - e^-2a) / 2 - (1 - e^-a)^2), by integrating (x_1 - x_0 - a x_t)^2 with x_t = x e^(a (t - 1))."""
+    a, times = 1.3, torch.linspace(1, 0, 2001, dtype=torch.float64)
+    noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path = noise * torch.exp(a * (times - 1)).reshape(-1, 1, 1, 1)
+    exact = noise.square().mean(dim=(-2, -1)) * (a * (1 - math.exp(-2 * a)) / 2 - (1 - math.exp(-a)) ** 2)
+    torch.testing.assert_close(straightness(path, a * path, times), exact, rtol=1e-5, atol=0)
+
+
+def test_the_flow_to_a_point_is_straight():
+    point, times = 0.7, torch.linspace(1, 0, 11, dtype=torch.float64)
+    noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    path = point + times.reshape(-1, 1, 1, 1) * (noise - point)
+    assert straightness(path, (noise - point).expand_as(path), times).abs().max() < 1e-24
+
+
+def test_a_student_that_averages_two_modes_has_no_spread():
+    sides = torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 4, 1, 1).expand(6, 4, 5, 2)
+    jitter = 0.01 * torch.randn(6, 4, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert (spread(jitter).mean() / spread(sides + jitter).mean()).item() < 1e-3
+    torch.testing.assert_close(spread(sides), torch.full((6,), 4 / 3))  # unbiased: 4 / (4 - 1)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(workshop, tmp_path_factory):
+    run = tmp_path_factory.mktemp("student") / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=10))
+    return run / LAST
+
+
+def eval_flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
+    flags = {
+        "policy.path": workshop / "1rf" / LAST,
+        "policy.device": "cpu",
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": workshop / "dataset",
+        "output_dir": output_dir,
+        "num_steps": "[1,2]",
+        "num_frames": 6,
+        "num_noises": 3,
+        "reference_steps": 20,
+        "batch_size": 4,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def run_eval(workshop: Path, output_dir: Path, **changes) -> dict:
+    eval_command.main(eval_flags(workshop, output_dir, **changes))
+    return json.loads((output_dir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(workshop, student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    run_eval(workshop, folder, policy__path=student, teacher_path=workshop / "1rf" / LAST, reference_steps=80)
+    return folder
+
+
+def row_of(report: dict, policy: str, num_steps: int) -> dict:
+    (row,) = [row for row in report["rows"] if (row["policy"], row["num_steps"]) == (policy, num_steps)]
+    return row
+
+
+def test_numbers_equal_an_independent_derivation(workshop, student, report):
+    """Stock processors and sampler, the oracle's flow in many Euler steps as the fine solution, numpy for the rest."""
+    found = json.loads((report / "report.json").read_text())
+    frames, noises = [0, 9, 19, 28, 38, 47], 3
+    teacher_path = workshop / "1rf" / LAST
+    meta = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta
+    deltas = {"action": [i / meta.fps for i in range(6)]}
+    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset", delta_timestamps=deltas)
+    raw = torch.utils.data.default_collate([dataset[i] for i in frames])
+    std, there = np.asarray(meta.stats["action"]["std"]), ~raw["action_is_pad"].numpy()
+
+    def chunks(path, num_steps):
+        """(noises, frames, T, D) in robot units; num_steps=None for the fine solution."""
+        policy = SmolVLAPolicy.from_pretrained(path).eval()
+        preprocessor, postprocessor = make_pre_post_processors(policy.config, str(path))
+        batch = preprocessor(dict(raw))
+        result = []
+        for k in range(noises):
+            noise = torch.stack([pair_noise(0, frame, k, (6, 4)) for frame in frames])
+            if num_steps is None:
+                with torch.no_grad():
+                    # Richardson's extrapolation cancels the error of order one.
+                    flow = Flow(policy, batch)
+                    chunk = (2 * flow.euler(noise, 400) - flow.euler(noise, 200))[..., :2]
+            else:
+                policy.config.num_steps = num_steps
+                chunk = policy.predict_action_chunk(batch, noise=noise)
+            result.append(torch.stack([postprocessor(chunk[:, i]) for i in range(6)], dim=1).numpy())
+        return np.stack(result)
+
+    fine = {"teacher": chunks(teacher_path, None), "student": chunks(student, None)}
+    for name, path in (("teacher", teacher_path), ("student", student)):
+        for n in (1, 2, 10):
+            row, sampled = row_of(found, name, n), chunks(path, n)
+            expected = {
+                "flow_rmse": np.sqrt((((sampled - fine["teacher"]) / std) ** 2).mean()),
+                "own_flow_rmse": np.sqrt((((sampled - fine[name]) / std) ** 2).mean()),
+                "spread_ratio": (sampled / std).var(axis=0, ddof=1).mean()
+                / (fine["teacher"] / std).var(axis=0, ddof=1).mean(),
+                "action_mae": np.abs(sampled - raw["action"].numpy())[:, there].mean(),
+                "action_mae_executed": np.abs(sampled - raw["action"].numpy())[:, :, :2][:, there[:, :2]].mean(),
+            }
+            for key, value in expected.items():
+                assert row[key] == pytest.approx(value, rel=0.03), (name, n, key)
+            assert np.mean(row["action_mae_per_dim"]) == pytest.approx(row["action_mae"])
+
+
+def test_the_report_says_what_it_was_made_with(workshop, student, report):
+    found = json.loads((report / "report.json").read_text())
+    assert found["schema_version"] == 1
+    assert set(found["rows"][0]) == set(Row.__dataclass_fields__)
+    assert [(r["policy"], r["num_steps"]) for r in found["rows"]] == [
+        (name, n) for name in ("teacher", "student") for n in (1, 2, 10)
+    ]
+    assert found["made_with"]["policy"] == str(student.resolve())
+    assert found["made_with"]["teacher"] == str((workshop / "1rf" / LAST).resolve())
+    assert found["made_with"]["versions"]["smolvla-reflow"]
+    assert 0 <= found["reference_rmse"] < found["rows"][0]["flow_rmse"]
+    assert row_of(found, "teacher", 10)["speedup"] == pytest.approx(1.0)
+    assert all(0 < r["latency_ms_p50"] <= r["latency_ms_p95"] for r in found["rows"])
+    assert found["recommendation"] in (report / "report.md").read_text()
+    assert "| teacher | 10 |" in (report / "report.md").read_text()
+    height, width, _ = matplotlib.image.imread(report / "report.png").shape
+    assert (width, height) == (1020, 750)  # 3.4 inches, a paper's column, at 300 dots an inch
+
+
+def test_same_seed_same_report_but_for_latencies(workshop, student, report, tmp_path):
+    def exact(report):
+        for row in report["rows"]:
+            for name in ("latency_ms_p50", "latency_ms_p95", "speedup"):
+                del row[name]
+        return report
+
+    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 80}
+    first = exact(json.loads((report / "report.json").read_text()))
+    assert exact(run_eval(workshop, tmp_path / "again", **flags)) == first
+    assert exact(run_eval(workshop, tmp_path / "seed", seed=1, **flags))["rows"] != first["rows"]
+
+
+def test_a_policy_alone(workshop, tmp_path, capsys):
+    found = run_eval(workshop, tmp_path / "alone")
+    assert {row["policy"] for row in found["rows"]} == {"policy"}
+    assert all(row["flow_rmse"] == row["own_flow_rmse"] for row in found["rows"])
+    assert found["recommended_num_steps"] == 10  # its own default, the only one as close as itself
+    assert "Recommended: num_steps=10" in capsys.readouterr().out
+
+
+def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student, tmp_path):
+    """A student whose statistics are scaled by 2 acts twice as far in robot units, and is measured so."""
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(student, tmp_path / "other"))
+    (file,) = other.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    stats = load_file(file)
+    stats["action.std"] *= 2
+    save_file(stats, file)
+    flags = {"teacher_path": workshop / "1rf" / LAST}
+    plain = run_eval(workshop, tmp_path / "a", policy__path=student, **flags)
+    scaled = run_eval(workshop, tmp_path / "b", policy__path=other, **flags)
+    assert row_of(scaled, "teacher", 2)["flow_rmse"] == row_of(plain, "teacher", 2)["flow_rmse"]
+    ratio = row_of(scaled, "student", 2)["spread_ratio"] / row_of(plain, "student", 2)["spread_ratio"]
+    assert ratio == pytest.approx(4, rel=1e-3)
+    assert row_of(scaled, "student", 1)["straightness"] / row_of(plain, "student", 1)["straightness"] == pytest.approx(
+        4
+    )
+
+
+def test_memory_does_not_grow_with_the_frames(workshop):
+    """Of the batches that went by, none is still held."""
+    checkpoint = open_checkpoint(workshop / "1rf" / LAST)
+    policy = SmolVLAPolicy.from_pretrained(checkpoint.folder).eval()
+    preprocessor, _ = make_pre_post_processors(policy.config, str(checkpoint.folder))
+    from smolvla_reflow.normalization import robot_units
+
+    contestant = Contestant("policy", policy, preprocessor, robot_units(checkpoint), 10)
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    alive: list[weakref.ref] = []
+
+    def batches():
+        for i in range(4):
+            batch = torch.utils.data.default_collate([dataset[i]])
+            assert sum(ref() is not None for ref in alive) <= 1  # the one of the step before, at most
+            alive.append(weakref.ref(batch["observation.images.top"]))
+            yield batch
+            del batch
+
+    settings = {"num_steps": [1], "num_noises": 2, "reference_steps": 2, "seed": 0}
+    evaluate([contestant], batches(), torch.ones(2), **settings)
+    assert len(alive) == 4
+
+
+# --- recommendation -------------------------------------------------------------------------------------------
+
+
+def invented(errors: dict[str, dict[int, float]]) -> Evaluation:
+    return Evaluation(
+        [
+            Row(name, n, error, error, 0.0, 0.0, [], 1.0, 0.0, 1.0, 1.0, 1.0)
+            for name, of in errors.items()
+            for n, error in of.items()
+        ],
+        reference_rmse=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "tolerance", "expected"),
+    [
+        ({1: 0.09, 2: 0.03, 10: 0.01}, 0.0, 2),
+        ({1: 0.09, 2: 0.05, 10: 0.01}, 0.0, 2),  # exactly as close is close enough
+        ({1: 0.09, 2: 0.06, 10: 0.06}, 0.0, None),
+        ({1: 0.09, 2: 0.06, 10: 0.06}, 0.1, 1),
+        ({1: 0.09, 2: 0.06, 10: 0.06}, 0.07, 2),
+    ],
+)
+def test_recommendation(student, tolerance, expected):
+    evaluation = invented({"teacher": {1: 0.5, 2: 0.2, 10: 0.05}, "student": student})
+    reference = Contestant("teacher", None, None, None, 10)
+    assert recommend(evaluation, "student", reference, tolerance) == expected
+
+
+def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, capsys):
+    """With a teacher of 10 steps and a student measured at 1 alone; its own default of 10 is measured too."""
+    poor = Path(shutil.copytree(student, tmp_path / "poor"))
+    config = json.loads((poor / "config.json").read_text())
+    (poor / "config.json").write_text(json.dumps({**config, "num_steps": 1}))
+    flags = {"policy__path": poor, "teacher_path": workshop / "1rf" / LAST, "num_steps": "[1]"}
+    found = run_eval(workshop, tmp_path / "report", write_num_steps="true", **flags)
+    if found["recommended_num_steps"] is None:
+        assert "What helps" in capsys.readouterr().out
+    assert json.loads((poor / "config.json").read_text())["num_steps"] == (found["recommended_num_steps"] or 1)
+
+
+def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, student, tmp_path):
+    copied = Path(shutil.copytree(student, tmp_path / "copied"))
+    before = json.loads((copied / "config.json").read_text())
+    flags = eval_flags(workshop, tmp_path / "report", policy__path=copied, tolerance=100)
+    eval_command.main([*flags, "--write_num_steps"])
+    after = json.loads((copied / "config.json").read_text())
+    assert after == {**before, "num_steps": 1}
+    assert list(after) == list(before)
+    assert SmolVLAPolicy.from_pretrained(copied).config.num_steps == 1
+    assert not list(copied.glob("*.partial"))
+
+
+# --- what it refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"policy__path": None}, "Name the checkpoint to evaluate"),
+        ({"policy__path": "no/such/place"}, "There is no checkpoint at no/such/place"),
+        ({"dataset__repo_id": None}, "Name the dataset to measure on"),
+        ({"dataset__root": "{tmp}/none"}, "There is no LeRobotDataset at"),
+        ({"output_dir": None}, "Name a folder for the report"),
+        ({"output_dir": "{workshop}"}, "exists already; name a new folder"),
+        ({"num_steps": "[0,1]"}, "--num_steps=[0, 1]: give numbers of steps, each at least 1"),
+        ({"num_noises": 1}, "--num_noises=1: at least 2 is needed"),
+        ({"num_frames": 0}, "--num_frames=0: at least 1 is needed"),
+        ({"tolerance": -1}, "--tolerance=-1.0 is negative"),
+        ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
+        ({"dataset__episodes": "[99]"}, "no episode 99"),
+        ({"num_step": 3}, "unrecognized arguments: --num_step=3"),
+        ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
+    ],
+)
+def test_user_errors(workshop, tmp_path, capsys, flags, message):
+    names = {"workshop": workshop, "tmp": tmp_path}
+    flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
+    with pytest.raises(SystemExit) as exit:
+        eval_command.main(eval_flags(workshop, **{"output_dir": tmp_path / "r", **flags}))
+    assert exit.value.code == 2
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-eval: error:")]
+    assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_policies_of_another_shape_are_not_compared(workshop, tmp_path, capsys):
+    other = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "chunk_size": 4}))
+    with pytest.raises(SystemExit):
+        eval_command.main(eval_flags(workshop, tmp_path / "r", teacher_path=other))
+    assert "chunk_size is 4 in the teacher and 6 in the policy" in capsys.readouterr().err
