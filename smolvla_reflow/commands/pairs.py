@@ -130,7 +130,7 @@ def make(cfg: PairsConfig) -> None:
     wanted = plan(cfg, teacher)
     assert cfg.output_dir is not None
     folder = cfg.output_dir.expanduser()
-    with exclusively(folder, wanted, state):
+    with exclusively(folder, state):
         manifest = begin(cfg, folder, wanted, state)
         if not manifest.unfinished:
             if state.is_main_process:
@@ -244,7 +244,7 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> Manifest:
 
 
 @contextmanager
-def exclusively(folder: Path, wanted: Manifest, state: PartialState) -> Iterator[None]:
+def exclusively(folder: Path, state: PartialState) -> Iterator[None]:
     """Let no second run into this folder; the operating system takes the lock back from a killed one."""
     lock = None
     if state.is_main_process:
