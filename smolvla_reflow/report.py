@@ -112,14 +112,8 @@ def draw(report: Report, file: Path) -> None:
         )
     for row in report.rows:
         if row.policy == report.rows[-1].policy and row.num_steps == report.recommended_num_steps:
-            axis.plot(row.num_steps, row.flow_rmse, "o", ms=11, mfc="none", mec="black", mew=1.0)
-            axis.annotate(
-                f"{row.num_steps} step{'s' if row.num_steps > 1 else ''}, {row.speedup:.1f}x as fast",
-                (row.num_steps, row.flow_rmse),
-                textcoords="offset points",
-                xytext=(9, 9),
-                fontsize=7,
-            )
+            label = f"recommended: {row.num_steps}, {row.speedup:.1f}x as fast"
+            axis.plot(row.num_steps, row.flow_rmse, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
     steps = sorted({row.num_steps for row in report.rows})
     axis.set(xscale="log", yscale="log")
     axis.set_xlabel("ODE steps", fontsize=8)

@@ -1,5 +1,6 @@
 """`smolvla-reflow-train` as a user runs it: what it writes, what stock LeRobot makes of it, what it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from conftest import lerobot_train_main, reflow_run, reflow_train_main, torchrun
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.config import ReflowConfig
 from smolvla_reflow.demo.recipe import LAST
 from smolvla_reflow.demo.task import write_dataset
 
@@ -61,8 +63,10 @@ def test_checkpoint_is_stock(workshop, student):
 def test_train_config_remembers_the_teacher(workshop, student):
     config = json.loads((student / LAST / "train_config.json").read_text())
     teacher_path = str((workshop / "1rf" / LAST).resolve())
-    solver = {"solver": "euler", "num_steps": None, "rtol": None, "atol": None}
-    assert config["reflow"] == {"teacher_path": teacher_path, "strategy": "reflow", **solver}
+    defaults = dataclasses.asdict(ReflowConfig())
+    assert config["reflow"] == {**defaults, "teacher_path": teacher_path}
+    assert defaults["strategy"] == "reflow"
+    assert defaults["solver"] == "euler"
 
 
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
