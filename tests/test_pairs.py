@@ -192,10 +192,11 @@ def test_neither_batches_nor_workers_change_the_pairs(workshop, stored, tmp_path
             torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=1e-4)
 
 
-def test_a_dataset_with_other_statistics(workshop, tmp_path):
+def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
     """The stored actions are in the dataset's normalised space: in robot units, what the teacher would do."""
     write_dataset(tmp_path / "other", episodes=4, seed=9)
     pairs = Pairs(make_pairs(workshop, tmp_path / "pairs", dataset__root=tmp_path / "other", dtype="float32"))
+    assert capsys.readouterr().err.count("The dataset's statistics are not the teacher's (most in '") == 1
     checkpoint = workshop / "1rf" / LAST
     teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval()
     preprocessor, postprocessor = make_pre_post_processors(teacher.config, str(checkpoint))

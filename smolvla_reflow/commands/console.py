@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -50,6 +51,21 @@ def parse_errors() -> Iterator[None]:
         raise ReflowError(f"{_one_line(errors.getvalue().rpartition('error: ')[2])}. See --help.") from None
     except draccus.utils.DraccusException as error:
         raise ReflowError(f"{_one_line(str(error))}. See --help.") from None
+
+
+@contextlib.contextmanager
+def own_log(shown: bool) -> Iterator[None]:
+    """Show what this package logs, for commands that do not set up logging as LeRobot's training does."""
+    logger, handler = logging.getLogger("smolvla_reflow"), logging.StreamHandler()
+    before = logger.level
+    if shown:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def with_values(argv: Sequence[str], switch: str) -> list[str]:

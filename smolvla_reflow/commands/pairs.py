@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import draccus
 import torch
@@ -24,10 +24,10 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import own_log, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.generation import PairSolver, full_disk, generate, load_pair_solver
-from smolvla_reflow.normalization import change_of_space
+from smolvla_reflow.generation import full_disk, generate, load_pair_solver
+from smolvla_reflow.normalization import ChangeOfSpace, change_of_space
 from smolvla_reflow.normalization import fingerprint as statistics_fingerprint
 from smolvla_reflow.pairs import (
     DTYPES,
@@ -127,7 +127,8 @@ def make(cfg: PairsConfig) -> None:
     state = PartialState(cpu=cfg.policy.device == "cpu")
     device = own_device(cfg.policy.device, state)
     teacher = open_checkpoint(cfg.reflow.teacher_path or "")
-    wanted = plan(cfg, teacher)
+    with own_log(state.is_main_process):
+        wanted, space = plan(cfg, teacher)
     assert cfg.output_dir is not None
     folder = cfg.output_dir.expanduser()
     with exclusively(folder, state):
@@ -143,7 +144,7 @@ def make(cfg: PairsConfig) -> None:
             revision=cfg.dataset.revision,
             video_backend=cfg.dataset.video_backend,
         )
-        solver = pair_solver(teacher, manifest.provenance, cfg.dataset, device, cfg.rename_map)
+        solver = load_pair_solver(teacher, manifest.provenance, space, device, cfg.rename_map)
         try:
             generate(
                 folder,
@@ -205,12 +206,19 @@ def check_values(cfg: PairsConfig) -> None:
         raise ReflowError(f"--reflow.{error}") from None
 
 
-def plan(cfg: PairsConfig, teacher: Checkpoint) -> Manifest:
-    """What is to be made."""
+class Plan(NamedTuple):
+    """What is to be made, in the dataset's normalised space."""
+
+    manifest: Manifest
+    space: ChangeOfSpace | None  # between it and the teacher's, if they differ
+
+
+def plan(cfg: PairsConfig, teacher: Checkpoint) -> Plan:
+    """Raise ReflowError if the dataset does not fit the teacher."""
     metadata = open_metadata(cfg.dataset)
     check_features(teacher, metadata.features, cfg.rename_map)
     stats = dataset_statistics(metadata, cfg.dataset)
-    change_of_space(teacher, stats)
+    space = change_of_space(teacher, stats)
     policy, ode = teacher.config, cfg.reflow
     solver = Solver(ode.solver, ode.num_steps, ode.rtol, ode.atol).resolved(policy.num_steps)
     provenance = Provenance(
@@ -228,7 +236,7 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> Manifest:
         pairs_per_frame=cfg.pairs_per_frame,
         dtype=cfg.dtype,
     )
-    return Manifest(
+    manifest = Manifest(
         provenance=provenance,
         made_from={
             "teacher_path": teacher.source,
@@ -241,6 +249,7 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> Manifest:
         frames_per_shard=cfg.frames_per_shard,
         bytes_per_pair=policy.chunk_size * policy.max_action_dim * DTYPES[cfg.dtype].itemsize,
     )
+    return Plan(manifest, space)
 
 
 @contextmanager
@@ -300,14 +309,6 @@ def begin(cfg: PairsConfig, folder: Path, wanted: Manifest, state: PartialState)
     return replace(found, checksums={k: v for k, v in found.checksums.items() if k not in damaged})
 
 
-def pair_solver(
-    teacher: Checkpoint, provenance: Provenance, dataset: DatasetConfig, device: str, rename_map: dict[str, str]
-) -> PairSolver:
-    """The teacher, giving actions in the dataset's normalised space."""
-    space = change_of_space(teacher, dataset_statistics(open_metadata(dataset), dataset))
-    return load_pair_solver(teacher, provenance, space, device, rename_map)
-
-
 def verify(cfg: VerifyConfig) -> None:
     """Check every file, solve a random sample of the pairs again, and report the largest difference."""
     pairs = Pairs(cfg.verify)
@@ -324,10 +325,11 @@ def verify(cfg: VerifyConfig) -> None:
         root=cfg.dataset_root or origin["dataset_root"],
         revision=origin["dataset_revision"],
     )
-    open_metadata(where)
+    metadata = open_metadata(where)
     dataset = LeRobotDataset(where.repo_id, root=where.root, revision=where.revision)
     device = own_device(cfg.policy.device, PartialState(cpu=cfg.policy.device == "cpu"))
-    solver = pair_solver(teacher, made, where, device, origin["rename_map"])
+    space = change_of_space(teacher, dataset_statistics(metadata, where))
+    solver = load_pair_solver(teacher, made, space, device, origin["rename_map"])
     every = [frame for start, stop in pairs.manifest.frames for frame in range(start, stop)]
     frames = sorted(random.Random(cfg.seed).sample(every, min(VERIFIED_FRAMES, len(every))))
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_sampler=[frames])))
