@@ -309,7 +309,7 @@ def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, stu
         ({"tolerance": -1}, "--tolerance=-1.0 is negative"),
         ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
         ({"dataset__episodes": "[99]"}, "no episode 99"),
-        ({"num_step": 3}, "unrecognized arguments: --num_step=3"),
+        ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
         ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
     ],
 )
