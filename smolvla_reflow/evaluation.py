@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smolvla_reflow.flow import encode, observe
 from smolvla_reflow.metrics import spread, squared_error, straightness
-from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.normalization import Affine
 from smolvla_reflow.solver import Solver
 
@@ -216,7 +216,7 @@ def _ends(
     config = c.policy.config
     shape = (config.chunk_size, config.max_action_dim)
     frames = batch["index"].tolist()
-    noise = torch.stack([pair_noise(seed, frame, k, shape) for frame in frames for k in range(num_noises)])
+    noise = frames_noise(seed, frames, num_noises, shape)
     observation = observe(c.policy, c.preprocessor(dict(batch)))
     velocity = encode(c.policy, observation).repeated(num_noises)
     noise = noise.to(observation.state.device)

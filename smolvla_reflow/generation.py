@@ -29,7 +29,7 @@ from tqdm import tqdm
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import encode, observe
-from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.normalization import ChangeOfSpace
 from smolvla_reflow.pairs import DTYPES, TENSOR_NAME, Manifest, Provenance, shard_path, write_whole
 from smolvla_reflow.solver import Solver
@@ -61,7 +61,7 @@ class PairSolver:
         made = self.provenance
         frames = batch["index"].tolist()
         shape = (made.chunk_size, made.max_action_dim)
-        noise = torch.stack([pair_noise(made.seed, f, k, shape) for f in frames for k in range(made.pairs_per_frame)])
+        noise = frames_noise(made.seed, frames, made.pairs_per_frame, shape)
         batch = self.preprocessor(dict(batch))
         observation = observe(self.policy, batch)
         solver = Solver(made.solver, made.num_steps, made.rtol, made.atol)
@@ -88,6 +88,19 @@ def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     return policy.to(device).eval().requires_grad_(False)
 
 
+def load_preprocessor(
+    checkpoint: Checkpoint, device: str, rename_map: dict[str, str]
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A checkpoint's preprocessor, from a dataset's batch to its policy's input on `device`."""
+    overrides: dict[str, Any] = {"device_processor": {"device": device}}
+    if rename_map:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    preprocessor, _ = make_pre_post_processors(
+        checkpoint.config, str(checkpoint.folder), preprocessor_overrides=overrides
+    )
+    return preprocessor
+
+
 def load_pair_solver(
     checkpoint: Checkpoint,
     provenance: Provenance,
@@ -99,10 +112,7 @@ def load_pair_solver(
     config = copy.deepcopy(checkpoint.config)
     config.device, config.compile_model, config.rtc_config = device, False, None
     policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device).eval().requires_grad_(False)
-    overrides: dict[str, Any] = {"device_processor": {"device": device}}
-    if rename_map:
-        overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    preprocessor, _ = make_pre_post_processors(config, str(checkpoint.folder), preprocessor_overrides=overrides)
+    preprocessor = load_preprocessor(checkpoint, device, rename_map)
     return PairSolver(policy, preprocessor, space, provenance)
 
 

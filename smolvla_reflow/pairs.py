@@ -187,11 +187,11 @@ def _checksum(path: Path) -> str | None:
         return None
 
 
-def differences(ours: Provenance, theirs: Provenance, fields: Iterable[str]) -> list[str]:
-    """Those fields in which the two differ, as text with both values."""
+def differences(ours: Provenance, theirs: Provenance) -> list[str]:
+    """The fields in which the two differ, as text with both values."""
     return [
         f"{name} is {getattr(theirs, name)} in the pairs and {getattr(ours, name)} here"
-        for name in fields
+        for name in vars(ours)
         if getattr(ours, name) != getattr(theirs, name)
     ]
 

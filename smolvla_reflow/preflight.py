@@ -1,12 +1,14 @@
 """Check a run before anything is written: does the dataset exist, and does the teacher fit it?"""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
+import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import FeatureType
 from lerobot.datasets.factory import IMAGENET_STATS
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from smolvla_reflow.checkpoint import Checkpoint
@@ -14,7 +16,7 @@ from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.normalization import Statistics, change_of_space, fingerprint
-from smolvla_reflow.pairs import Pairs, Provenance, differences
+from smolvla_reflow.pairs import Pairs, differences
 
 ODE_FIELDS = ("solver", "num_steps", "rtol", "atol")
 
@@ -42,6 +44,27 @@ def open_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         where = f"--dataset.root={dataset.root}" if dataset.root else f"--dataset.repo_id={dataset.repo_id}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ReflowError(f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason}).") from None
+
+
+def open_dataset(dataset: DatasetConfig, **options: Any) -> LeRobotDataset:
+    """The frames themselves, as they were recorded; `options` are LeRobotDataset's own."""
+    return LeRobotDataset(
+        dataset.repo_id,
+        root=dataset.root,
+        episodes=dataset.episodes,
+        revision=dataset.revision,
+        video_backend=dataset.video_backend,
+        **options,
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise ReflowError if nothing can be put on this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ReflowError(f"--policy.device={device} cannot be used ({reason}); leave the flag out.") from None
 
 
 def dataset_statistics(metadata: LeRobotDatasetMetadata, dataset: DatasetConfig) -> Statistics:
@@ -95,7 +118,7 @@ def check_pairs(
         # The teacher's ODE was solved when the pairs were made; what is said of it here has to agree.
         **{name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in (None, "euler")},
     )
-    unlike = differences(here, made, [field.name for field in fields(Provenance)])
+    unlike = differences(here, made)
     if unlike:
         raise ReflowError(f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}.")
     wanted = frame_ranges(metadata, cfg.dataset.episodes)

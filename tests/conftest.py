@@ -140,6 +140,12 @@ def short(flags: Sequence[str], **changes: Any) -> list[str]:
     return [*kept, *(f"--{name}={value}" for name, value in names.items() if value is not None)]
 
 
+def as_flags(defaults: dict[str, Any], **changes: Any) -> list[str]:
+    """`--name=value` for each of `defaults`, with some changed (`a__b` means `a.b`) or, by None, left out."""
+    flags = {**defaults, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
 def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
     """Flags of a short `smolvla-reflow-train` in the workshop."""
     return short(reflow_flags(workshop, steps=4), output_dir=output_dir, **changes)

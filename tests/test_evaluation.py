@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import reflow_run, reflow_train_main
+from conftest import as_flags, reflow_run, reflow_train_main
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -82,9 +82,8 @@ def eval_flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
         "num_noises": 3,
         "reference_steps": 20,
         "batch_size": 4,
-        **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return as_flags(flags, **changes)
 
 
 def run_eval(workshop: Path, output_dir: Path, **changes) -> dict:

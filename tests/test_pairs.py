@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main, torchrun
+from conftest import as_flags, lerobot_train_main, reflow_run, reflow_train_main, torchrun
 from filelock import FileLock
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
@@ -44,9 +44,8 @@ def pairs_flags(workshop: Path, folder: Path, **changes) -> list[str]:
         "batch_size": 5,
         "num_workers": 0,
         "frames_per_shard": 16,
-        **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    return as_flags(flags, **changes)
 
 
 def make_pairs(workshop: Path, folder: Path, **changes) -> Path:

@@ -77,5 +77,10 @@ def with_values(argv: Sequence[str], switch: str) -> list[str]:
     ]
 
 
+def names(argv: Sequence[str], flag: str) -> bool:
+    """Whether `--flag` is given, with or without `=value`."""
+    return any(word.partition("=")[0] == f"--{flag}" for word in argv)
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split()).rstrip(".")

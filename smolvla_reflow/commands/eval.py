@@ -17,19 +17,17 @@ from typing import Any
 import draccus
 import torch
 from lerobot.configs.default import DatasetConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.policies.factory import make_pre_post_processors
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import names, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation import Contestant, evaluate, recommend
-from smolvla_reflow.generation import load_policy
+from smolvla_reflow.generation import load_policy, load_preprocessor
 from smolvla_reflow.normalization import robot_units
 from smolvla_reflow.pairs import write_whole
-from smolvla_reflow.preflight import check_features, frame_ranges, open_metadata
+from smolvla_reflow.preflight import check_device, check_features, frame_ranges, open_dataset, open_metadata
 from smolvla_reflow.report import WHY_FLOW_ERROR_LEADS, Report, table
 
 PROGRAM = "smolvla-reflow-eval"
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_errors(PROGRAM):
         if "-h" in argv or "--help" in argv:
             print(__doc__)
-        elif not any(word.partition("=")[0] == "--dataset.repo_id" for word in argv):
+        elif not names(argv, "dataset.repo_id"):
             raise ReflowError("Name the dataset to measure on: --dataset.repo_id=... (--dataset.root=...).")
         with parse_errors():
             cfg = draccus.parse(EvalConfig, args=with_values(argv, "write_num_steps"))
@@ -162,10 +160,7 @@ def check_values(cfg: EvalConfig) -> None:
         raise ReflowError(f"--tolerance={cfg.tolerance} is negative.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():
         raise ReflowError("--write_num_steps needs --policy.path to be a folder, whose config.json it writes.")
-    try:
-        torch.empty(0, device=cfg.policy.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ReflowError(f"--policy.device={cfg.policy.device} cannot be used ({error}).") from None
+    check_device(cfg.policy.device)
 
 
 def check_comparable(student: Checkpoint, teacher: Checkpoint) -> None:
@@ -186,24 +181,14 @@ def choose_frames(cfg: EvalConfig, frames: Sequence[int]) -> list[int]:
 
 def load_frames(cfg: EvalConfig, positions: Sequence[int], chunk_size: int, fps: int) -> Iterator[dict[str, Any]]:
     """Raw batches with the chunk that was recorded at each frame."""
-    dataset = LeRobotDataset(
-        cfg.dataset.repo_id,
-        root=cfg.dataset.root,
-        episodes=cfg.dataset.episodes,
-        revision=cfg.dataset.revision,
-        video_backend=cfg.dataset.video_backend,
-        delta_timestamps={"action": [i / fps for i in range(chunk_size)]},
-    )
+    dataset = open_dataset(cfg.dataset, delta_timestamps={"action": [i / fps for i in range(chunk_size)]})
     yield from DataLoader(Subset(dataset, list(positions)), batch_size=cfg.batch_size)
 
 
 def load(name: str, checkpoint: Checkpoint, cfg: EvalConfig) -> Contestant:
     """A checkpoint with its processors, as plain LeRobot loads them."""
     policy = load_policy(checkpoint, cfg.policy.device)
-    overrides: dict[str, Any] = {"device_processor": {"device": cfg.policy.device}}
-    if cfg.rename_map:
-        overrides["rename_observations_processor"] = {"rename_map": cfg.rename_map}
-    preprocessor, _ = make_pre_post_processors(policy.config, str(checkpoint.folder), preprocessor_overrides=overrides)
+    preprocessor = load_preprocessor(checkpoint, cfg.policy.device, cfg.rename_map)
     return Contestant(name, policy, preprocessor, robot_units(checkpoint), checkpoint.config.num_steps)
 
 

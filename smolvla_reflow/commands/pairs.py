@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,9 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from lerobot.configs.default import DatasetConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import own_log, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import names, own_log, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.generation import full_disk, generate, load_pair_solver
 from smolvla_reflow.normalization import ChangeOfSpace, change_of_space
@@ -40,7 +39,14 @@ from smolvla_reflow.pairs import (
     read_manifest,
     shard_path,
 )
-from smolvla_reflow.preflight import check_features, dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.preflight import (
+    check_device,
+    check_features,
+    dataset_statistics,
+    frame_ranges,
+    open_dataset,
+    open_metadata,
+)
 from smolvla_reflow.solver import Solver
 
 PROGRAM = "smolvla-reflow-pairs"
@@ -113,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "-h" in argv or "--help" in argv:
             print(__doc__)
         argv = with_values(argv, "repair")
-        verifying = any(word.partition("=")[0] == "--verify" for word in argv)
-        if not verifying and "--help" not in argv and "-h" not in argv and not _names(argv, "dataset.repo_id"):
+        verifying = names(argv, "verify")
+        if not verifying and "--help" not in argv and "-h" not in argv and not names(argv, "dataset.repo_id"):
             raise ReflowError("Name the teacher's dataset: --dataset.repo_id=... (--dataset.root=...).")
         with parse_errors():
             cfg: Any = draccus.parse(VerifyConfig if verifying else PairsConfig, args=argv)
@@ -137,13 +143,7 @@ def make(cfg: PairsConfig) -> None:
             if state.is_main_process:
                 print(f"Nothing to do: all {manifest.num_shards} shards in {folder} are there and whole.")
             return
-        dataset = LeRobotDataset(
-            cfg.dataset.repo_id,
-            root=cfg.dataset.root,
-            episodes=cfg.dataset.episodes,
-            revision=cfg.dataset.revision,
-            video_backend=cfg.dataset.video_backend,
-        )
+        dataset = open_dataset(cfg.dataset)
         solver = load_pair_solver(teacher, manifest.provenance, space, device, cfg.rename_map)
         try:
             generate(
@@ -170,11 +170,7 @@ def make(cfg: PairsConfig) -> None:
 def own_device(wanted: str | None, state: PartialState) -> str:
     """This process's device; one named by its kind alone ("cuda") is each process's own."""
     if wanted is not None:
-        try:
-            torch.empty(0, device=wanted)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ReflowError(f"--policy.device={wanted} cannot be used ({reason}); leave the flag out.") from None
+        check_device(wanted)
     if wanted not in (None, state.device.type):
         return str(wanted)
     return "cpu" if state.device.type == "cpu" else str(state.device)
@@ -293,7 +289,7 @@ def begin(cfg: PairsConfig, folder: Path, wanted: Manifest, state: PartialState)
         return wanted
 
     found = read_manifest(folder)
-    unlike = differences(wanted.provenance, found.provenance, [f.name for f in fields(Provenance)])
+    unlike = differences(wanted.provenance, found.provenance)
     if found.frames != wanted.frames:
         unlike.append(f"frames are {found.frames} in the pairs and {wanted.frames} here")
     if unlike:
@@ -326,7 +322,7 @@ def verify(cfg: VerifyConfig) -> None:
         revision=origin["dataset_revision"],
     )
     metadata = open_metadata(where)
-    dataset = LeRobotDataset(where.repo_id, root=where.root, revision=where.revision)
+    dataset = open_dataset(where)
     device = own_device(cfg.policy.device, PartialState(cpu=cfg.policy.device == "cpu"))
     space = change_of_space(teacher, dataset_statistics(metadata, where))
     solver = load_pair_solver(teacher, made, space, device, origin["rename_map"])
@@ -348,10 +344,6 @@ def verify(cfg: VerifyConfig) -> None:
 def rounding(actions: torch.Tensor, dtype: str) -> float:
     """The largest error of storing actions of this size in `dtype`."""
     return (actions.abs().max() * torch.finfo(DTYPES[dtype]).eps / 2).item()
-
-
-def _names(argv: Sequence[str], flag: str) -> bool:
-    return any(word.partition("=")[0] == f"--{flag}" for word in argv)
 
 
 if __name__ == "__main__":
