@@ -7,8 +7,9 @@ own statistics, except the action error, which is in the robot's units. Frames g
 sums are kept, so memory does not grow with their number.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
 from smolvla_reflow.flow import encode, observe
-from smolvla_reflow.metrics import spread, squared_error, straightness
+from smolvla_reflow.metrics import Success, spread, squared_error, straightness
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.normalization import Affine
 from smolvla_reflow.solver import Solver
@@ -34,15 +35,29 @@ class Contestant:
         name: "teacher" or "student" or "policy".
         policy: in eval mode.
         preprocessor: of its checkpoint, from a dataset's batch to its input.
-        robot_units: from its normalised actions to the robot's units.
+        postprocessor: of its checkpoint, from a normalised action to the robot's units.
+        robot_units: the same for a whole chunk.
         num_steps: its own default.
     """
 
     name: str
     policy: SmolVLAPolicy
     preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
+    postprocessor: Callable[[Tensor], Tensor]
     robot_units: Affine
     num_steps: int
+
+    @contextlib.contextmanager
+    def inference(self, num_steps: int) -> Iterator[None]:
+        """Sample with `num_steps` Euler steps meanwhile, in the autocast in which LeRobot would run this policy."""
+        config = self.policy.config
+        config.num_steps, before = num_steps, config.num_steps
+        device = torch.device(config.device).type
+        try:
+            with torch.no_grad(), torch.autocast(device) if config.use_amp else contextlib.nullcontext():
+                yield
+        finally:
+            config.num_steps = before
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Row:
         straightness: of the policy's paths, in squared standard deviations; 0 for straight ones.
         latency_ms_p50, latency_ms_p95: of one `predict_action_chunk`, batch 1.
         speedup: over the reference policy at its own number of steps.
+        success: in closed loop, where an environment was named.
     """
 
     policy: str
@@ -76,6 +92,7 @@ class Row:
     latency_ms_p50: float
     latency_ms_p95: float
     speedup: float
+    success: Success | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +161,8 @@ def evaluate(
         recorded, is_there = batch["action"], ~batch["action_is_pad"]
         reference: Tensor | None = None
         for c in contestants:
-            ends = _ends(c, batch, action_std, steps[c.name], num_noises, reference_steps, seed)
+            with c.inference(c.num_steps):
+                ends = _ends(c, batch, action_std, steps[c.name], num_noises, reference_steps, seed)
             scaled = {n: (x / action_std)[..., moving] for n, x in ends.samples.items()}
             fine = (ends.fine / action_std)[..., moving]
             if reference is None:
@@ -203,7 +221,6 @@ class _Ends:
     straightness: float
 
 
-@torch.no_grad()
 def _ends(
     c: Contestant,
     batch: dict[str, Any],
@@ -244,9 +261,8 @@ def latencies_ms(c: Contestant, frame: dict[str, Any], num_steps: int) -> list[f
     """Milliseconds of `predict_action_chunk` for one frame, as a control loop waits for it."""
     observation = c.preprocessor({k: v for k, v in frame.items() if not k.startswith("action")})
     cuda = observation["observation.state"].is_cuda
-    before, milliseconds = c.policy.config.num_steps, []
-    c.policy.config.num_steps = num_steps
-    try:
+    milliseconds = []
+    with c.inference(num_steps):
         for _ in range(WARM_UP + REPEATS):
             if cuda:
                 torch.cuda.synchronize()
@@ -255,8 +271,6 @@ def latencies_ms(c: Contestant, frame: dict[str, Any], num_steps: int) -> list[f
             if cuda:
                 torch.cuda.synchronize()
             milliseconds.append((time.perf_counter() - start) * 1e3)
-    finally:
-        c.policy.config.num_steps = before
     return milliseconds[WARM_UP:]
 
 

@@ -88,17 +88,22 @@ def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     return policy.to(device).eval().requires_grad_(False)
 
 
-def load_preprocessor(
-    checkpoint: Checkpoint, device: str, rename_map: dict[str, str]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A checkpoint's preprocessor, from a dataset's batch to its policy's input on `device`."""
+@dataclass(frozen=True)
+class Processors:
+    """A checkpoint's own: from a batch to its policy's input, and from normalised actions to the robot's units."""
+
+    before: Callable[[dict[str, Any]], dict[str, Any]]
+    after: Callable[[Tensor], Tensor]
+
+
+def load_processors(checkpoint: Checkpoint, device: str, rename_map: dict[str, str]) -> Processors:
+    """A checkpoint's processors, for a policy on `device`."""
     overrides: dict[str, Any] = {"device_processor": {"device": device}}
     if rename_map:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    preprocessor, _ = make_pre_post_processors(
-        checkpoint.config, str(checkpoint.folder), preprocessor_overrides=overrides
+    return Processors(
+        *make_pre_post_processors(checkpoint.config, str(checkpoint.folder), preprocessor_overrides=overrides)
     )
-    return preprocessor
 
 
 def load_pair_solver(
@@ -112,7 +117,7 @@ def load_pair_solver(
     config = copy.deepcopy(checkpoint.config)
     config.device, config.compile_model, config.rtc_config = device, False, None
     policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device).eval().requires_grad_(False)
-    preprocessor = load_preprocessor(checkpoint, device, rename_map)
+    preprocessor = load_processors(checkpoint, device, rename_map).before
     return PairSolver(policy, preprocessor, space, provenance)
 
 

@@ -1,11 +1,16 @@
-"""How good a few-step sampler is: distances between ends of paths, spread over noises, straightness.
+"""How good a few-step sampler is: distances between ends of paths, spread over noises, straightness, success.
 
-All take actions in units of each action dimension's standard deviation, so that 0.1 means the same for every robot.
-`N` observations, `K` noises for each, chunks of `T` steps in `D` action dimensions.
+The first three take actions in units of each action dimension's standard deviation, so that 0.1 means the same for
+every robot. `N` observations, `K` noises for each, chunks of `T` steps in `D` action dimensions.
 """
 
+from dataclasses import dataclass
+
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
+
+CONFIDENCE = 0.95
 
 
 def squared_error(actions: Tensor, reference: Tensor) -> Tensor:
@@ -33,3 +38,29 @@ def straightness(path: Tensor, velocities: Tensor, times: Tensor) -> Tensor:
     """
     off = (path[0] - path[-1] - velocities).square().mean(dim=(-2, -1))
     return torch.trapezoid(off.flip(0), times.flip(0), dim=0)
+
+
+@dataclass(frozen=True)
+class Success:
+    """How often a policy succeeded.
+
+    Attributes:
+        rate: of the episodes that succeeded, 0 to 1.
+        low, high: Wilson's score interval at 95 % confidence, over all episodes alike.
+        episodes: how many were driven.
+        by_task: the rate in each task, for an environment that has several.
+    """
+
+    rate: float
+    low: float
+    high: float
+    episodes: int
+    by_task: dict[str, float]
+
+    @classmethod
+    def count(cls, successes: dict[str, list[bool]]) -> "Success":
+        """From each task's episodes."""
+        every = [success for episodes in successes.values() for success in episodes]
+        interval = binomtest(sum(every), len(every)).proportion_ci(CONFIDENCE, method="wilson")
+        by_task = {task: sum(episodes) / len(episodes) for task, episodes in successes.items()}
+        return cls(sum(every) / len(every), float(interval.low), float(interval.high), len(every), by_task)

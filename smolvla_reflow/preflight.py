@@ -137,18 +137,22 @@ def check_pairs(
     pairs.check()
 
 
-def check_features(teacher: Checkpoint, features: dict[str, Any], rename_map: dict[str, str]) -> None:
-    """The dataset must have the teacher's state and action in their widths, and its cameras by name."""
+def check_features(
+    checkpoint: Checkpoint, features: dict[str, Any], rename_map: dict[str, str], where: str = "the dataset"
+) -> None:
+    """The dataset (or what `where` names) must have the policy's state and action in their widths, and its cameras."""
     names = {rename_map.get(name, name): feature for name, feature in features.items()}
-    expected = {**(teacher.config.input_features or {}), **(teacher.config.output_features or {})}
+    expected = {**(checkpoint.config.input_features or {}), **(checkpoint.config.output_features or {})}
     for name, feature in expected.items():
         if name not in names:
             if feature.type is FeatureType.VISUAL and ".empty_camera_" in name:
                 continue
             raise ReflowError(
-                f"The teacher needs '{name}', which the dataset lacks (it has {', '.join(sorted(names))}); "
+                f"{checkpoint.source} needs '{name}', which {where} lacks (it has {', '.join(sorted(names))}); "
                 "if it is there under another name, map it with --rename_map."
             )
         shape = tuple(names[name]["shape"])
         if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
-            raise ReflowError(f"'{name}' has shape {shape} in the dataset and {tuple(feature.shape)} in the teacher.")
+            raise ReflowError(
+                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}."
+            )

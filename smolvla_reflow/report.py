@@ -1,16 +1,19 @@
 """What an evaluation says: a table, `report.json`, `report.md` for a model card, and `report.png` for a paper."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from smolvla_reflow.evaluation import Row
+from smolvla_reflow.metrics import Success
 from smolvla_reflow.pairs import write_whole
 
 SCHEMA_VERSION = 1
@@ -62,22 +65,33 @@ class Report:
         )
 
 
-COLUMNS = (
+EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("policy", lambda r: r.policy),
     ("steps", lambda r: str(r.num_steps)),
     ("flow error", lambda r: f"{r.flow_rmse:.4f}"),
     ("own flow error", lambda r: f"{r.own_flow_rmse:.4f}"),
     ("spread", lambda r: f"{r.spread_ratio:.3f}"),
     ("straightness", lambda r: f"{r.straightness:.4f}"),
+    ("success (95 % interval)", lambda r: "" if r.success is None else in_percent(r.success)),
     ("action error", lambda r: f"{r.action_mae:.4g}"),
     ("latency", lambda r: f"{r.latency_ms_p50:.1f} ms"),
     ("speed-up", lambda r: f"{r.speedup:.2f}x"),
 )
 
 
+def in_percent(success: Success) -> str:
+    return f"{success.rate:.1%} ({success.low:.0%} to {success.high:.0%})"
+
+
+def cells_of(rows: Sequence[Row]) -> list[list[str]]:
+    """Titles and rows as text, without the columns in which nothing was measured."""
+    columns = [[title, *map(show, rows)] for title, show in EVERY_COLUMN]
+    return [list(line) for line in zip(*(column for column in columns if any(column[1:])), strict=True)]
+
+
 def table(rows: Sequence[Row]) -> str:
     """Aligned text for a terminal."""
-    cells = [[title for title, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
+    cells = cells_of(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join(lines)
@@ -85,45 +99,73 @@ def table(rows: Sequence[Row]) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The same in Markdown."""
-    cells = [
-        [title for title, _ in COLUMNS],
-        ["---"] * len(COLUMNS),
-        *([s(row) for _, s in COLUMNS] for row in rows),
-    ]
+    titles, *cells = cells_of(rows)
+    cells = [titles, ["---"] * len(titles), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def draw(report: Report, file: Path) -> None:
-    """Flow error over steps, one line per policy, with the recommended point marked; readable in a paper column."""
-    figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 2.5), layout="constrained")
+    """Flow error over steps, and success where it was measured, one line per policy; readable in a paper column."""
+    driven = any(row.success is not None for row in report.rows)
+    figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3 if driven else 2.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for name in dict.fromkeys(row.policy for row in report.rows):
-        rows = [row for row in report.rows if row.policy == name]
+    axes = figure.subplots(1 + driven, sharex=True, squeeze=False)[:, 0]
+    draw_flow_error(report, axes[0])
+    if driven:
+        draw_success(report, axes[1])
+    steps = sorted({row.num_steps for row in report.rows})
+    axes[-1].set_xscale("log")
+    axes[-1].set_xlabel("ODE steps", fontsize=8)
+    axes[-1].set_xticks(steps, [str(n) for n in steps])
+    axes[-1].set_xticks([], minor=True)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3, lw=0.5)
+    figure.savefig(file, dpi=300)
+
+
+def draw_flow_error(report: Report, axis: Axes) -> None:
+    """With the recommended point marked."""
+    for name, rows in by_policy(report.rows).items():
         colour, marker = STYLES[name]
-        axis.plot(
-            [r.num_steps for r in rows],
-            [r.flow_rmse for r in rows],
+        errors = [row.flow_rmse for row in rows]
+        axis.plot(steps_of(rows), errors, color=colour, marker=marker, ms=4, lw=1.2, label=name)
+    for row in rows:
+        if row.num_steps == report.recommended_num_steps:
+            label = f"recommended: {row.num_steps}, {row.speedup:.1f}x as fast"
+            axis.plot(row.num_steps, row.flow_rmse, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
+    axis.set_yscale("log")
+    axis.set_ylabel("flow error (standard deviations)", fontsize=8)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.legend(fontsize=7, frameon=False)
+
+
+def draw_success(report: Report, axis: Axes) -> None:
+    """With its confidence interval; the policies side by side where they would cover each other."""
+    for place, (name, rows) in enumerate(by_policy(report.rows).items()):
+        colour, marker = STYLES[name]
+        rates = [(r.success.low, r.success.rate, r.success.high) for r in rows if r.success is not None]
+        low, rate, high = 100 * np.array(rates).T
+        axis.errorbar(
+            np.array(steps_of(rows)) * (1.0 + 0.04 * place),
+            rate,
+            yerr=np.clip([rate - low, high - rate], 0.0, None),
             color=colour,
             marker=marker,
             ms=4,
             lw=1.2,
-            label=name,
+            elinewidth=0.8,
+            capsize=2,
         )
-    for row in report.rows:
-        if row.policy == report.rows[-1].policy and row.num_steps == report.recommended_num_steps:
-            label = f"recommended: {row.num_steps}, {row.speedup:.1f}x as fast"
-            axis.plot(row.num_steps, row.flow_rmse, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
-    steps = sorted({row.num_steps for row in report.rows})
-    axis.set(xscale="log", yscale="log")
-    axis.set_xlabel("ODE steps", fontsize=8)
-    axis.set_ylabel("flow error (standard deviations)", fontsize=8)
-    axis.set_xticks(steps, [str(n) for n in steps])
-    axis.set_xticks([], minor=True)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.tick_params(labelsize=7)
-    axis.grid(alpha=0.3, lw=0.5)
-    axis.legend(fontsize=7, frameon=False)
-    figure.savefig(file, dpi=300)
+    axis.set_ylim(-3, 103)
+    axis.set_ylabel("success (%)", fontsize=8)
+
+
+def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {name: [row for row in rows if row.policy == name] for name in dict.fromkeys(row.policy for row in rows)}
+
+
+def steps_of(rows: Sequence[Row]) -> list[int]:
+    return [row.num_steps for row in rows]

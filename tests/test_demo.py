@@ -8,56 +8,77 @@ from PIL import Image
 
 from smolvla_reflow.commands import demo
 from smolvla_reflow.demo import task
-from smolvla_reflow.demo.recipe import one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.environment import DrivePast
+from smolvla_reflow.demo.recipe import evaluation_flags, one_rectified_flow_flags, reflow_flags
 
 
-def experts(scenes, side):
-    paths = [task.expert_path(s, o, side) for s, o in zip(scenes.start_y, scenes.obstacle_y, strict=True)]
-    return np.stack(paths)
-
-
-def follow(paths, replan_every):
-    """A driver that reads waypoints off given paths."""
-    calls = iter(range(100))
-
-    def waypoints(positions, images):
-        start = next(calls) * replan_every + 1
-        columns = np.clip(np.arange(start, start + replan_every), 0, task.EPISODE_STEPS)
-        return paths[:, columns]
-
-    return waypoints
+def drive(scene: task.Scene, waypoints) -> tuple[list[np.ndarray], dict]:
+    """Follow waypoints in the environment; the positions on the way and the last info."""
+    env = DrivePast(scene.start_y, scene.obstacle_y)
+    observation, info = env.reset()
+    path = [observation["agent_pos"]]
+    for waypoint in waypoints:
+        observation, reward, terminated, truncated, info = env.step(waypoint.astype(np.float32))
+        path.append(observation["agent_pos"])
+        assert reward == info["is_success"]
+        assert not truncated
+        if terminated:
+            return path, info
+    return path, info
 
 
 @pytest.mark.parametrize("side", [-1, 1])
 def test_experts_get_past_on_either_side(side):
-    scenes = task.draw_scenes(100, seed=3)
-    drives = task.drive(scenes, follow(experts(scenes, side), 2), replan_every=2)
-    assert drives.success.all()
-    assert (np.sign(drives.paths[:, 3, 1] - scenes.obstacle_y) == side).all()
+    for scene in task.draw_scenes(100, seed=3):
+        path, info = drive(scene, task.expert_path(scene, side)[1:])
+        assert info["is_success"]
+        assert np.sign(path[3][1] - scene.obstacle_y) == side
 
 
 def test_averaging_the_two_ways_hits_the_obstacle():
-    scenes = task.draw_scenes(100, seed=3)
-    middle = (experts(scenes, -1) + experts(scenes, 1)) / 2
-    drives = task.drive(scenes, follow(middle, 2), replan_every=2)
-    assert drives.hit.all()
-    assert not drives.success.any()
+    for scene in task.draw_scenes(100, seed=3):
+        middle = (task.expert_path(scene, -1) + task.expert_path(scene, 1)) / 2
+        path, info = drive(scene, middle[1:])
+        assert not info["is_success"]
+        assert len(path) < 5  # it ended at the obstacle
 
 
-def test_standing_still_is_no_success():
-    scenes = task.draw_scenes(5, seed=3)
-    drives = task.drive(scenes, lambda positions, images: np.repeat(positions[:, None], 2, axis=1), replan_every=2)
-    assert not drives.hit.any()
-    assert not drives.success.any()
+def test_a_step_ends_where_it_may_and_sees_what_lies_on_it():
+    far = task.move(np.zeros(2), np.array([3.0, 4.0]), obstacle_y=5.0)
+    np.testing.assert_allclose(far.position, [task.MAX_STEP * 0.6, task.MAX_STEP * 0.8])
+    assert not far.hit
+    # The obstacle's nearest point to this step is inside it, its ends are both outside.
+    through = task.move(np.array([0.3, 0.0]), np.array([0.6, 0.0]), obstacle_y=task.OBSTACLE_RADIUS - 0.01)
+    assert through.hit
+    assert not task.move(np.array([0.3, 0.0]), np.array([0.6, 0.0]), obstacle_y=task.OBSTACLE_RADIUS + 0.01).hit
+    # It is a segment, not a line: what lies ahead of its end is not hit.
+    assert not task.move(np.array([0.0, 0.0]), np.array([0.3, 0.0]), obstacle_y=0.0).hit
+
+
+def test_standing_still_and_leaving_sideways_are_no_success():
+    scene = task.Scene(0.0, 0.0)
+    assert not drive(scene, np.zeros((20, 2)))[1]["is_success"]
+    assert not drive(scene, [np.array([0.1, 5.0])] * 4 + [np.array([2.0, 5.0])] * 20)[1]["is_success"]
+
+
+def test_the_environment_shows_what_the_dataset_shows():
+    scene = task.draw_scenes(1, seed=7)[0]
+    env = DrivePast()
+    observation, _ = env.reset(seed=7)
+    np.testing.assert_array_equal(observation["agent_pos"], [0.0, scene.start_y])
+    image = task.render(np.array([0.0, scene.start_y]), scene.obstacle_y)
+    np.testing.assert_array_equal(observation["pixels"]["top"], image)
+    env.reset()
+    assert env.scene != scene  # an episode that nobody seeded is another one
+    assert DrivePast(0.1, -0.2).reset(seed=7)[0]["agent_pos"][1] == 0.1
 
 
 def test_the_obstacle_is_visible_only_in_the_image():
-    here = np.zeros((2, 2))
-    images = task.render(here, np.array([-0.2, 0.2]))
-    assert images.shape == (2, task.IMAGE_SIZE, task.IMAGE_SIZE, 3)
-    assert images.dtype == np.uint8
-    assert (images[0] != images[1]).any()
-    np.testing.assert_array_equal(images[0], images[1][::-1])  # mirrored about y = 0
+    below, above = (task.render(np.zeros(2), y) for y in (-0.2, 0.2))
+    assert below.shape == (task.IMAGE_SIZE, task.IMAGE_SIZE, 3)
+    assert below.dtype == np.uint8
+    assert (below != above).any()
+    np.testing.assert_array_equal(below, above[::-1])  # mirrored about y = 0
 
 
 def test_dataset_holds_what_the_experts_did(workshop):
@@ -67,12 +88,12 @@ def test_dataset_holds_what_the_experts_did(workshop):
     assert (dataset.num_episodes, len(dataset)) == (8, 8 * task.EPISODE_STEPS)
     scenes = task.draw_scenes(8, seed=0)
     first = dataset[0]
-    assert first["observation.state"][1].item() == pytest.approx(scenes.start_y[0], abs=1e-6)
+    assert first["observation.state"][1].item() == pytest.approx(scenes[0].start_y, abs=1e-6)
     next_state = dataset[1]["observation.state"].numpy()
     np.testing.assert_allclose(first["action"].numpy(), next_state, atol=1e-6)
     assert first["task"] == task.TASK
     image = (first[task.CAMERA].permute(1, 2, 0) * 255).round().numpy()
-    np.testing.assert_array_equal(image, task.render(np.array([[0, scenes.start_y[0]]]), scenes.obstacle_y[:1])[0])
+    np.testing.assert_array_equal(image, task.render(np.array([0.0, scenes[0].start_y]), scenes[0].obstacle_y))
 
 
 def test_both_trainings_read_the_same_data(tmp_path):
@@ -84,18 +105,18 @@ def test_both_trainings_read_the_same_data(tmp_path):
 def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
     """The command itself, every stage of it, with trainings too short to learn anything."""
     monkeypatch.setattr(demo, "DEMONSTRATIONS", 4)
-    monkeypatch.setattr(demo, "EPISODES", 6)
+    monkeypatch.setattr(demo, "evaluation_flags", lambda folder: evaluation_flags(folder, episodes=6, frames=2))
     monkeypatch.setattr(demo, "PICTURED", 3)
     monkeypatch.setattr(demo, "one_rectified_flow_flags", lambda folder: one_rectified_flow_flags(folder, steps=3))
     monkeypatch.setattr(demo, "reflow_flags", lambda folder: reflow_flags(folder, steps=2))
     folder = tmp_path / "demo"
     demo.main([f"--output_dir={folder}"])
 
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "evaluation" / "report.json").read_text())
     cells = [(row["policy"], row["num_steps"]) for row in report["rows"]]
     assert cells == [(policy, n) for policy in ("teacher", "student") for n in (1, 2, 5, 10)]
-    assert all(0 <= row["success_rate"] <= 1 and row["latency_ms"] > 0 for row in report["rows"])
-    latency = {(row["policy"], row["num_steps"]): row["latency_ms"] for row in report["rows"]}
+    assert all(0 <= row["success"]["rate"] <= 1 and row["success"]["episodes"] == 6 for row in report["rows"])
+    latency = {(row["policy"], row["num_steps"]): row["latency_ms_p50"] for row in report["rows"]}
     assert latency["student", 10] > latency["student", 1]
     picture = np.asarray(Image.open(folder / "paths.png").convert("RGB"))
     assert picture.shape[1] > 1000
@@ -103,6 +124,7 @@ def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "$ lerobot-train --policy.type=smolvla" in output
     assert "$ smolvla-reflow-train --reflow.teacher_path=" in output
+    assert "$ smolvla-reflow-eval --policy.path=" in output
     assert output.count("teacher ") >= 4
 
     with pytest.raises(SystemExit) as exit:

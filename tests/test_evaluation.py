@@ -214,10 +214,10 @@ def test_memory_does_not_grow_with_the_frames(workshop):
     """Of the batches that went by, none is still held."""
     checkpoint = open_checkpoint(workshop / "1rf" / LAST)
     policy = SmolVLAPolicy.from_pretrained(checkpoint.folder).eval()
-    preprocessor, _ = make_pre_post_processors(policy.config, str(checkpoint.folder))
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, str(checkpoint.folder))
     from smolvla_reflow.normalization import robot_units
 
-    contestant = Contestant("policy", policy, preprocessor, robot_units(checkpoint), 10)
+    contestant = Contestant("policy", policy, preprocessor, postprocessor, robot_units(checkpoint), 10)
     dataset = LeRobotDataset(
         REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
     )
@@ -262,7 +262,7 @@ def invented(errors: dict[str, dict[int, float]]) -> Evaluation:
 )
 def test_recommendation(student, tolerance, expected):
     evaluation = invented({"teacher": {1: 0.5, 2: 0.2, 10: 0.05}, "student": student})
-    reference = Contestant("teacher", None, None, None, 10)
+    reference = Contestant("teacher", None, None, None, None, 10)
     assert recommend(evaluation, "student", reference, tolerance) == expected
 
 

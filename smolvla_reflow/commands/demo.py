@@ -1,12 +1,11 @@
 """`smolvla-reflow-demo`: the whole idea in a few minutes on a laptop CPU, offline.
 
 It records a small dataset of a two-way task, trains a SmolVLA on it with `lerobot-train`, reflows that
-checkpoint with `smolvla-reflow-train`, and drives the task in closed loop with both at 1, 2, 5 and 10 steps.
+checkpoint with `smolvla-reflow-train`, and measures both with `smolvla-reflow-eval` at 1, 2, 5 and 10 steps.
 """
 
 import contextlib
 import datetime as dt
-import json
 import os
 import re
 import shlex
@@ -14,20 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import draccus
 from datasets import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
+from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.commands.console import parse_errors, reported_errors
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.driving import Driver
+from smolvla_reflow.demo.driving import drive
 from smolvla_reflow.demo.picture import draw_paths
-from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
-from smolvla_reflow.demo.task import Scenes, draw_scenes, write_dataset
+from smolvla_reflow.demo.recipe import LAST, evaluation_flags, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.task import Scene, write_dataset
 from smolvla_reflow.errors import ReflowError
 
 PROGRAM = "smolvla-reflow-demo"
@@ -35,11 +34,9 @@ MODULES = {
     "lerobot-train": "lerobot.scripts.lerobot_train",
     "smolvla-reflow-train": "smolvla_reflow.commands.train",
 }
-NUM_STEPS = (1, 2, 5, 10)
 DEMONSTRATIONS = 200
-EPISODES = 200
 PICTURED = 60
-SCENES_SEED = 1
+EVALUATION_SEED = 1000  # of scenes that no demonstration shows
 
 
 @dataclass
@@ -48,16 +45,6 @@ class DemoConfig:
     """Where to write everything; must not exist yet. Default: outputs/demo/DATE/TIME."""
     seed: int = 0
     """Seed of the trainings and of the noise the policies start from."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one policy drives at one number of ODE steps."""
-
-    policy: str
-    num_steps: int
-    success_rate: float
-    latency_ms: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,21 +72,14 @@ def run(cfg: DemoConfig) -> None:
     train("lerobot-train", [*one_rectified_flow_flags(folder), f"--seed={cfg.seed}"], folder / "1rf.log")
     print("[3/4] Reflowing it: the student (2-RF) learns the teacher's own noise-to-action couplings")
     train("smolvla-reflow-train", [*reflow_flags(folder), f"--seed={cfg.seed}"], folder / "2rf.log")
-    print(f"[4/4] Driving {EPISODES} unseen scenes in closed loop with each")
-    rows = evaluate(folder, cfg.seed)
-
-    print("\n" + table(rows))
-    report = {
-        "rows": [asdict(row) for row in rows],
-        "episodes": EPISODES,
-        "seed": cfg.seed,
-        "seconds": round(time.monotonic() - start, 1),
-        "versions": {name: version(name) for name in ("smolvla-reflow", "lerobot", "torch", "transformers")},
-    }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nPicture:  {folder / 'paths.png'}\nReport:   {folder / 'report.json'}")
-    print(f"Student:  {folder / '2rf' / LAST}  (a stock SmolVLA checkpoint)")
-    print(f"Took {report['seconds']:.0f} s.")
+    print("[4/4] Measuring both, and driving unseen scenes in closed loop with each")
+    flags = [*evaluation_flags(folder), f"--seed={EVALUATION_SEED + cfg.seed}"]
+    print("$ " + shlex.join(["smolvla-reflow-eval", *flags]))
+    eval_command.main(flags)
+    picture(folder, cfg.seed)
+    print(f"Picture: {folder / 'paths.png'}")
+    print(f"Student: {folder / '2rf' / LAST} (a stock SmolVLA checkpoint)")
+    print(f"Took {time.monotonic() - start:.0f} s.")
 
 
 def train(program: str, flags: Sequence[str], log_file: Path) -> None:
@@ -131,40 +111,18 @@ def train(program: str, flags: Sequence[str], log_file: Path) -> None:
         raise ReflowError(f"{program} failed: {lines[-1] if lines else 'no output'} (all of it is in {log_file})")
 
 
-def evaluate(folder: Path, seed: int) -> list[Row]:
-    """Drive with teacher and student on the same scenes and noise, and draw the picture."""
+def picture(folder: Path, seed: int) -> None:
+    """Draw the same scene, driven many times."""
+    scene = Scene(start_y=0.0, obstacle_y=0.0)
+    checkpoints = {"teacher": folder / "1rf" / LAST, "student": folder / "2rf" / LAST}
     with quiet():
-        drivers = {
-            "teacher": Driver.load(folder / "1rf" / LAST),
-            "student": Driver.load(folder / "2rf" / LAST),
-        }
-    scenes = draw_scenes(EPISODES, SCENES_SEED)
-    cells = [(name, num_steps) for name in drivers for num_steps in NUM_STEPS]
-    rows = [
-        Row(
-            policy=name,
-            num_steps=num_steps,
-            success_rate=float(drivers[name].drive(scenes, num_steps, seed).success.mean()),
-            latency_ms=drivers[name].latency_ms(num_steps),
-        )
-        for name, num_steps in tqdm(cells, desc="      driving", unit="table row")
-    ]
-    same_scene = Scenes.repeat(start_y=0.0, obstacle_y=0.0, n=PICTURED)
-    draw_paths(
-        {
-            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": drivers[name].drive(same_scene, num_steps, seed)
+        panels = {
+            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": drive(
+                checkpoints[name], scene, num_steps, PICTURED, seed
+            )
             for name, num_steps in (("teacher", 10), ("teacher", 1), ("student", 1))
-        },
-        folder / "paths.png",
-    )
-    return rows
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Rows as aligned text."""
-    lines = [f"{'policy':<8} {'steps':>5} {'success':>8} {'latency':>10}"]
-    lines += [f"{r.policy:<8} {r.num_steps:>5} {r.success_rate:>8.1%} {r.latency_ms:>7.1f} ms" for r in rows]
-    return "\n".join(lines)
+        }
+    draw_paths(panels, folder / "paths.png")
 
 
 @contextlib.contextmanager

@@ -3,28 +3,33 @@
     smolvla-reflow-eval --policy.path=STUDENT --teacher_path=TEACHER --dataset.repo_id=... --output_dir=DIR
 
 Teacher and student are measured on the same frames and the same noise. Without --teacher_path it reports on one policy
-alone, which also answers whether a checkpoint is worth reflowing.
+alone, which also answers whether a checkpoint is worth reflowing. With --env.type=... it also drives the policies in
+that environment, as lerobot-eval would, and reports how often they succeed.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import draccus
 import torch
+from lerobot.configs import parser
 from lerobot.configs.default import DatasetConfig
+from lerobot.configs.default import EvalConfig as ClosedLoopConfig
+from lerobot.envs.configs import EnvConfig
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from smolvla_reflow import closed_loop
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.commands.console import names, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.evaluation import Contestant, evaluate, recommend
-from smolvla_reflow.generation import load_policy, load_preprocessor
+from smolvla_reflow.evaluation import Contestant, Row, evaluate, recommend
+from smolvla_reflow.generation import load_policy, load_processors
 from smolvla_reflow.normalization import robot_units
 from smolvla_reflow.pairs import write_whole
 from smolvla_reflow.preflight import check_device, check_features, frame_ranges, open_dataset, open_metadata
@@ -63,7 +68,11 @@ class EvalConfig:
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise, and of the first episode in closed loop."""
+    env: EnvConfig | None = None
+    """An environment to drive in, as for lerobot-eval."""
+    eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
+    """How many episodes of each task, and how many at once, as for lerobot-eval."""
     rename_map: dict[str, str] = field(default_factory=dict)
     """From the dataset's names to the policy's, as for lerobot-train."""
     write_num_steps: bool = False
@@ -79,8 +88,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif not names(argv, "dataset.repo_id"):
             raise ReflowError("Name the dataset to measure on: --dataset.repo_id=... (--dataset.root=...).")
         with parse_errors():
-            cfg = draccus.parse(EvalConfig, args=with_values(argv, "write_num_steps"))
+            cfg = draccus.parse(EvalConfig, args=with_plugins(with_values(argv, "write_num_steps")))
         run(cfg)
+
+
+def with_plugins(argv: Sequence[str]) -> list[str]:
+    """Load the packages that --env.discover_packages_path names, as LeRobot's commands do, and drop that flag."""
+    argv = list(argv)
+    for flag, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, argv).items():
+        try:
+            parser.load_plugin(package)
+        except parser.PluginLoadError as error:
+            raise ReflowError(f"--{flag}={package}: {error}") from None
+        argv = list(parser.filter_arg(flag, argv))
+    return argv
 
 
 def run(cfg: EvalConfig) -> None:
@@ -96,6 +117,8 @@ def run(cfg: EvalConfig) -> None:
             raise ReflowError(f"{checkpoint.source} has adapt_to_pi_aloha=true, whose units cannot be compared yet.")
     if teacher is not None:
         check_comparable(student, teacher)
+    if cfg.env is not None:
+        closed_loop.check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
     frames = choose_frames(cfg, [f for r in frame_ranges(metadata, cfg.dataset.episodes) for f in r])
     contestants = [load(name, checkpoint, cfg) for name, checkpoint in checkpoints.items()]
     reference, judged = contestants[0], contestants[-1]
@@ -111,9 +134,10 @@ def run(cfg: EvalConfig) -> None:
             seed=cfg.seed,
             progress=bar.update,
         )
+    rows = evaluation.rows if cfg.env is None else drive(cfg, contestants, evaluation.rows)
     recommended = recommend(evaluation, judged.name, reference, cfg.tolerance)
     report = Report(
-        rows=evaluation.rows,
+        rows=rows,
         recommended_num_steps=recommended,
         recommendation=in_words(recommended, judged, reference, cfg.tolerance),
         reference_rmse=evaluation.reference_rmse,
@@ -127,6 +151,7 @@ def run(cfg: EvalConfig) -> None:
             "seed": cfg.seed,
             "reference": f"rk4, {cfg.reference_steps} steps",
             "tolerance": cfg.tolerance,
+            "env": cfg.env and {"type": cfg.env.type, **draccus.encode(cfg.env)},
             "device": cfg.policy.device,
             "versions": {p: version(p) for p in ("smolvla-reflow", "lerobot", "torch", "transformers")},
         },
@@ -188,8 +213,19 @@ def load_frames(cfg: EvalConfig, positions: Sequence[int], chunk_size: int, fps:
 def load(name: str, checkpoint: Checkpoint, cfg: EvalConfig) -> Contestant:
     """A checkpoint with its processors, as plain LeRobot loads them."""
     policy = load_policy(checkpoint, cfg.policy.device)
-    preprocessor = load_preprocessor(checkpoint, cfg.policy.device, cfg.rename_map)
-    return Contestant(name, policy, preprocessor, robot_units(checkpoint), checkpoint.config.num_steps)
+    processors = load_processors(checkpoint, cfg.policy.device, cfg.rename_map)
+    units, num_steps = robot_units(checkpoint), checkpoint.config.num_steps
+    return Contestant(name, policy, processors.before, processors.after, units, num_steps)
+
+
+def drive(cfg: EvalConfig, contestants: Sequence[Contestant], rows: Sequence[Row]) -> list[Row]:
+    """The rows with each policy's success in closed loop at that number of steps."""
+    assert cfg.env is not None
+    by_name = {contestant.name: contestant for contestant in contestants}
+    return [
+        replace(row, success=closed_loop.drive(by_name[row.policy], cfg.env, cfg.eval, row.num_steps, cfg.seed))
+        for row in tqdm(rows, desc="driving", unit="table row")
+    ]
 
 
 def in_words(recommended: int | None, judged: Contestant, reference: Contestant, tolerance: float) -> str:

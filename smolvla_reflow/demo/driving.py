@@ -1,59 +1,48 @@
-"""Drive the demo's task with a SmolVLA checkpoint, at any number of ODE steps."""
+"""Drive one scene many times with a SmolVLA checkpoint, and keep the paths."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-from smolvla_reflow.demo.task import CAMERA, TASK, Drives, Scenes, drive, render
+from smolvla_reflow.demo.environment import MAX_STEPS
+from smolvla_reflow.demo.task import CAMERA, TASK, Scene, has_arrived, move, render
 
 
 @dataclass(frozen=True)
-class Driver:
-    """A checkpoint with its processors, as plain LeRobot loads them."""
+class Drives:
+    """`n` drives of one scene."""
 
-    policy: SmolVLAPolicy
-    preprocessor: Any
-    postprocessor: Any
+    paths: np.ndarray  # (n, MAX_STEPS + 1, 2) positions; where a drive ended it stays
+    success: np.ndarray  # (n,) bool: arrived without touching the obstacle
 
-    @classmethod
-    def load(cls, checkpoint: Path) -> "Driver":
-        policy = SmolVLAPolicy.from_pretrained(checkpoint)
-        return cls(policy, *make_pre_post_processors(policy.config, str(checkpoint)))
 
-    def waypoints(self, positions: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """One action chunk per row: positions `(n, 2)`, images `(n, H, W, 3)` uint8 -> `(n, chunk_size, 2)`."""
-        chunk = self.policy.predict_action_chunk(self._observe(positions, images))
-        return self.postprocessor(chunk).numpy()
-
-    def drive(self, scenes: Scenes, num_steps: int, seed: int) -> Drives:
-        """All scenes in closed loop with `num_steps` Euler steps; the same seed gives the same noise."""
-        self.policy.config.num_steps = num_steps
-        torch.manual_seed(seed)
-        return drive(scenes, self.waypoints, replan_every=self.policy.config.n_action_steps)
-
-    def latency_ms(self, num_steps: int, repeats: int = 30) -> float:
-        """Median milliseconds of one `predict_action_chunk` for one observation."""
-        self.policy.config.num_steps = num_steps
-        position = np.zeros((1, 2))
-        observation = self._observe(position, render(position, np.zeros(1)))
-        seconds = []
-        for _ in range(repeats + 3):
-            start = time.perf_counter()
-            self.policy.predict_action_chunk(dict(observation))
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds[3:])) * 1e3
-
-    def _observe(self, positions: np.ndarray, images: np.ndarray) -> dict[str, Any]:
-        return self.preprocessor(
-            {
-                "observation.state": torch.as_tensor(positions, dtype=torch.float32),
-                CAMERA: torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0,
-                "task": [TASK] * len(positions),
-            }
-        )
+@torch.no_grad()
+def drive(checkpoint: Path, scene: Scene, num_steps: int, n: int, seed: int) -> Drives:
+    """The same scene `n` times with `num_steps` Euler steps; the same seed gives the same noise."""
+    policy = SmolVLAPolicy.from_pretrained(checkpoint).eval()
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, str(checkpoint))
+    policy.config.num_steps = num_steps
+    torch.manual_seed(seed)
+    policy.reset()
+    paths = np.zeros((n, MAX_STEPS + 1, 2))
+    paths[:, 0] = 0.0, scene.start_y
+    ended, success = np.zeros((2, n), dtype=bool)
+    for step in range(MAX_STEPS):
+        here = paths[:, step]
+        images = np.stack([render(position, scene.obstacle_y) for position in here])
+        observation = {
+            "observation.state": torch.as_tensor(here, dtype=torch.float32),
+            CAMERA: torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0,
+            "task": [TASK] * n,
+        }
+        waypoints = postprocessor(policy.select_action(preprocessor(observation))).cpu().numpy()
+        for i in range(n):
+            moved = move(here[i], waypoints[i], scene.obstacle_y)
+            paths[i, step + 1] = here[i] if ended[i] else moved.position
+            success[i] |= not ended[i] and not moved.hit and has_arrived(moved.position)
+            ended[i] |= success[i] or moved.hit
+    return Drives(paths, success)

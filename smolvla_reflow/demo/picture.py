@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
-from smolvla_reflow.demo.task import OBSTACLE_RADIUS, OBSTACLE_X, VIEW_HALF_HEIGHT, Drives
+from smolvla_reflow.demo.driving import Drives
+from smolvla_reflow.demo.task import OBSTACLE_RADIUS, OBSTACLE_X, VIEW_HALF_HEIGHT
 
 ARRIVED, CRASHED = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
 

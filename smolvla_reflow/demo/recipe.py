@@ -1,4 +1,4 @@
-"""The two trainings of the demo, as the flags a user would type."""
+"""The demo's two trainings and its evaluation, as the flags a user would type."""
 
 import os
 from pathlib import Path
@@ -43,6 +43,25 @@ def reflow_flags(folder: Path, *, steps: int = 1200, lr: float = 1e-3) -> list[s
         f"--policy.optimizer_lr={lr}",
         f"--output_dir={folder / '2rf'}",
         *_shared_flags(folder, steps),
+    ]
+
+
+def evaluation_flags(folder: Path, *, episodes: int = 200, frames: int = 16) -> list[str]:
+    """`smolvla-reflow-eval`: both policies on some frames, and on unseen scenes in closed loop."""
+    return [
+        f"--policy.path={folder / '2rf' / LAST}",
+        f"--teacher_path={folder / '1rf' / LAST}",
+        "--policy.device=cpu",
+        f"--dataset.repo_id={REPO_ID}",
+        f"--dataset.root={folder / 'dataset'}",
+        "--num_steps=[1,2,5,10]",
+        f"--num_frames={frames}",
+        "--env.discover_packages_path=smolvla_reflow.demo",
+        "--env.type=drive_past",
+        f"--eval.n_episodes={episodes}",
+        f"--eval.batch_size={episodes}",
+        "--eval.use_async_envs=false",
+        f"--output_dir={folder / 'evaluation'}",
     ]
 
 

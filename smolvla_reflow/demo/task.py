@@ -12,6 +12,7 @@ in the camera image. An action is the next waypoint (x, y); an expert demonstrat
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,100 +36,68 @@ OBSTACLE_SPREAD = 0.2
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """`n` starting situations, one per row."""
+class Scene:
+    """A starting situation; the vehicle starts at (0, start_y)."""
 
-    start_y: np.ndarray  # (n,)
-    obstacle_y: np.ndarray  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.start_y)
-
-    @classmethod
-    def repeat(cls, start_y: float, obstacle_y: float, n: int) -> "Scenes":
-        """The same scene `n` times."""
-        return cls(np.full(n, start_y), np.full(n, obstacle_y))
+    start_y: float
+    obstacle_y: float
 
 
-@dataclass(frozen=True)
-class Drives:
-    """What came of driving `n` scenes."""
-
-    paths: np.ndarray  # (n, steps + 1, 2) positions
-    hit: np.ndarray  # (n,) bool: touched the obstacle
-    arrived: np.ndarray  # (n,) bool: crossed the field
-
-    @property
-    def success(self) -> np.ndarray:
-        """(n,) bool: arrived without touching the obstacle."""
-        return self.arrived & ~self.hit
-
-
-def draw_scenes(n: int, seed: int) -> Scenes:
+def draw_scenes(n: int, seed: int) -> list[Scene]:
     """`n` random scenes; the same seed gives the same scenes."""
     rng = np.random.default_rng(seed)
-    return Scenes(
-        start_y=rng.uniform(-START_SPREAD, START_SPREAD, n),
-        obstacle_y=rng.choice([-OBSTACLE_SPREAD, 0.0, OBSTACLE_SPREAD], n),
-    )
+    starts = rng.uniform(-START_SPREAD, START_SPREAD, n)
+    obstacles = rng.choice([-OBSTACLE_SPREAD, 0.0, OBSTACLE_SPREAD], n)
+    return [Scene(*map(float, both)) for both in zip(starts, obstacles, strict=True)]
 
 
-def expert_path(start_y: float, obstacle_y: float, side: int) -> np.ndarray:
+def expert_path(scene: Scene, side: int) -> np.ndarray:
     """Waypoints `(EPISODE_STEPS + 1, 2)` round the obstacle, above it (`side=1`) or below (`side=-1`)."""
     x = np.linspace(0.0, 1.0, EPISODE_STEPS + 1)
-    pass_y = obstacle_y + side * (OBSTACLE_RADIUS + CLEARANCE)
+    pass_y = scene.obstacle_y + side * (OBSTACLE_RADIUS + CLEARANCE)
     there = 0.5 - 0.5 * np.cos(np.pi * np.clip(x / OBSTACLE_X, 0.0, 1.0))
     back = 0.5 - 0.5 * np.cos(np.pi * np.clip((x - OBSTACLE_X) / (1.0 - OBSTACLE_X), 0.0, 1.0))
-    y = start_y + (pass_y - start_y) * there - pass_y * back
+    y = scene.start_y + (pass_y - scene.start_y) * there - pass_y * back
     return np.stack([x, y], axis=-1)
 
 
-def render(positions: np.ndarray, obstacle_y: np.ndarray) -> np.ndarray:
-    """Camera images `(n, IMAGE_SIZE, IMAGE_SIZE, 3)`, uint8: obstacle red, vehicle blue."""
+def render(position: np.ndarray, obstacle_y: float) -> np.ndarray:
+    """The camera's image `(IMAGE_SIZE, IMAGE_SIZE, 3)`, uint8: obstacle red, vehicle blue, at `position` (2,)."""
     column = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
     row = VIEW_HALF_HEIGHT * (1.0 - 2.0 * column)
-    obstacles = np.stack([np.full_like(obstacle_y, OBSTACLE_X), obstacle_y], axis=-1)
-    images: np.ndarray = np.full((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), 240.0)
-    for centres, radius, colour in (
-        (obstacles, OBSTACLE_RADIUS, (200, 40, 40)),
-        (positions, 0.05, (40, 80, 200)),
+    image: np.ndarray = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 240.0)
+    for (x, y), radius, colour in (
+        ((OBSTACLE_X, obstacle_y), OBSTACLE_RADIUS, (200, 40, 40)),
+        (position, 0.05, (40, 80, 200)),
     ):
-        dx = column[None, None, :] - centres[:, 0, None, None]
-        dy = row[None, :, None] - centres[:, 1, None, None]
         # Soft edges one pixel wide, so that a shift by less than a pixel shows.
-        cover = np.clip(0.5 + (radius - np.hypot(dx, dy)) * IMAGE_SIZE, 0.0, 1.0)[..., None]
-        images = images * (1.0 - cover) + np.array(colour) * cover
-    return images.round().astype(np.uint8)
+        distance = np.hypot(column[None, :] - x, row[:, None] - y)
+        cover = np.clip(0.5 + (radius - distance) * IMAGE_SIZE, 0.0, 1.0)[..., None]
+        image = image * (1.0 - cover) + np.array(colour) * cover
+    return image.round().astype(np.uint8)
 
 
-def drive(scenes: Scenes, choose_waypoints, replan_every: int, max_steps: int = EPISODE_STEPS + 2) -> Drives:
-    """Drive all scenes side by side in closed loop.
+@dataclass(frozen=True)
+class Moved:
+    """Where the vehicle is after one step, (2,), and whether it touched the obstacle on the way."""
 
-    Args:
-        choose_waypoints: called with positions `(n, 2)` float64 and camera images
-            `(n, IMAGE_SIZE, IMAGE_SIZE, 3)` uint8; returns waypoints `(n, >= replan_every, 2)`.
-        replan_every: how many waypoints are driven before new ones are asked for.
-    """
-    position = np.stack([np.zeros(len(scenes)), scenes.start_y], axis=-1)
-    obstacle = np.stack([np.full(len(scenes), OBSTACLE_X), scenes.obstacle_y], axis=-1)
-    path, hit = [position], np.zeros(len(scenes), dtype=bool)
-    for step in range(max_steps):
-        if step % replan_every == 0:
-            waypoints = choose_waypoints(position, render(position, scenes.obstacle_y))
-        move = waypoints[:, step % replan_every] - position
-        length = np.linalg.norm(move, axis=-1, keepdims=True)
-        move = move * np.minimum(1.0, MAX_STEP / np.maximum(length, 1e-9))
-        hit |= _distance_to_segment(obstacle, position, move) < OBSTACLE_RADIUS
-        position = position + move
-        path.append(position)
-    arrived = (position[:, 0] > 0.9) & (np.abs(position[:, 1]) < VIEW_HALF_HEIGHT)
-    return Drives(paths=np.stack(path, axis=1), hit=hit, arrived=arrived)
+    position: np.ndarray
+    hit: bool
 
 
-def _distance_to_segment(point: np.ndarray, start: np.ndarray, move: np.ndarray) -> np.ndarray:
-    along = ((point - start) * move).sum(-1) / np.maximum((move**2).sum(-1), 1e-12)
-    closest = start + np.clip(along, 0.0, 1.0)[:, None] * move
-    return np.linalg.norm(point - closest, axis=-1)
+def move(position: np.ndarray, waypoint: np.ndarray, obstacle_y: float) -> Moved:
+    """One step towards `waypoint` (2,), as far as one step goes."""
+    way = np.asarray(waypoint, dtype=np.float64) - position
+    way = way * min(1.0, MAX_STEP / max(float(np.linalg.norm(way)), 1e-9))
+    obstacle = np.array([OBSTACLE_X, obstacle_y])
+    along = np.clip((obstacle - position) @ way / max(float(way @ way), 1e-12), 0.0, 1.0)
+    hit = np.linalg.norm(obstacle - position - along * way) < OBSTACLE_RADIUS
+    return Moved(position + way, bool(hit))
+
+
+def has_arrived(position: np.ndarray) -> bool:
+    """Whether the field is crossed, and not left sideways."""
+    return bool(position[0] > 0.9 and abs(position[1]) < VIEW_HALF_HEIGHT)
 
 
 def write_dataset(folder: Path, episodes: int, seed: int = 0) -> LeRobotDataset:
@@ -150,17 +119,14 @@ def write_dataset(folder: Path, episodes: int, seed: int = 0) -> LeRobotDataset:
             },
         },
     )
-    for start_y, obstacle_y in tqdm(
-        zip(scenes.start_y, scenes.obstacle_y, strict=True), total=episodes, desc="      recording", unit="episode"
-    ):
-        path = expert_path(start_y, obstacle_y, side=rng.choice([-1, 1]))
-        images = render(path[:-1], np.full(EPISODE_STEPS, obstacle_y))
-        for here, there, image in zip(path[:-1], path[1:], images, strict=True):
+    for scene in tqdm(scenes, desc="      recording", unit="episode"):
+        path = expert_path(scene, side=rng.choice([-1, 1]))
+        for here, there in pairwise(path):
             dataset.add_frame(
                 {
                     "observation.state": here.astype(np.float32),
                     "action": there.astype(np.float32),
-                    CAMERA: image,
+                    CAMERA: render(here, scene.obstacle_y),
                     "task": TASK,
                 }
             )

@@ -1,0 +1,161 @@
+"""Closed loop: success and its interval by hand, the drives against a loop of its own, the command as run."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import as_flags
+from lerobot.configs.default import EvalConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+from smolvla_reflow import closed_loop
+from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow.commands import eval as eval_command
+from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
+from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.task import CAMERA, REPO_ID, TASK
+from smolvla_reflow.metrics import Success
+
+PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"
+# An obstacle out of the way of most drives, so that a barely trained policy arrives in some and not in others.
+EASY = {"start_y": 0.05, "obstacle_y": 0.3}
+EPISODES = 12
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 20), (7, 20), (20, 20), (199, 200)])
+def test_the_interval_is_wilsons(k, n):
+    """Wilson (1927): the rates p at which |k/n - p| <= z sqrt(p (1 - p) / n), a quadratic in p."""
+    found = Success.count({"a": [True] * k + [False] * (n - k)})
+    z, p = 1.959963984540054, k / n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert found.rate == p
+    assert found.low == pytest.approx((middle - half) / (1 + z * z / n), abs=1e-12)
+    assert found.high == pytest.approx((middle + half) / (1 + z * z / n), abs=1e-12)
+    assert found.episodes == n
+
+
+def test_tasks_are_told_apart():
+    found = Success.count({"reach/0": [True, False], "press/0": [True, True, True, True]})
+    assert found.by_task == {"reach/0": 0.5, "press/0": 1.0}
+    assert (found.rate, found.episodes) == (5 / 6, 6)
+
+
+@pytest.fixture(scope="module")
+def contestant(workshop):
+    cfg = eval_command.EvalConfig(dataset=None, policy=eval_command.PolicyConfig(device="cpu"))
+    return eval_command.load("policy", open_checkpoint(str(workshop / "1rf" / LAST)), cfg)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_drives_are_the_stock_policys(workshop, contestant, num_steps):
+    """Stock checkpoint, stock processors, and a loop written here: the same seed, the same episodes succeed."""
+    settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
+    found = closed_loop.drive(contestant, DrivePastConfig(**EASY), settings, num_steps, seed=5)
+
+    policy = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).eval()
+    preprocessor, postprocessor = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
+    policy.config.num_steps = num_steps
+    torch.manual_seed(5)
+    successes = []
+    for _ in range(EPISODES // 4):
+        envs = [DrivePast(**EASY) for _ in range(4)]
+        positions = np.stack([env.reset()[0]["agent_pos"] for env in envs])
+        outcome: list[bool | None] = [None] * 4
+        policy.reset()
+        for _ in range(MAX_STEPS):
+            if None not in outcome:
+                break
+            images = np.stack([env.render() for env in envs])
+            observation = {
+                "observation.state": torch.tensor(positions).float(),
+                CAMERA: torch.tensor(images).permute(0, 3, 1, 2) / 255,
+                "task": [TASK] * 4,
+            }
+            with torch.no_grad():
+                actions = postprocessor(policy.select_action(preprocessor(observation))).numpy()
+            for i, env in enumerate(envs):
+                seen, _, ended, _, info = env.step(actions[i])
+                if ended:  # a vector environment starts the next episode at once
+                    outcome[i] = info["is_success"] if outcome[i] is None else outcome[i]
+                    seen, _ = env.reset()
+                positions[i] = seen["agent_pos"]
+        successes += [bool(success) for success in outcome]
+    assert found.rate == sum(successes) / EPISODES
+    assert found.by_task == {"drive_past/0": found.rate}
+    assert 0 < found.rate < 1  # or the comparison would say nothing
+    assert contestant.policy.config.num_steps == contestant.num_steps
+
+
+def test_several_seeds_show_several_scenes(contestant):
+    settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
+    rates = {closed_loop.drive(contestant, DrivePastConfig(), settings, 2, seed).rate for seed in range(4)}
+    assert len(rates) > 1
+
+
+def flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
+    default = {
+        "policy.path": workshop / "1rf" / LAST,
+        "policy.device": "cpu",
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": workshop / "dataset",
+        "output_dir": output_dir,
+        "num_steps": "[1,2]",
+        "num_frames": 2,
+        "num_noises": 2,
+        "reference_steps": 4,
+        "env.type": "drive_past",
+        "eval.n_episodes": 4,
+        "eval.batch_size": 4,
+        "eval.use_async_envs": "false",
+    }
+    return [PLUGIN, *as_flags(default, **changes)]
+
+
+def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
+    eval_command.main(flags(workshop, tmp_path / "a", env__start_y=0.05, env__obstacle_y=0.3, eval__n_episodes=8))
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert [row["success"]["episodes"] for row in report["rows"]] == [8, 8, 8]
+    env = report["made_with"]["env"]
+    assert (env["type"], env["start_y"], env["obstacle_y"]) == ("drive_past", 0.05, 0.3)
+    row = report["rows"][0]["success"]
+    text = f"{row['rate']:.1%} ({row['low']:.0%} to {row['high']:.0%})"
+    assert text in capsys.readouterr().out
+    assert text in (tmp_path / "a" / "report.md").read_text()
+    height, width, _ = matplotlib.image.imread(tmp_path / "a" / "report.png").shape
+    assert (width, height) == (1020, 1290)  # a second panel under the first
+
+    eval_command.main(flags(workshop, tmp_path / "b", env__start_y=0.05, env__obstacle_y=0.3, eval__n_episodes=8))
+    again = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert [row["success"] for row in again["rows"]] == [row["success"] for row in report["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env__type": "pusht"}, "needs 'observation.images.top', which --env.type=pusht lacks"),
+        ({"env__type": "holodeck"}, "holodeck"),
+        ({"env__obstacle": 1}, "env.obstacle"),
+        ({"env__discover_packages_path": "no.such.package"}, "--env.discover_packages_path=no.such.package"),
+    ],
+)
+def test_user_errors(workshop, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit) as exit:
+        eval_command.main(flags(workshop, tmp_path / "r", **changes))
+    assert exit.value.code == 2
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-eval: error:")]
+    assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys):
+    """PushT has the cameras and widths once they are renamed, but its package is not here."""
+    rename = '{"observation.image": "observation.images.top"}'
+    with pytest.raises(SystemExit) as exit:
+        eval_command.main(flags(workshop, tmp_path / "r", env__type="pusht", rename_map=rename))
+    assert exit.value.code == 2
+    assert "--env.type=pusht cannot be started" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
