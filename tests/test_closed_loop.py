@@ -138,7 +138,7 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
     [
         ({"env__type": "pusht"}, "needs 'observation.images.top', which --env.type=pusht lacks"),
         ({"env__type": "holodeck"}, "holodeck"),
-        ({"env__obstacle": 1}, "env.obstacle"),
+        ({"env__obstakle": 1}, "env.obstakle"),
         ({"env__discover_packages_path": "no.such.package"}, "--env.discover_packages_path=no.such.package"),
     ],
 )
