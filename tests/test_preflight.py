@@ -11,7 +11,7 @@ from smolvla_reflow.preflight import check_features
 def test_cameras_may_be_renamed_and_empty_ones_missing(make_config):
     config = make_config(empty_cameras=1)
     config.validate_features()
-    teacher = SimpleNamespace(config=config)
+    teacher = SimpleNamespace(source="teacher", config=config)
     features = {
         "observation.state": {"shape": (3,)},
         "action": {"shape": (2,)},
