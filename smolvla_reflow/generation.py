@@ -114,11 +114,8 @@ def load_pair_solver(
     rename_map: dict[str, str],
 ) -> PairSolver:
     """Load the teacher as plain LeRobot would, on `device`."""
-    config = copy.deepcopy(checkpoint.config)
-    config.device, config.compile_model, config.rtc_config = device, False, None
-    policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device).eval().requires_grad_(False)
     preprocessor = load_processors(checkpoint, device, rename_map).before
-    return PairSolver(policy, preprocessor, space, provenance)
+    return PairSolver(load_policy(checkpoint, device), preprocessor, space, provenance)
 
 
 def generate(

@@ -22,8 +22,8 @@ from lerobot.scripts import lerobot_train
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import one_rectified_flow_flags, reflow_flags
-from smolvla_reflow.demo.task import write_dataset
+from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.task import REPO_ID, write_dataset
 
 torch.set_num_threads(2)
 STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
@@ -144,6 +144,23 @@ def as_flags(defaults: dict[str, Any], **changes: Any) -> list[str]:
     """`--name=value` for each of `defaults`, with some changed (`a__b` means `a.b`) or, by None, left out."""
     flags = {**defaults, **{name.replace("__", "."): value for name, value in changes.items()}}
     return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def eval_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """Flags of a short `smolvla-reflow-eval` of the workshop's policy."""
+    flags = {
+        "policy.path": workshop / "1rf" / LAST,
+        "policy.device": "cpu",
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": workshop / "dataset",
+        "output_dir": output_dir,
+        "num_steps": "[1,2]",
+        "num_frames": 6,
+        "num_noises": 3,
+        "reference_steps": 20,
+        "batch_size": 4,
+    }
+    return as_flags(flags, **changes)
 
 
 def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:

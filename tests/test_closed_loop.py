@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags
+from conftest import eval_flags
 from lerobot.configs.default import EvalConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -17,7 +17,7 @@ from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
 from smolvla_reflow.demo.recipe import LAST
-from smolvla_reflow.demo.task import CAMERA, REPO_ID, TASK
+from smolvla_reflow.demo.task import CAMERA, TASK
 from smolvla_reflow.metrics import Success
 
 PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"
@@ -97,22 +97,16 @@ def test_several_seeds_show_several_scenes(contestant):
 
 
 def flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
-    default = {
-        "policy.path": workshop / "1rf" / LAST,
-        "policy.device": "cpu",
-        "dataset.repo_id": REPO_ID,
-        "dataset.root": workshop / "dataset",
-        "output_dir": output_dir,
-        "num_steps": "[1,2]",
+    driven = {
         "num_frames": 2,
         "num_noises": 2,
         "reference_steps": 4,
-        "env.type": "drive_past",
-        "eval.n_episodes": 4,
-        "eval.batch_size": 4,
-        "eval.use_async_envs": "false",
+        "env__type": "drive_past",
+        "eval__n_episodes": 4,
+        "eval__batch_size": 4,
+        "eval__use_async_envs": "false",
     }
-    return [PLUGIN, *as_flags(default, **changes)]
+    return [PLUGIN, *eval_flags(workshop, output_dir, **{**driven, **changes})]
 
 
 def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):

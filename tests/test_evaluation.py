@@ -10,7 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, reflow_run, reflow_train_main
+from conftest import eval_flags, reflow_run, reflow_train_main
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -68,22 +68,6 @@ def student(workshop, tmp_path_factory):
     run = tmp_path_factory.mktemp("student") / "run"
     reflow_train_main(reflow_run(workshop, run, steps=10))
     return run / LAST
-
-
-def eval_flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
-    flags = {
-        "policy.path": workshop / "1rf" / LAST,
-        "policy.device": "cpu",
-        "dataset.repo_id": REPO_ID,
-        "dataset.root": workshop / "dataset",
-        "output_dir": output_dir,
-        "num_steps": "[1,2]",
-        "num_frames": 6,
-        "num_noises": 3,
-        "reference_steps": 20,
-        "batch_size": 4,
-    }
-    return as_flags(flags, **changes)
 
 
 def run_eval(workshop: Path, output_dir: Path, **changes) -> dict:

@@ -8,8 +8,8 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-from smolvla_reflow.demo.environment import MAX_STEPS
-from smolvla_reflow.demo.task import CAMERA, TASK, Scene, has_arrived, move, render
+from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast
+from smolvla_reflow.demo.task import CAMERA, TASK, Scene
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ def drive(checkpoint: Path, scene: Scene, num_steps: int, n: int, seed: int) -> 
     policy.config.num_steps = num_steps
     torch.manual_seed(seed)
     policy.reset()
-    paths = np.zeros((n, MAX_STEPS + 1, 2))
-    paths[:, 0] = 0.0, scene.start_y
+    vehicles = [DrivePast(scene.start_y, scene.obstacle_y) for _ in range(n)]
+    positions = np.stack([vehicle.reset()[0]["agent_pos"] for vehicle in vehicles])
+    paths = [positions]
     ended, success = np.zeros((2, n), dtype=bool)
-    for step in range(MAX_STEPS):
-        here = paths[:, step]
-        images = np.stack([render(position, scene.obstacle_y) for position in here])
+    for _ in range(MAX_STEPS):
+        images = np.stack([vehicle.render() for vehicle in vehicles])
         observation = {
-            "observation.state": torch.as_tensor(here, dtype=torch.float32),
+            "observation.state": torch.as_tensor(positions, dtype=torch.float32),
             CAMERA: torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0,
             "task": [TASK] * n,
         }
         waypoints = postprocessor(policy.select_action(preprocessor(observation))).cpu().numpy()
-        for i in range(n):
-            moved = move(here[i], waypoints[i], scene.obstacle_y)
-            paths[i, step + 1] = here[i] if ended[i] else moved.position
-            success[i] |= not ended[i] and not moved.hit and has_arrived(moved.position)
-            ended[i] |= success[i] or moved.hit
-    return Drives(paths, success)
+        for i in np.flatnonzero(~ended):
+            _, _, ended[i], _, info = vehicles[i].step(waypoints[i])
+            success[i] = info["is_success"]
+        positions = np.stack([vehicle.position for vehicle in vehicles])
+        paths.append(positions)
+    return Drives(np.stack(paths, axis=1), success)
