@@ -151,7 +151,7 @@ def run(cfg: EvalConfig) -> None:
             "seed": cfg.seed,
             "reference": f"rk4, {cfg.reference_steps} steps",
             "tolerance": cfg.tolerance,
-            "env": cfg.env and {"type": cfg.env.type, **draccus.encode(cfg.env)},
+            "env": cfg.env and env_settings(cfg.env),
             "device": cfg.policy.device,
             "versions": {p: version(p) for p in ("smolvla-reflow", "lerobot", "torch", "transformers")},
         },
@@ -226,6 +226,12 @@ def drive(cfg: EvalConfig, contestants: Sequence[Contestant], rows: Sequence[Row
         replace(row, success=closed_loop.drive(by_name[row.policy], cfg.env, cfg.eval, row.num_steps, cfg.seed))
         for row in tqdm(rows, desc="driving", unit="table row")
     ]
+
+
+def env_settings(env: EnvConfig) -> dict[str, Any]:
+    """What the user may set; what the environment shows follows from its type."""
+    settings = draccus.encode(env)
+    return {"type": env.type, **{name: settings[name] for name in settings if not name.startswith("features")}}
 
 
 def in_words(recommended: int | None, judged: Contestant, reference: Contestant, tolerance: float) -> str:
