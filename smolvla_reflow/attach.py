@@ -30,11 +30,13 @@ from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
+from smolvla_reflow.losses import LOSS, get_loss
 from smolvla_reflow.normalization import ChangeOfSpace, Statistics, change_of_space
 from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
 from smolvla_reflow.teacher import base_policy, frozen_teacher
+from smolvla_reflow.timesteps import TIME_SAMPLING, TimeSampling
 from smolvla_reflow.vision import SharedFeatures, share_features
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
@@ -49,6 +51,7 @@ class ModelMixin:
     config: SmolVLAConfig
     forward_standard: Callable[..., Tensor]
     sample_noise: Callable[..., Tensor]
+    sample_time: Callable[..., Tensor]
 
     def forward(self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of `training_mode`; in eval mode the stock ones."""
@@ -84,6 +87,14 @@ class ModelMixin:
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
+    def sample_reflow_time(self, batch_size: int, device: torch.device) -> Tensor:
+        """Times `(batch_size,)` as `time_sampling` wants them."""
+        return vars(self)[_STATE].time_sampling.draw(batch_size, device, self.sample_time)
+
+    def reflow_loss(self, squared_errors: Tensor) -> Tensor:
+        """The chosen loss of each entry, of the shape of `squared_errors`."""
+        return get_loss(vars(self)[_STATE].loss)(squared_errors)
+
 
 class PolicyMixin:
     """Bound onto the SmolVLAPolicy; never inherited."""
@@ -117,6 +128,8 @@ class Attachment:
         teacher: its frozen teacher; None if pairs stand in for it.
         pairs: couplings made before, read from disk.
         solver: of the teacher's ODE.
+        time_sampling: where on a coupling's line the student learns.
+        loss: the name of the loss, see `smolvla_reflow.losses`.
         space: the way into the teacher's normalised space and back; None if it is the batches' own.
         features: of the images, shared by the two; None if the vision encoder is trained or differs.
         policy_forward: the policy's forward as it was before.
@@ -129,6 +142,8 @@ class Attachment:
     teacher: SmolVLAPolicy | None
     pairs: Pairs | None
     solver: Solver
+    time_sampling: TimeSampling
+    loss: str
     space: ChangeOfSpace | None
     features: SharedFeatures | None
     policy_forward: Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -181,6 +196,8 @@ def attach(
     num_steps: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    time_sampling: str = TIME_SAMPLING,
+    loss: str = LOSS,
     dataset_stats: Statistics | None = None,
     pairs: str | Path | Pairs | None = None,
 ) -> Attachment:
@@ -199,6 +216,8 @@ def attach(
         strategy: a name from `available_loss_strategies()`.
         solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is its own
             sampler, Euler with its own `config.num_steps`.
+        time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
+        loss: `mse`, `pseudo_huber` or `normalized`, see `smolvla_reflow.losses`.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped.
         pairs: a folder of `smolvla-reflow-pairs`, instead of a teacher and a solver. That it fits the dataset the
@@ -212,13 +231,14 @@ def attach(
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     get_loss_strategy(strategy)
-    ode = Solver(solver, num_steps, rtol, atol)
+    ode, times = Solver(solver, num_steps, rtol, atol), TimeSampling(time_sampling)
+    get_loss(loss)
     if pairs is not None:
         if teacher is not None:
             raise ReflowError("Attach either a teacher or the pairs it made, not both.")
         stored = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         _check_shape(stored, base)
-        return _bind(Attachment(base, None, stored, ode, None, None, base.forward), strategy)
+        return _bind(Attachment(base, None, stored, ode, times, loss, None, None, base.forward), strategy)
     source = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space = None
     if dataset_stats is not None:
@@ -227,7 +247,7 @@ def attach(
         space = change_of_space(source, dataset_stats)
     frozen = frozen_teacher(policy, source, num_steps)
 
-    attachment = Attachment(base, frozen, None, ode, space, share_features(base, frozen), base.forward)
+    attachment = Attachment(base, frozen, None, ode, times, loss, space, share_features(base, frozen), base.forward)
     _bind(attachment, strategy)
     _report_sharing(base, frozen, attachment.features)
     return attachment
@@ -253,6 +273,8 @@ def _bind(attachment: Attachment, strategy: str) -> Attachment:
             forward=MethodType(ModelMixin.forward, model),
             forward_reflow=MethodType(ModelMixin.forward_reflow, model),
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
+            sample_reflow_time=MethodType(ModelMixin.sample_reflow_time, model),
+            reflow_loss=MethodType(ModelMixin.reflow_loss, model),
             **{_STATE: attachment},
         ),
     )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
@@ -132,4 +133,18 @@ def reflow(
 ) -> Tensor:
     """Flow matching on the teacher's couplings (arXiv 2209.03003, equation 1 with (X_0, X_1) = (Z_0, Z_1))."""
     coupling = model.generate_reflow_target(*observation, noise=noise)
-    return model.forward_standard(*observation, coupling.actions, coupling.noise, time)
+    if time is None:
+        time = model.sample_reflow_time(len(actions), actions.device)
+    return model.reflow_loss(model.forward_standard(*observation, coupling.actions, coupling.noise, time))
+
+
+@register_loss_strategy("distill", whole_chunk=True)
+def distill(
+    model: Any,
+    observation: Observation,
+    actions: Tensor,
+    noise: Tensor | None = None,
+    time: Tensor | None = None,
+) -> Tensor:
+    """One-step distillation: reflow at t = 1 alone (arXiv 2209.03003, section 3.2); more steps get worse by it."""
+    return reflow(model, observation, actions, noise, torch.ones_like(actions[:, 0, 0]) if time is None else time)

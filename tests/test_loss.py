@@ -123,7 +123,7 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     torch.manual_seed(7)
     noise = policy.model.sample_noise((4, CHUNK, WIDTH), "cpu")
     time = policy.model.sample_time(4, "cpu")
-    attach(policy, teacher)
+    attach(policy, teacher, time_sampling="beta")
     policy.train()
     torch.manual_seed(7)
     loss, _ = policy.forward(dict(batch))

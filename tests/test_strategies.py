@@ -27,14 +27,14 @@ def _restore_registry(monkeypatch):
 
 
 def test_built_in_strategies():
-    assert available_loss_strategies() == ("reflow", "standard")
+    assert available_loss_strategies() == ("distill", "reflow", "standard")
     assert get_loss_strategy("reflow").whole_chunk
     assert not get_loss_strategy("standard").whole_chunk
 
 
 def test_unknown_name_lists_the_known():
     with pytest.raises(
-        ReflowError, match="Unknown loss strategy 'standart'; known are: reflow, standard. Did you mean"
+        ReflowError, match="Unknown loss strategy 'standart'; known are: distill, reflow, standard. Did you mean"
     ):
         get_loss_strategy("standart")
 
@@ -78,7 +78,7 @@ def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
     code = """
         import sys
         from smolvla_reflow import available_loss_strategies, get_loss_strategy
-        assert available_loss_strategies() == ("doubled", "reflow", "standard")
+        assert available_loss_strategies() == ("distill", "doubled", "reflow", "standard")
         assert "their_losses" not in sys.modules
         assert get_loss_strategy("doubled").function is sys.modules["their_losses"].doubled
     """

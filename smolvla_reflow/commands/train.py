@@ -24,10 +24,12 @@ from smolvla_reflow.commands.console import command_line, parse_errors, reported
 from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.losses import get_loss
 from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.preflight import check_run
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
+from smolvla_reflow.timesteps import TimeSampling
 
 PROGRAM = "smolvla-reflow-train"
 
@@ -90,14 +92,19 @@ def run(arguments: Arguments) -> None:
 
         def teach(policy: nn.Module) -> None:
             announce(cfg, arguments)
+            recipe = {
+                "strategy": cfg.reflow.strategy,
+                "time_sampling": cfg.reflow.time_sampling,
+                "loss": cfg.reflow.loss,
+            }
             if pairs is not None:
                 logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(pairs), pairs.folder)
-                attach(policy, pairs=pairs, strategy=cfg.reflow.strategy)
+                attach(policy, pairs=pairs, **recipe)
                 return
             attach(
                 policy,
                 teacher,
-                strategy=cfg.reflow.strategy,
+                **recipe,
                 solver=cfg.reflow.solver,
                 num_steps=cfg.reflow.num_steps,
                 rtol=cfg.reflow.rtol,
@@ -121,6 +128,8 @@ def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
         )
     get_loss_strategy(cfg.reflow.strategy)
     try:
+        TimeSampling(cfg.reflow.time_sampling)
+        get_loss(cfg.reflow.loss)
         Solver(cfg.reflow.solver, cfg.reflow.num_steps, cfg.reflow.rtol, cfg.reflow.atol)
     except ReflowError as error:
         raise ReflowError(f"--reflow.{error}") from None

@@ -1,0 +1,91 @@
+"""Distributions of t against their densities, integrated in the test; and that training sees them."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy import integrate, stats
+
+from smolvla_reflow import ReflowError, attach
+from smolvla_reflow.timesteps import KNOWN, TimeSampling
+
+# Unnormalised densities as the papers write them, in LeRobot's direction (noise at t = 1).
+DENSITIES = {
+    "uniform": lambda t: 1.0,
+    "u_shaped": lambda t: math.exp(4 * t) + math.exp(4 * (1 - t)),
+    "logit_normal": lambda t: math.exp(-0.5 * math.log(t / (1 - t)) ** 2) / (t * (1 - t)) if 0 < t < 1 else 0.0,
+    "exponential": lambda t: 10.0**t,
+}
+
+
+def no_stock(size, device):
+    raise AssertionError("SmolVLA's own times were not asked for")
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_draws_follow_the_density(name):
+    torch.manual_seed(0)
+    times = TimeSampling(name).draw(20_000, torch.device("cpu"), no_stock)
+    mass = integrate.quad(DENSITIES[name], 0, 1)[0]
+    edges = [0.1 * i for i in range(11)]
+    expected = [integrate.quad(DENSITIES[name], a, b)[0] / mass for a, b in pairwise(edges)]
+    counts = torch.histogram(times, bins=torch.tensor(edges)).hist
+    assert counts.sum() == len(times)
+    assert stats.chisquare(counts.numpy(), [share * len(times) for share in expected]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_a_grid_is_what_the_sampler_visits(steps, make_policy, batch):
+    """The stock sampler itself says at which times it evaluates the velocity."""
+    policy, visited = make_policy(num_steps=steps), []
+    denoise_step = policy.model.denoise_step
+
+    def note(x_t, timestep, **given):
+        visited.append(timestep.flatten()[0].item())
+        return denoise_step(x_t=x_t, timestep=timestep, **given)
+
+    policy.model.denoise_step = note
+    policy.predict_action_chunk(dict(batch))
+    torch.manual_seed(0)
+    times = TimeSampling(f"grid:{steps}").draw(1000 * steps, torch.device("cpu"), no_stock)
+    values, counts = times.unique(return_counts=True)
+    assert counts.sum() == 1000 * steps
+    torch.testing.assert_close(values, torch.tensor(sorted(visited)), atol=1e-5, rtol=0)
+    assert all(stats.binomtest(count, 1000 * steps, 1 / steps).pvalue > 1e-4 for count in counts.tolist())
+
+
+def test_a_mixture_has_equal_shares():
+    torch.manual_seed(0)
+    times = TimeSampling("grid:1+uniform+uniform").draw(9000, torch.device("cpu"), no_stock)
+    assert stats.binomtest(int((times == 1).sum()), 9000, 1 / 3).pvalue > 1e-3
+
+
+def test_beta_is_the_policys_own(policy):
+    torch.manual_seed(0)
+    ours = TimeSampling("beta").draw(7, torch.device("cpu"), policy.model.sample_time)
+    torch.manual_seed(0)
+    assert torch.equal(ours, policy.model.sample_time(7, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", ["", "bete", "grid", "grid:0", "grid:-1", "grid:x", "beta+", "uniform+nothing"])
+def test_unknown_names_list_the_known(name):
+    with pytest.raises(ReflowError, match=r"time_sampling '.*' is unknown; known are " + ", ".join(KNOWN)):
+        TimeSampling(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "times"), [({"time_sampling": "grid:2"}, {0.5, 1.0}), ({"strategy": "distill"}, {1.0})]
+)
+def test_training_sees_these_times(policy, teacher, batch, options, times):
+    attach(policy, teacher, **options)
+    seen, forward_standard = [], policy.model.forward_standard
+
+    def note(*args):
+        seen.extend(args[-1].tolist())
+        return forward_standard(*args)
+
+    policy.model.forward_standard = note
+    for _ in range(8):
+        policy.train().forward(dict(batch))
+    assert set(seen) == times
