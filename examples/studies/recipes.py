@@ -2,12 +2,14 @@
 
     python examples/studies/recipes.py --output_dir=outputs/study
 
-The demo's task. Each seed trains a teacher of its own; each recipe then trains a student of it, with the same data, number of
-steps and seed, and `smolvla-reflow-eval` measures both. Anything that is there already is kept, so an interrupted study goes on.
+The demo's task. Each seed trains a teacher of its own; each recipe then trains a student of it, with the same data,
+number of steps and seed, and `smolvla-reflow-eval` measures both. Anything that is there already is kept, so that an
+interrupted study goes on.
 """
 
 import json
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from statistics import mean, stdev
 import draccus
 
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import evaluation_flags, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.recipe import LAST, evaluation_flags, one_rectified_flow_flags, reflow_flags
 from smolvla_reflow.demo.task import write_dataset
 
 DEMONSTRATIONS = 200
@@ -53,16 +55,17 @@ def study(cfg: StudyConfig) -> None:
         if not (folder / "dataset").exists():
             write_dataset(folder / "dataset", DEMONSTRATIONS)
             write_backbone(folder / "backbone")
-        run("lerobot-train", one_rectified_flow_flags(folder), folder / "1rf", seed)
+        run("lerobot-train", one_rectified_flow_flags(folder), folder / "1rf" / LAST, seed)
         for recipe in cfg.recipes:
             name = recipe.replace("--reflow.", "").replace(" ", ",").replace("=", "-").replace(":", "")
             student, evaluation = folder / name / "2rf", folder / name / "evaluation"
             flags = [*replaced(reflow_flags(folder, steps=cfg.steps), folder / "2rf", student), *recipe.split()]
-            run("smolvla-reflow-train", flags, student, seed)
+            run("smolvla-reflow-train", flags, student / LAST, seed)
             flags = replaced(evaluation_flags(folder), folder / "2rf", student)
             flags = replaced(flags, folder / "evaluation", evaluation)
-            run("smolvla-reflow-eval", flags, evaluation, EVALUATION_SEED + seed)
-            reports[recipe].append(json.loads((evaluation / "report.json").read_text()))
+            report = evaluation / "report.json"
+            run("smolvla-reflow-eval", flags, report, EVALUATION_SEED + seed)
+            reports[recipe].append(json.loads(report.read_text()))
             print(table(reports), flush=True)
 
 
@@ -71,10 +74,12 @@ def replaced(flags: list[str], old: Path, new: Path) -> list[str]:
     return [flag.replace(str(old), str(new)) for flag in flags]
 
 
-def run(program: str, flags: list[str], output: Path, seed: int) -> None:
-    """One command, unless its output is there."""
-    if output.exists():
+def run(program: str, flags: list[str], result: Path, seed: int) -> None:
+    """One command, unless its result is there; what an interrupted one left in its folder goes."""
+    if result.exists():
         return
+    output = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir=")))
+    shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [program, *flags, f"--seed={seed}"]
     print("$ " + shlex.join(command), flush=True)
@@ -102,7 +107,7 @@ def cells(reports: list[dict], policy: str, steps: list[int]) -> list[str]:
         return f"{mean(values):.{digits}f}{spread}"
 
     return [
-        *(cell([100 * row[n]["success_rate"] for row in rows], 1) for n in steps),
+        *(cell([100 * row[n]["success"]["rate"] for row in rows], 1) for n in steps),
         *(cell([row[n]["flow_rmse"] for row in rows], 3) for n in steps),
         cell([row[1]["spread_ratio"] for row in rows], 2),
     ]
