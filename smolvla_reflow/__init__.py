@@ -5,6 +5,7 @@ from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
 from smolvla_reflow.pairs import Pairs
+from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import (
     LossStrategy,
@@ -19,6 +20,7 @@ __all__ = [
     "LossStrategy",
     "Observation",
     "Pairs",
+    "Recipe",
     "ReflowError",
     "Solver",
     "attach",

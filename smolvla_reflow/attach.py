@@ -30,13 +30,14 @@ from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
-from smolvla_reflow.losses import LOSS, get_loss
+from smolvla_reflow.losses import get_loss
 from smolvla_reflow.normalization import ChangeOfSpace, Statistics, change_of_space
 from smolvla_reflow.pairs import Pairs
+from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
 from smolvla_reflow.teacher import base_policy, frozen_teacher
-from smolvla_reflow.timesteps import TIME_SAMPLING, TimeSampling
+from smolvla_reflow.timesteps import TimeSampling
 from smolvla_reflow.vision import SharedFeatures, share_features
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
@@ -87,17 +88,40 @@ class ModelMixin:
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
-    def sample_reflow_time(self, batch_size: int, device: torch.device) -> Tensor:
-        """Times `(batch_size,)` as `time_sampling` wants them."""
-        return vars(self)[_STATE].time_sampling.draw(batch_size, device, self.sample_time)
+    def forward_coupling(self, observation, actions, coupling, noise=None, time=None) -> Tensor:
+        """Unreduced losses `(B, chunk_size, max_action_dim)` of a coupling, as the recipe has it.
 
-    def reflow_loss(self, squared_errors: Tensor) -> Tensor:
-        """The chosen loss of each entry, of the shape of `squared_errors`."""
-        return get_loss(vars(self)[_STATE].loss)(squared_errors)
+        The recipe's share of recorded `actions` is put in the coupling's place, with noise and time as in standard
+        training. `noise` and `time` are those that the caller fixed.
+        """
+        attachment = vars(self)[_STATE]
+        recipe, device = attachment.recipe, actions.device
+        times = (
+            TimeSampling(recipe.time_sampling).draw(len(actions), device, self.sample_time) if time is None else time
+        )
+        if not recipe.real_data_ratio:
+            losses = self.forward_standard(*observation, coupling.actions, coupling.noise, times)
+            return get_loss(recipe.loss)(losses)
+
+        recorded = recipe.recorded(len(actions), device)
+        chosen = recorded[:, None, None]
+        # Stored pairs have few noises for a frame; recorded actions are to meet all.
+        noise = self.sample_noise(actions.shape, device) if noise is None else noise
+        times = torch.where(recorded, self.sample_time(len(actions), device) if time is None else time, times)
+        losses = self.forward_standard(
+            *observation,
+            torch.where(chosen, actions, coupling.actions),
+            torch.where(chosen, noise, coupling.noise),
+            times,
+        )
+        attachment.recorded = recorded
+        return torch.where(chosen, losses, get_loss(recipe.loss)(losses))
 
 
 class PolicyMixin:
     """Bound onto the SmolVLAPolicy; never inherited."""
+
+    training: bool
 
     def forward(self, batch, noise=None, time=None, reduction="mean") -> tuple[Tensor, dict[str, Any]]:
         """The stock forward, with the reduction a whole-chunk strategy needs (`LossStrategy.whole_chunk`).
@@ -106,14 +130,17 @@ class PolicyMixin:
             The loss, a scalar or with `reduction="none"` one per sample `(B,)`, and the stock metrics.
         """
         attachment = vars(self)[_STATE]
-        attachment.whole_chunk_losses = None
+        attachment.whole_chunk_losses = attachment.recorded = None
         attachment.frames = batch.get("index")
+        mixed = self.training and attachment.recipe.real_data_ratio and attachment.whole_chunk_strategy
         try:
-            loss, metrics = attachment.policy_forward(batch, noise, time, reduction)
+            loss, metrics = attachment.policy_forward(batch, noise, time, "none" if mixed else reduction)
         finally:
             attachment.frames = None
         losses, attachment.whole_chunk_losses = attachment.whole_chunk_losses, None
         if losses is not None:
+            if attachment.recorded is not None:
+                losses = torch.where(attachment.recorded, loss, losses.mean(dim=(1, 2)))[:, None, None]
             loss = losses.mean(dim=(1, 2)) if reduction == "none" else losses.mean()
             metrics["loss"] = loss.mean().item()
         return loss, metrics
@@ -128,13 +155,13 @@ class Attachment:
         teacher: its frozen teacher; None if pairs stand in for it.
         pairs: couplings made before, read from disk.
         solver: of the teacher's ODE.
-        time_sampling: where on a coupling's line the student learns.
-        loss: the name of the loss, see `smolvla_reflow.losses`.
+        recipe: where on the couplings' lines the student learns, by which loss, with how much recorded data.
         space: the way into the teacher's normalised space and back; None if it is the batches' own.
         features: of the images, shared by the two; None if the vision encoder is trained or differs.
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
         frames: the dataset indices of the batch of the present forward pass, (B,) int64, or None if it has none.
+        recorded: within one forward pass, which samples train on recorded actions, (B,) bool; None if none do.
         whole_chunk_losses: within one forward pass, the losses on their way from model to policy.
     """
 
@@ -142,14 +169,18 @@ class Attachment:
     teacher: SmolVLAPolicy | None
     pairs: Pairs | None
     solver: Solver
-    time_sampling: TimeSampling
-    loss: str
+    recipe: Recipe
     space: ChangeOfSpace | None
     features: SharedFeatures | None
     policy_forward: Callable[..., tuple[Tensor, dict[str, Any]]]
     bindings: tuple[Binding, ...] = ()
     frames: Tensor | None = None
+    recorded: Tensor | None = None
     whole_chunk_losses: Tensor | None = None
+
+    @property
+    def whole_chunk_strategy(self) -> bool:
+        return get_loss_strategy(self.policy.model.training_mode).whole_chunk
 
     @contextmanager
     def each_image_once(self, observation: Observation) -> Iterator[Observation]:
@@ -196,8 +227,7 @@ def attach(
     num_steps: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
-    time_sampling: str = TIME_SAMPLING,
-    loss: str = LOSS,
+    recipe: Recipe | None = None,
     dataset_stats: Statistics | None = None,
     pairs: str | Path | Pairs | None = None,
 ) -> Attachment:
@@ -216,8 +246,7 @@ def attach(
         strategy: a name from `available_loss_strategies()`.
         solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is its own
             sampler, Euler with its own `config.num_steps`.
-        time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
-        loss: `mse`, `pseudo_huber` or `normalized`, see `smolvla_reflow.losses`.
+        recipe: distribution of t, loss, and share of recorded data; the default recipe if None.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped.
         pairs: a folder of `smolvla-reflow-pairs`, instead of a teacher and a solver. That it fits the dataset the
@@ -231,14 +260,13 @@ def attach(
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     get_loss_strategy(strategy)
-    ode, times = Solver(solver, num_steps, rtol, atol), TimeSampling(time_sampling)
-    get_loss(loss)
+    ode, recipe = Solver(solver, num_steps, rtol, atol), recipe or Recipe()
     if pairs is not None:
         if teacher is not None:
             raise ReflowError("Attach either a teacher or the pairs it made, not both.")
         stored = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         _check_shape(stored, base)
-        return _bind(Attachment(base, None, stored, ode, times, loss, None, None, base.forward), strategy)
+        return _bind(Attachment(base, None, stored, ode, recipe, None, None, base.forward), strategy)
     source = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space = None
     if dataset_stats is not None:
@@ -247,7 +275,7 @@ def attach(
         space = change_of_space(source, dataset_stats)
     frozen = frozen_teacher(policy, source, num_steps)
 
-    attachment = Attachment(base, frozen, None, ode, times, loss, space, share_features(base, frozen), base.forward)
+    attachment = Attachment(base, frozen, None, ode, recipe, space, share_features(base, frozen), base.forward)
     _bind(attachment, strategy)
     _report_sharing(base, frozen, attachment.features)
     return attachment
@@ -273,8 +301,7 @@ def _bind(attachment: Attachment, strategy: str) -> Attachment:
             forward=MethodType(ModelMixin.forward, model),
             forward_reflow=MethodType(ModelMixin.forward_reflow, model),
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
-            sample_reflow_time=MethodType(ModelMixin.sample_reflow_time, model),
-            reflow_loss=MethodType(ModelMixin.reflow_loss, model),
+            forward_coupling=MethodType(ModelMixin.forward_coupling, model),
             **{_STATE: attachment},
         ),
     )

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from lerobot.configs.train import TrainPipelineConfig
 
-from smolvla_reflow.losses import LOSS
-from smolvla_reflow.timesteps import TIME_SAMPLING
+from smolvla_reflow.recipe import Recipe
 
 # Liu et al. fine-tune at a fraction of the original learning rate; SmolVLA's own preset is 1e-4 over 30 000
 # steps, of which 1 000 are warm-up, down to 2.5e-6. The ratios are kept.
@@ -21,11 +20,13 @@ class ReflowConfig:
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     strategy: str = "reflow"
     """Loss strategy, either 'reflow', 'distill' (one step), 'standard' or one that an installed package offers."""
-    time_sampling: str = TIME_SAMPLING
+    time_sampling: str = Recipe.time_sampling
     """Distribution of t, 'beta' (SmolVLA's own), 'uniform', 'u_shaped', 'logit_normal',
     'exponential' or 'grid' (with its number of steps, see the README), or several joined by '+'."""
-    loss: str = LOSS
+    loss: str = Recipe.loss
     """Loss of the velocity, either 'mse', 'pseudo_huber' or 'normalized'."""
+    real_data_ratio: float = Recipe.real_data_ratio
+    """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     pairs_path: str | None = None
     """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, its path says where to start."""
     augment_pairs: bool = False

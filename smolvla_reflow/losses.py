@@ -17,7 +17,6 @@ from smolvla_reflow.errors import ReflowError
 
 HUBER_SCALE = 0.00054  # Song & Dhariwal, arXiv 2310.14189: c = 0.00054 sqrt(d) for the norm over d entries
 EPSILON = 1e-12
-LOSS = "mse"  # the default
 
 
 def mse(squared_errors: Tensor) -> Tensor:

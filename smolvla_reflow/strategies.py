@@ -133,9 +133,7 @@ def reflow(
 ) -> Tensor:
     """Flow matching on the teacher's couplings (arXiv 2209.03003, equation 1 with (X_0, X_1) = (Z_0, Z_1))."""
     coupling = model.generate_reflow_target(*observation, noise=noise)
-    if time is None:
-        time = model.sample_reflow_time(len(actions), actions.device)
-    return model.reflow_loss(model.forward_standard(*observation, coupling.actions, coupling.noise, time))
+    return model.forward_coupling(observation, actions, coupling, noise, time)
 
 
 @register_loss_strategy("distill", whole_chunk=True)

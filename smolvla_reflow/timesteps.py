@@ -26,7 +26,6 @@ from smolvla_reflow.errors import ReflowError
 
 U_SHAPE = 4.0  # a in arXiv 2405.20320, where the density is proportional to exp(at) + exp(a(1 - t))
 STOCK = "beta"
-TIME_SAMPLING = "grid:1+beta"  # the default
 
 StockTimes = Callable[[int, torch.device], Tensor]  # VLAFlowMatching.sample_time
 
@@ -64,7 +63,7 @@ class TimeSampling:
         name: as the user wrote it, such as `grid:1+beta`.
     """
 
-    name: str = TIME_SAMPLING
+    name: str
 
     def __post_init__(self) -> None:
         """Raises ReflowError if a part of the name is unknown."""

@@ -340,6 +340,10 @@ def refused(flags: list[str], capsys, folder: Path) -> str:
         ),
         ({"reflow__teacher_path": "{teacher}/config.json"}, "is a file; name the checkpoint's folder"),
         ({"reflow__strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
+        ({"reflow__time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are beta, uniform"),
+        ({"reflow__loss": "hubber"}, "--reflow.loss 'hubber' is unknown; known are mse, pseudo_huber"),
+        ({"reflow__real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
+        ({"reflow__real_data_ratio": "nan"}, "--reflow.real_data_ratio=nan is no share"),
         ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
         (
             {"reflow__solver": "rk5"},

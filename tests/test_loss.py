@@ -5,7 +5,7 @@ import torch
 from conftest import ACTION_DIM, CHUNK, WIDTH, make_batch
 from oracle import Flow, reflow_losses
 
-from smolvla_reflow import Coupling, attach
+from smolvla_reflow import Coupling, Recipe, attach
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -123,7 +123,7 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     torch.manual_seed(7)
     noise = policy.model.sample_noise((4, CHUNK, WIDTH), "cpu")
     time = policy.model.sample_time(4, "cpu")
-    attach(policy, teacher, time_sampling="beta")
+    attach(policy, teacher, recipe=Recipe(time_sampling="beta"))
     policy.train()
     torch.manual_seed(7)
     loss, _ = policy.forward(dict(batch))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from smolvla_reflow import ReflowError, attach
+from smolvla_reflow import Recipe, ReflowError, attach
 from smolvla_reflow.losses import get_loss
 
 ERRORS = torch.tensor([[[0.5, 1.0], [2.0, 0.1]], [[1e-3, 2e-3], [0.0, 1e-3]]])
@@ -56,11 +56,11 @@ def test_unknown_names_list_the_known():
 @pytest.mark.parametrize("loss", ["mse", "pseudo_huber", "normalized"])
 def test_the_policys_loss_is_the_mean_over_samples(policy, teacher, batch, noise_and_time, loss):
     noise, time = noise_and_time
-    attachment = attach(policy, teacher, loss=loss)
+    attachment = attach(policy, teacher, recipe=Recipe(loss=loss))
     batch_loss, metrics = policy.train().forward(dict(batch), noise=noise, time=time)
     each, _ = policy.forward(dict(batch), noise=noise, time=time, reduction="none")
     attachment.detach()
-    attach(policy, teacher, loss="mse")
+    attach(policy, teacher, recipe=Recipe(loss="mse"))
     plain, _ = policy.forward(dict(batch), noise=noise, time=time, reduction="none")
     expected = {
         "mse": plain,

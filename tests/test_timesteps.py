@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from smolvla_reflow import ReflowError, attach
+from smolvla_reflow import Recipe, ReflowError, attach
 from smolvla_reflow.timesteps import KNOWN, TimeSampling
 
 # Unnormalised densities as the papers write them, in LeRobot's direction (noise at t = 1).
@@ -75,7 +75,7 @@ def test_unknown_names_list_the_known(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "times"), [({"time_sampling": "grid:2"}, {0.5, 1.0}), ({"strategy": "distill"}, {1.0})]
+    ("options", "times"), [({"recipe": Recipe(time_sampling="grid:2")}, {0.5, 1.0}), ({"strategy": "distill"}, {1.0})]
 )
 def test_training_sees_these_times(policy, teacher, batch, options, times):
     attach(policy, teacher, **options)

@@ -24,12 +24,11 @@ from smolvla_reflow.commands.console import command_line, parse_errors, reported
 from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.losses import get_loss
 from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.preflight import check_run
+from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
-from smolvla_reflow.timesteps import TimeSampling
 
 PROGRAM = "smolvla-reflow-train"
 
@@ -92,19 +91,15 @@ def run(arguments: Arguments) -> None:
 
         def teach(policy: nn.Module) -> None:
             announce(cfg, arguments)
-            recipe = {
-                "strategy": cfg.reflow.strategy,
-                "time_sampling": cfg.reflow.time_sampling,
-                "loss": cfg.reflow.loss,
-            }
             if pairs is not None:
                 logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(pairs), pairs.folder)
-                attach(policy, pairs=pairs, **recipe)
+                attach(policy, pairs=pairs, strategy=cfg.reflow.strategy, recipe=recipe(cfg))
                 return
             attach(
                 policy,
                 teacher,
-                **recipe,
+                strategy=cfg.reflow.strategy,
+                recipe=recipe(cfg),
                 solver=cfg.reflow.solver,
                 num_steps=cfg.reflow.num_steps,
                 rtol=cfg.reflow.rtol,
@@ -128,14 +123,18 @@ def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
         )
     get_loss_strategy(cfg.reflow.strategy)
     try:
-        TimeSampling(cfg.reflow.time_sampling)
-        get_loss(cfg.reflow.loss)
+        recipe(cfg)
         Solver(cfg.reflow.solver, cfg.reflow.num_steps, cfg.reflow.rtol, cfg.reflow.atol)
     except ReflowError as error:
         raise ReflowError(f"--reflow.{error}") from None
     teacher = open_checkpoint(cfg.reflow.teacher_path)
     cfg.reflow.teacher_path = teacher.source
     return teacher
+
+
+def recipe(cfg: ReflowTrainPipelineConfig) -> Recipe:
+    """Raises ReflowError if something in it is unknown or out of range."""
+    return Recipe(cfg.reflow.time_sampling, cfg.reflow.loss, cfg.reflow.real_data_ratio)
 
 
 def open_pairs(cfg: ReflowTrainPipelineConfig) -> Pairs | None:

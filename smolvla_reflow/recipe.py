@@ -1,0 +1,39 @@
+"""How a student learns from couplings: where on their lines, by which loss, mixed with how much recorded data."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.losses import get_loss
+from smolvla_reflow.timesteps import TimeSampling
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The default is what won on the demo's task (`examples/studies/recipes.py`).
+
+    Attributes:
+        time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
+        loss: `mse`, `pseudo_huber` or `normalized`, see `smolvla_reflow.losses`.
+        real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead.
+    """
+
+    time_sampling: str = "grid:1+beta"
+    loss: str = "mse"
+    real_data_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
+        TimeSampling(self.time_sampling)
+        get_loss(self.loss)
+        if not 0 <= self.real_data_ratio <= 1:
+            raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
+
+    def recorded(self, batch_size: int, device: torch.device) -> Tensor:
+        """Which samples train on recorded actions, `(batch_size,)` bool; a fractional number of them by chance."""
+        share = self.real_data_ratio * batch_size
+        if share != int(share):
+            share = share + torch.rand(()).item()
+        return torch.arange(batch_size, device=device) < int(share)
