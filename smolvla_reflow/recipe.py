@@ -17,7 +17,7 @@ class Recipe:
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
         loss: `mse`, `pseudo_huber` or `normalized`, see `smolvla_reflow.losses`.
-        real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead.
+        real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 
     time_sampling: str = "grid:1+beta"
