@@ -12,7 +12,7 @@ from smolvla_reflow.timesteps import TimeSampling
 
 @dataclass(frozen=True)
 class Recipe:
-    """The default is what won on the demo's task (`examples/studies/recipes.py`).
+    """Fields of a recipe; `examples/studies/recipes.py` compares some.
 
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.timesteps`.

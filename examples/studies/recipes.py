@@ -17,12 +17,10 @@ from statistics import mean, stdev
 
 import draccus
 
+from smolvla_reflow.commands.demo import DEMONSTRATIONS, EVALUATION_SEED
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.recipe import LAST, evaluation_flags, one_rectified_flow_flags, reflow_flags
 from smolvla_reflow.demo.task import write_dataset
-
-DEMONSTRATIONS = 200
-EVALUATION_SEED = 1000
 
 
 @dataclass
