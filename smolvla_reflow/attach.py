@@ -88,17 +88,16 @@ class ModelMixin:
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
-    def forward_coupling(self, observation, actions, coupling, noise=None, time=None) -> Tensor:
+    def forward_coupling(self, observation, actions, coupling, noise=None, time=None, time_sampling=None) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of a coupling, as the recipe has it.
 
         The recipe's share of recorded `actions` is put in the coupling's place, with noise and time as in standard
-        training. `noise` and `time` are those that the caller fixed.
+        training. `noise` and `time` are those that the caller fixed; `time_sampling` stands in for the recipe's.
         """
         attachment = vars(self)[_STATE]
         recipe, device = attachment.recipe, actions.device
-        times = (
-            TimeSampling(recipe.time_sampling).draw(len(actions), device, self.sample_time) if time is None else time
-        )
+        time_sampling = time_sampling or TimeSampling(recipe.time_sampling)
+        times = time_sampling.draw(len(actions), device, self.sample_time) if time is None else time
         if not recipe.real_data_ratio:
             losses = self.forward_standard(*observation, coupling.actions, coupling.noise, times)
             return get_loss(recipe.loss)(losses)

@@ -1,4 +1,4 @@
-"""How many steps are enough: teacher and student measured on the same frames and the same noise.
+"""How many steps are enough: teacher and student, or several, measured on the same frames and the same noise.
 
     frames, noise -> each policy's path (fine) and its n-step Euler samples -> sums -> Evaluation
 
@@ -32,7 +32,7 @@ class Contestant:
     """A policy as plain LeRobot runs it.
 
     Attributes:
-        name: "teacher" or "student" or "policy".
+        name: "teacher", "round 1", ..., "student", or "policy" if it is alone.
         policy: in eval mode.
         preprocessor: of its checkpoint, from a dataset's batch to its input.
         postprocessor: of its checkpoint, from a normalised action to the robot's units.
@@ -140,7 +140,7 @@ def evaluate(
     """Measure policies on a dataset's batches, the first of them being the reference.
 
     Args:
-        contestants: one or two policies.
+        contestants: one policy or more.
         batches: of raw frames, each with its "index", its recorded "action" (B, T, D) and "action_is_pad" (B, T).
         action_std: (D,) standard deviations of the recorded actions; dimensions that never move, with 0, are
             left out of all but the action error.

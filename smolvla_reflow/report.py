@@ -18,7 +18,8 @@ from smolvla_reflow.pairs import write_whole
 
 SCHEMA_VERSION = 1
 COLUMN_WIDTH_INCHES = 3.4
-STYLES = {"teacher": ("#D55E00", "s"), "student": ("#0072B2", "o"), "policy": ("#0072B2", "o")}
+FIRST, LAST = ("#D55E00", "s"), ("#0072B2", "o")
+BETWEEN = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"))
 
 WHY_FLOW_ERROR_LEADS = (
     "Flow error and spread come first: against one recording per frame, a policy that averages the ways of doing a "
@@ -126,8 +127,7 @@ def draw(report: Report, file: Path) -> None:
 
 def draw_flow_error(report: Report, axis: Axes) -> None:
     """With the recommended point marked."""
-    for name, rows in by_policy(report.rows).items():
-        colour, marker = STYLES[name]
+    for (name, rows), (colour, marker) in zip(by_policy(report.rows).items(), styles(report.rows), strict=True):
         errors = [row.flow_rmse for row in rows]
         axis.plot(steps_of(rows), errors, color=colour, marker=marker, ms=4, lw=1.2, label=name)
     for row in rows:
@@ -144,8 +144,9 @@ def draw_flow_error(report: Report, axis: Axes) -> None:
 
 def draw_success(report: Report, axis: Axes) -> None:
     """With its confidence interval; the policies side by side where they would cover each other."""
-    for place, (name, rows) in enumerate(by_policy(report.rows).items()):
-        colour, marker = STYLES[name]
+    for place, (rows, (colour, marker)) in enumerate(
+        zip(by_policy(report.rows).values(), styles(report.rows), strict=True)
+    ):
         rates = [(r.success.low, r.success.rate, r.success.high) for r in rows if r.success is not None]
         low, rate, high = 100 * np.array(rates).T
         axis.errorbar(
@@ -165,6 +166,12 @@ def draw_success(report: Report, axis: Axes) -> None:
 
 def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: [row for row in rows if row.policy == name] for name in dict.fromkeys(row.policy for row in rows)}
+
+
+def styles(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Colour and marker of each policy; the judged one, which is last, always looks the same."""
+    between = len(by_policy(rows)) - 2
+    return [LAST] if between < 0 else [FIRST, *(BETWEEN[i % len(BETWEEN)] for i in range(between)), LAST]
 
 
 def steps_of(rows: Sequence[Row]) -> list[int]:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
+from smolvla_reflow.timesteps import TimeSampling
 
 ENTRY_POINT_GROUP = "smolvla_reflow.loss_strategies"
 
@@ -145,4 +145,5 @@ def distill(
     time: Tensor | None = None,
 ) -> Tensor:
     """One-step distillation: reflow at t = 1 alone (arXiv 2209.03003, section 3.2); more steps get worse by it."""
-    return reflow(model, observation, actions, noise, torch.ones_like(actions[:, 0, 0]) if time is None else time)
+    coupling = model.generate_reflow_target(*observation, noise=noise)
+    return model.forward_coupling(observation, actions, coupling, noise, time, TimeSampling("grid:1"))

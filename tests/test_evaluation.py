@@ -174,6 +174,24 @@ def test_a_policy_alone(workshop, tmp_path, capsys):
     assert "Recommended: num_steps=10" in capsys.readouterr().out
 
 
+def test_rounds_in_one_report(workshop, student, report, tmp_path):
+    """Each round has the rows it has when it is measured alone against the same teacher; the last is judged."""
+    first, last = tmp_path / "first", tmp_path / "last"
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", reflow__teacher_path=student))
+    flags = {"teacher_path": workshop / "1rf" / LAST, "reference_steps": 80}
+    alone = run_eval(workshop, last, policy__path=tmp_path / "run" / LAST, **flags)
+    found = run_eval(workshop, first, policy__path=tmp_path / "run" / LAST, earlier_rounds=f"[{student}]", **flags)
+    of_student = json.loads((report / "report.json").read_text())
+    assert list(dict.fromkeys(row["policy"] for row in found["rows"])) == ["teacher", "round 1", "student"]
+    for n in (1, 2, 10):
+        assert row_of(found, "round 1", n)["flow_rmse"] == row_of(of_student, "student", n)["flow_rmse"]
+        assert row_of(found, "student", n)["flow_rmse"] == row_of(alone, "student", n)["flow_rmse"]
+        assert row_of(found, "round 1", n)["flow_rmse"] != row_of(found, "student", n)["flow_rmse"]
+    assert found["made_with"]["earlier_rounds"] == [str(student.resolve())]
+    assert found["recommended_num_steps"] == alone["recommended_num_steps"]
+    assert matplotlib.image.imread(first / "report.png").shape[:2] == (750, 1020)
+
+
 def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student, tmp_path):
     """A student whose statistics are scaled by 2 acts twice as far in robot units, and is measured so."""
     from safetensors.torch import load_file, save_file
@@ -292,6 +310,7 @@ def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, stu
         ({"tolerance": -1}, "--tolerance=-1.0 is negative"),
         ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
         ({"dataset__episodes": "[99]"}, "no episode 99"),
+        ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
         ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
         ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
     ],
@@ -313,4 +332,4 @@ def test_policies_of_another_shape_are_not_compared(workshop, tmp_path, capsys):
     (other / "config.json").write_text(json.dumps({**config, "chunk_size": 4}))
     with pytest.raises(SystemExit):
         eval_command.main(eval_flags(workshop, tmp_path / "r", teacher_path=other))
-    assert "chunk_size is 4 in the teacher and 6 in the policy" in capsys.readouterr().err
+    assert "chunk_size is 6 in it and 4 in the teacher" in capsys.readouterr().err

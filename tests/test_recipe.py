@@ -28,8 +28,9 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
     assert metrics["loss"] == pytest.approx(mixed.mean().item())
 
 
-def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, teacher, batch):
-    attach(policy, teacher, recipe=Recipe(time_sampling="grid:1", real_data_ratio=0.5))
+@pytest.mark.parametrize(("strategy", "time_sampling"), [("reflow", "grid:1"), ("distill", "beta")])
+def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, teacher, batch, strategy, time_sampling):
+    attach(policy, teacher, strategy=strategy, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
     seen, forward_standard = [], policy.model.forward_standard
 
     def note(*args):

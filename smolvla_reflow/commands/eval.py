@@ -3,7 +3,8 @@
     smolvla-reflow-eval --policy.path=STUDENT --teacher_path=TEACHER --dataset.repo_id=... --output_dir=DIR
 
 Teacher and student are measured on the same frames and the same noise. Without --teacher_path it reports on one policy
-alone, which also answers whether a checkpoint is worth reflowing. With --env.type=... it also drives the policies in
+alone, which also answers whether a checkpoint is worth reflowing. After several rounds, --earlier_rounds='[2RF,3RF]'
+puts them all into one report. With --env.type=... it also drives the policies in
 that environment, as lerobot-eval would, and reports how often they succeed.
 """
 
@@ -53,6 +54,8 @@ class EvalConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. Without it the policy is measured against its own paths."""
+    earlier_rounds: list[str] = field(default_factory=list)
+    """Checkpoints of the rounds between the teacher and the policy, oldest first, to be measured as well."""
     output_dir: Path | None = None
     """Where report.json, report.md and report.png go; must not exist yet."""
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
@@ -109,14 +112,14 @@ def run(cfg: EvalConfig) -> None:
     check_values(cfg)
     student = open_checkpoint(cfg.policy.path or "")
     teacher = open_checkpoint(cfg.teacher_path) if cfg.teacher_path else None
-    checkpoints = {"policy": student} if teacher is None else {"teacher": teacher, "student": student}
+    rounds = {f"round {k}": open_checkpoint(path) for k, path in enumerate(cfg.earlier_rounds, start=1)}
+    checkpoints = {"policy": student} if teacher is None else {"teacher": teacher, **rounds, "student": student}
     metadata = open_metadata(cfg.dataset)
     for checkpoint in checkpoints.values():
         check_features(checkpoint, metadata.features, cfg.rename_map)
         if checkpoint.config.adapt_to_pi_aloha:
             raise ReflowError(f"{checkpoint.source} has adapt_to_pi_aloha=true, whose units cannot be compared yet.")
-    if teacher is not None:
-        check_comparable(student, teacher)
+        check_comparable(checkpoint, next(iter(checkpoints.values())))
     if cfg.env is not None:
         closed_loop.check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
     frames = choose_frames(cfg, [f for r in frame_ranges(metadata, cfg.dataset.episodes) for f in r])
@@ -144,6 +147,7 @@ def run(cfg: EvalConfig) -> None:
         made_with={
             "policy": student.source,
             "teacher": teacher and teacher.source,
+            "earlier_rounds": [checkpoint.source for checkpoint in rounds.values()],
             "dataset": cfg.dataset.repo_id,
             "episodes": cfg.dataset.episodes,
             "num_frames": len(frames),
@@ -176,6 +180,8 @@ def check_values(cfg: EvalConfig) -> None:
         raise ReflowError("Name a folder for the report: --output_dir=...")
     if cfg.output_dir.exists():
         raise ReflowError(f"--output_dir={cfg.output_dir} exists already; name a new folder or remove that one.")
+    if cfg.earlier_rounds and not cfg.teacher_path:
+        raise ReflowError("--earlier_rounds needs --teacher_path, the checkpoint that the first round began with.")
     if not cfg.num_steps or min(cfg.num_steps) < 1:
         raise ReflowError(f"--num_steps={cfg.num_steps}: give numbers of steps, each at least 1.")
     for name, least in (("num_frames", 1), ("num_noises", 2), ("reference_steps", 2), ("batch_size", 1)):
@@ -188,13 +194,14 @@ def check_values(cfg: EvalConfig) -> None:
     check_device(cfg.policy.device)
 
 
-def check_comparable(student: Checkpoint, teacher: Checkpoint) -> None:
+def check_comparable(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
     """Raise ReflowError unless both solve ODEs of the same shape, so that they can start from the same noise."""
     for name in ("chunk_size", "max_action_dim"):
-        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        ours, theirs = getattr(checkpoint.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise ReflowError(
-                f"The two cannot be compared: {name} is {theirs} in the teacher and {ours} in the policy."
+                f"{checkpoint.source} and the teacher cannot be compared: {name} is {ours} in it and {theirs} in the "
+                "teacher."
             )
 
 
