@@ -30,7 +30,7 @@ IMAGE_SIZE = 64
 MAX_STEPS = 250
 REACHED = 0.03  # metres
 GAIN = 25.0  # full speed until 4 cm from a waypoint
-PUSHES = 0.3  # standard deviation of random pushes, of full speed: shows how to come back
+PUSHES = 0.15  # standard deviation of random pushes, of full speed: shows how to come back
 
 
 @dataclass(frozen=True)
