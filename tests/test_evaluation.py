@@ -174,22 +174,21 @@ def test_a_policy_alone(workshop, tmp_path, capsys):
     assert "Recommended: num_steps=10" in capsys.readouterr().out
 
 
-def test_rounds_in_one_report(workshop, student, report, tmp_path):
+def test_rounds_in_one_report(workshop, student, tmp_path):
     """Each round has the rows it has when it is measured alone against the same teacher; the last is judged."""
-    first, last = tmp_path / "first", tmp_path / "last"
     reflow_train_main(reflow_run(workshop, tmp_path / "run", reflow__teacher_path=student))
-    flags = {"teacher_path": workshop / "1rf" / LAST, "reference_steps": 80}
-    alone = run_eval(workshop, last, policy__path=tmp_path / "run" / LAST, **flags)
-    found = run_eval(workshop, first, policy__path=tmp_path / "run" / LAST, earlier_rounds=f"[{student}]", **flags)
-    of_student = json.loads((report / "report.json").read_text())
-    assert list(dict.fromkeys(row["policy"] for row in found["rows"])) == ["teacher", "round 1", "student"]
+    last, teacher = tmp_path / "run" / LAST, {"teacher_path": workshop / "1rf" / LAST}
+    rounds = {"round 1": student, "student": last}
+    alone = {name: run_eval(workshop, tmp_path / name, policy__path=path, **teacher) for name, path in rounds.items()}
+    found = run_eval(workshop, tmp_path / "all", policy__path=last, earlier_rounds=f"[{student}]", **teacher)
+    assert list(dict.fromkeys(row["policy"] for row in found["rows"])) == ["teacher", *rounds]
     for n in (1, 2, 10):
-        assert row_of(found, "round 1", n)["flow_rmse"] == row_of(of_student, "student", n)["flow_rmse"]
-        assert row_of(found, "student", n)["flow_rmse"] == row_of(alone, "student", n)["flow_rmse"]
+        for name in rounds:
+            assert row_of(found, name, n)["flow_rmse"] == row_of(alone[name], "student", n)["flow_rmse"]
         assert row_of(found, "round 1", n)["flow_rmse"] != row_of(found, "student", n)["flow_rmse"]
     assert found["made_with"]["earlier_rounds"] == [str(student.resolve())]
-    assert found["recommended_num_steps"] == alone["recommended_num_steps"]
-    assert matplotlib.image.imread(first / "report.png").shape[:2] == (750, 1020)
+    assert found["recommended_num_steps"] == alone["student"]["recommended_num_steps"]
+    assert matplotlib.image.imread(tmp_path / "all" / "report.png").shape[:2] == (750, 1020)
 
 
 def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student, tmp_path):
