@@ -1,13 +1,12 @@
 """Find and open a SmolVLA checkpoint, and say in one sentence what is wrong with one that cannot be used."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import draccus
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.files import sha256
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
 # Prefixes of config fields about training, publishing and running a policy; `num_steps` belongs to the solver.
@@ -39,7 +39,16 @@ IRRELEVANT_TO_ACTIONS = (
     "n_action_steps",
     "num_steps",
 )
+# What the earlier fork wrote into a checkpoint; `smolvla_reflow.migration` takes it out.
 FORK_FIELDS = ("training_mode", "teacher_model_path", "use_reflow")
+TEACHER_PREFIX = "model.teacher."
+
+
+class Located(NamedTuple):
+    """Where a checkpoint is: its folder, and how to name it (an absolute path, or a hub id)."""
+
+    folder: Path
+    name: str
 
 
 @dataclass(frozen=True)
@@ -58,19 +67,12 @@ class Checkpoint:
 
     def weights(self) -> Mapping[str, Tensor]:
         """The tensors of `model.safetensors` by name, each read when it is asked for."""
-        path = self.folder / SAFETENSORS_SINGLE_FILE
-        try:
-            return StoredTensors(path)
-        except (SafetensorError, OSError) as error:
-            raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
+        return stored_tensors(self.folder / SAFETENSORS_SINGLE_FILE)
 
     def fingerprint(self) -> str:
         """SHA-256 of what its actions depend on: weights, configuration and statistics, wherever it is stored."""
-        digest = hashlib.sha256()
-        with (self.folder / SAFETENSORS_SINGLE_FILE).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        fields = json.loads((self.folder / CONFIG_NAME).read_text())
+        digest = sha256(self.folder / SAFETENSORS_SINGLE_FILE)
+        fields = read_json(self.folder / CONFIG_NAME)
         relevant = {k: v for k, v in fields.items() if not k.startswith(IRRELEVANT_TO_ACTIONS)}
         digest.update(json.dumps(relevant, sort_keys=True).encode())
         for name, tensor in sorted(self.statistics().items()):
@@ -122,45 +124,79 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         ReflowError: there is no such checkpoint, or it is not a SmolVLA policy plain LeRobot would load.
     """
+    folder, name = locate(source)
+    fields = read_json(folder / CONFIG_NAME)
+    if fields.get("type") != "smolvla":
+        raise ReflowError(f"{folder} holds a policy of type '{fields.get('type')}'; only smolvla can be reflowed.")
+    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
+        raise ReflowError(f"The checkpoint {name} holds no {SAFETENSORS_SINGLE_FILE}.{_instead_of_weights(folder)}")
+    weights = stored_tensors(folder / SAFETENSORS_SINGLE_FILE)
+    forked = [field for field in FORK_FIELDS if field in fields]
+    forked += [f"tensors {TEACHER_PREFIX}*"] * any(tensor.startswith(TEACHER_PREFIX) for tensor in weights)
+    if forked:
+        raise ReflowError(
+            f"{name} is a checkpoint of the earlier fork (it has {', '.join(forked)}), which LeRobot refuses. Make a "
+            f"stock one of it with: smolvla-reflow-migrate {name} NEW_FOLDER --write"
+        )
+    return Checkpoint(name, folder, read_config(folder))
+
+
+def locate(source: str | Path) -> Located:
+    """Find a checkpoint's folder, here or on the hub.
+
+    Raises:
+        ReflowError: there is none.
+    """
     path = Path(source).expanduser()
-    if path.exists():
-        folder, source = path, str(path.resolve())
+    try:
+        here = path.exists()
+    except (OSError, ValueError):  # too long for a path, or with a character none may have
+        here = False
+    if here:
+        folder, name = path, str(path.resolve())
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        folder, source = _download(str(source)), str(source)
+        folder, name = _download(str(source)), str(source)
     else:
         raise ReflowError(f"There is no checkpoint at {source}: the path does not exist.")
     if not folder.is_dir():
         raise ReflowError(f"{source} is a file; name the checkpoint's folder, here {folder.parent}.")
     if not (folder / CONFIG_NAME).is_file():
         raise ReflowError(f"{source} is no checkpoint: it holds no {CONFIG_NAME}.{_suggestion(folder)}")
-    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
-        hint = " (a PEFT adapter: merge it into its base first)" if list(folder.glob("adapter_*")) else ""
-        raise ReflowError(f"The checkpoint {source} holds no {SAFETENSORS_SINGLE_FILE}{hint}.")
-    return Checkpoint(str(source), folder, _read_config(folder))
+    return Located(folder, name)
 
 
-def _read_config(folder: Path) -> SmolVLAConfig:
-    path = folder / CONFIG_NAME
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ReflowError unless the file holds a JSON object."""
     try:
         fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReflowError(f"{path} is not readable JSON ({error}); copy the checkpoint again.") from None
-    kind = fields.get("type") if isinstance(fields, dict) else None
-    if kind != "smolvla":
-        raise ReflowError(f"{folder} holds a policy of type '{kind}'; only smolvla can be reflowed.")
-    forked = [name for name in FORK_FIELDS if name in fields]
-    if forked:
-        raise ReflowError(
-            f"{path} has the field(s) {', '.join(forked)} of an earlier fork, which LeRobot refuses; "
-            "remove them from the file."
-        )
+    if not isinstance(fields, dict):
+        raise ReflowError(f"{path} holds no JSON object; copy the checkpoint again.")
+    return fields
+
+
+def read_config(folder: Path) -> SmolVLAConfig:
+    """The config as the installed LeRobot reads it. Raises ReflowError if it does not."""
+    path = folder / CONFIG_NAME
     try:
-        config = PreTrainedConfig.from_pretrained(folder)
-    except (draccus.utils.DraccusException, ValueError, TypeError) as error:
-        raise ReflowError(f"The installed LeRobot cannot read {path}: {error}") from None
+        config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
+    except SystemExit:  # draccus leaves a wrong type of policy to argparse
+        raise ReflowError(f"The installed LeRobot cannot read {path}.") from None
+    except Exception as error:  # LeRobot, draccus and their converters raise whatever a value leads them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ReflowError(f"The installed LeRobot cannot read {path}: {reason}") from None
     if not isinstance(config, SmolVLAConfig):
         raise ReflowError(f"{folder} holds a {type(config).__name__}; only smolvla can be reflowed.")
     return config
+
+
+def stored_tensors(path: Path) -> StoredTensors:
+    """Raises ReflowError if the file is no safetensors file, or not all of one."""
+    try:
+        return StoredTensors(path)
+    except (SafetensorError, OSError) as error:
+        raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
 
 
 def _download(repo_id: str) -> Path:
@@ -178,4 +214,13 @@ def _suggestion(folder: Path) -> str:
     for inner in ("pretrained_model", "last/pretrained_model", "checkpoints/last/pretrained_model"):
         if (folder / inner / CONFIG_NAME).is_file():
             return f" Did you mean {folder / inner}?"
+    return ""
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What the folder holds in place of weights, and what to do about it."""
+    if list(folder.glob("adapter_*")):
+        return " It is a PEFT adapter: merge it into its base first."
+    if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
+        return " Pickled weights are never loaded: have the LeRobot that wrote them save them again."
     return ""

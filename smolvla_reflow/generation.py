@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.files import write_whole
 from smolvla_reflow.flow import encode, observe
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.normalization import ChangeOfSpace
-from smolvla_reflow.pairs import DTYPES, TENSOR_NAME, Manifest, Provenance, shard_path, write_whole
+from smolvla_reflow.pairs import DTYPES, TENSOR_NAME, Manifest, Provenance, shard_path
 from smolvla_reflow.solver import Solver
 
 

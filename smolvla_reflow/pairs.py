@@ -9,10 +9,8 @@ set are put in ascending order and cut into shards of equal length, so a frame's
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.files import sha256, write_whole
 from smolvla_reflow.noise import pair_noise
 
 FORMAT_VERSION = 1
@@ -161,16 +160,6 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"pairs-{shard:05d}.safetensors"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written, whatever happens meanwhile."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def check_shards(folder: Path, manifest: Manifest) -> list[int]:
     """Numbers of the finished shards whose file is missing or is not the one that was written."""
     return [shard for shard, checksum in manifest.checksums.items() if _checksum(shard_path(folder, shard)) != checksum]
@@ -178,11 +167,7 @@ def check_shards(folder: Path, manifest: Manifest) -> list[int]:
 
 def _checksum(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+        return sha256(path).hexdigest()
     except OSError:
         return None
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from smolvla_reflow.evaluation import Row
+from smolvla_reflow.files import write_whole
 from smolvla_reflow.metrics import Success
-from smolvla_reflow.pairs import write_whole
 
 SCHEMA_VERSION = 1
 COLUMN_WIDTH_INCHES = 3.4

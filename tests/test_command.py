@@ -387,7 +387,7 @@ def edit_config(folder, **changes):
     ("break_it", "message"),
     [
         (lambda f: edit_config(f, type="act"), "holds a policy of type 'act'; only smolvla"),
-        (lambda f: edit_config(f, training_mode="reflow"), "field(s) training_mode of an earlier fork"),
+        (lambda f: edit_config(f, training_mode="reflow"), "of the earlier fork (it has training_mode)"),
         (lambda f: edit_config(f, no_such_field=1), "The installed LeRobot cannot read"),
         (lambda f: (f / "config.json").write_text("{"), "is not readable JSON"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),

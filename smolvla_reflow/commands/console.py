@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
 import draccus
@@ -12,19 +13,36 @@ from smolvla_reflow.errors import ReflowError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+DEBUG = "--debug"
 
 
 @contextlib.contextmanager
-def reported_errors(program: str) -> Iterator[None]:
-    """Turn a ReflowError into a message and exit code 2, and Ctrl-C into exit code 130."""
+def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[str]]:
+    """Turn a ReflowError into a message and exit code 2, and Ctrl-C into exit code 130.
+
+    Yields:
+        The arguments, by default the process's own, without `--debug`, which shows where an error came from.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    debug = DEBUG in given
     try:
-        yield
+        yield [word for word in given if word != DEBUG]
     except ReflowError as error:
+        if debug:
+            traceback.print_exc()
         print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
     except KeyboardInterrupt as interrupt:
         print(f"\n{program}: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def asks_for_help(argv: Sequence[str], about: str | None) -> bool:
+    """Whether `--help` is given; if so, what the command is about is printed, for its flags to follow."""
+    asked = "-h" in argv or "--help" in argv
+    if asked:
+        print(f"{about}\n{DEBUG} shows the traceback of an error.\n")
+    return asked
 
 
 @contextlib.contextmanager

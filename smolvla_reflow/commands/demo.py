@@ -21,7 +21,7 @@ from datasets import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 from smolvla_reflow.commands import eval as eval_command
-from smolvla_reflow.commands.console import parse_errors, reported_errors
+from smolvla_reflow.commands.console import asks_for_help, parse_errors, reported_errors
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.driving import drive
 from smolvla_reflow.demo.picture import draw_paths
@@ -49,8 +49,8 @@ class DemoConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command; `argv` without the program's name, by default the process's own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with reported_errors(PROGRAM):
+    with reported_errors(PROGRAM, argv) as argv:
+        asks_for_help(argv, __doc__)
         with parse_errors():
             cfg = draccus.parse(DemoConfig, args=argv)
         run(cfg)

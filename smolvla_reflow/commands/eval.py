@@ -9,7 +9,6 @@ that environment, as lerobot-eval would, and reports how often they succeed.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,12 +26,12 @@ from tqdm import tqdm
 
 from smolvla_reflow import closed_loop
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import names, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import asks_for_help, names, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation import Contestant, Row, evaluate, recommend
+from smolvla_reflow.files import write_whole
 from smolvla_reflow.generation import load_policy, load_processors
 from smolvla_reflow.normalization import robot_units
-from smolvla_reflow.pairs import write_whole
 from smolvla_reflow.preflight import check_device, check_features, frame_ranges, open_dataset, open_metadata
 from smolvla_reflow.report import WHY_FLOW_ERROR_LEADS, Report, table
 
@@ -84,11 +83,8 @@ class EvalConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command; `argv` without the program's name, by default the process's own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with reported_errors(PROGRAM):
-        if "-h" in argv or "--help" in argv:
-            print(__doc__)
-        elif not names(argv, "dataset.repo_id"):
+    with reported_errors(PROGRAM, argv) as argv:
+        if not asks_for_help(argv, __doc__) and not names(argv, "dataset.repo_id"):
             raise ReflowError("Name the dataset to measure on: --dataset.repo_id=... (--dataset.root=...).")
         with parse_errors():
             cfg = draccus.parse(EvalConfig, args=with_plugins(with_values(argv, "write_num_steps")))

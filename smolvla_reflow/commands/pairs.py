@@ -8,7 +8,6 @@ The same command goes on where it was interrupted. `--repair` makes damaged shar
 """
 
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 from lerobot.configs.default import DatasetConfig
 
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import names, own_log, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import asks_for_help, names, own_log, parse_errors, reported_errors, with_values
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.generation import full_disk, generate, load_pair_solver
 from smolvla_reflow.normalization import ChangeOfSpace, change_of_space
@@ -114,13 +113,10 @@ class VerifyConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command; `argv` without the program's name, by default the process's own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with reported_errors(PROGRAM):
-        if "-h" in argv or "--help" in argv:
-            print(__doc__)
+    with reported_errors(PROGRAM, argv) as argv:
         argv = with_values(argv, "repair")
         verifying = names(argv, "verify")
-        if not verifying and "--help" not in argv and "-h" not in argv and not names(argv, "dataset.repo_id"):
+        if not asks_for_help(argv, __doc__) and not verifying and not names(argv, "dataset.repo_id"):
             raise ReflowError("Name the teacher's dataset: --dataset.repo_id=... (--dataset.root=...).")
         with parse_errors():
             cfg: Any = draccus.parse(VerifyConfig if verifying else PairsConfig, args=argv)

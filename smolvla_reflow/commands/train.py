@@ -7,7 +7,6 @@ Everything `lerobot-train` does (resuming, logging, evaluation, the hub, several
 """
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from smolvla_reflow.arguments import Arguments, complete
 from smolvla_reflow.attach import attach
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.commands.console import command_line, parse_errors, reported_errors
+from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors
 from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
@@ -58,19 +57,11 @@ def parse(cfg: ReflowTrainPipelineConfig) -> ReflowTrainPipelineConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the command; `argv` without the program's name, by default the process's own."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with reported_errors(PROGRAM):
-        if "--help" in argv or "-h" in argv:
-            show_help()
-        else:
-            run(complete(argv))
-
-
-def show_help() -> None:
-    """Print every flag of `lerobot-train` and of reflow."""
-    print(__doc__)
-    with command_line(PROGRAM, ["--policy.type=smolvla", "--help"]):
-        parse()
+    with reported_errors(PROGRAM, argv) as argv:
+        if asks_for_help(argv, __doc__):
+            with command_line(PROGRAM, ["--policy.type=smolvla", "--help"]):
+                parse()
+        run(complete(argv))
 
 
 def run(arguments: Arguments) -> None:

@@ -1,0 +1,139 @@
+"""Turn a checkpoint of the earlier fork into one that plain LeRobot loads.
+
+The fork wrote fields of its own into `config.json`, and sometimes the whole teacher into `model.safetensors`. `plan`
+says what has to go and whether a stock checkpoint is left; `write` makes that one, in a new folder. Only JSON and
+safetensors are read, nothing in them is executed, and the old folder is only read from.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from smolvla_reflow.checkpoint import (
+    FORK_FIELDS,
+    TEACHER_PREFIX,
+    StoredTensors,
+    locate,
+    read_config,
+    read_json,
+    stored_tensors,
+)
+from smolvla_reflow.errors import ReflowError
+
+TRAIN_CONFIG_NAME = "train_config.json"
+COPIED = ("*.json", "*.safetensors", "README.md")
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What a stock checkpoint takes.
+
+    Attributes:
+        old: the fork's checkpoint.
+        fields: what goes from each JSON file, by the file's name.
+        tensors: what goes from `model.safetensors`.
+        copied: files taken over as they are.
+        left_out: files of the old folder that no LeRobot needs, and that may be pickles.
+    """
+
+    old: Path
+    fields: dict[str, dict[str, Any]]
+    tensors: tuple[str, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def changes(self) -> bool:
+        return bool(self.tensors or any(self.fields.values()))
+
+
+def plan(old: str | Path) -> Migration:
+    """Read a checkpoint of the fork and say what a stock one of it takes.
+
+    Raises:
+        ReflowError: there is no such checkpoint, or without the fork's additions it would be no stock one either.
+    """
+    folder = locate(old).folder
+    config = read_json(folder / CONFIG_NAME)
+    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
+        raise ReflowError(f"{old} holds no {SAFETENSORS_SINGLE_FILE}; pickled weights are never loaded.")
+    fields = {CONFIG_NAME: _of_the_fork(config)}
+    if (folder / TRAIN_CONFIG_NAME).is_file():
+        policy = read_json(folder / TRAIN_CONFIG_NAME).get("policy")
+        fields[TRAIN_CONFIG_NAME] = _of_the_fork(policy if isinstance(policy, dict) else {})
+    weights = stored_tensors(folder / SAFETENSORS_SINGLE_FILE)
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / CONFIG_NAME).write_text(json.dumps(_without_fork(config)))
+        read_config(Path(scratch))
+
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    wanted = {path.name for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return Migration(
+        old=folder,
+        fields=fields,
+        tensors=tuple(sorted(name for name in weights if name.startswith(TEACHER_PREFIX))),
+        copied=tuple(sorted(wanted - fields.keys() - {SAFETENSORS_SINGLE_FILE})),
+        left_out=tuple(sorted(files - wanted)),
+    )
+
+
+def write(migration: Migration, new: Path) -> None:
+    """Make the stock checkpoint in `new`, which appears whole or not at all.
+
+    Raises:
+        ReflowError: `new` exists, lies within the old folder, or cannot be written.
+    """
+    check_new(migration, new)
+    partial = new.with_name(f".{new.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _write_files(migration, partial)
+        partial.rename(new)
+    except (OSError, ValueError) as error:
+        raise ReflowError(f"{new} cannot be written ({error}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(migration: Migration, new: Path) -> None:
+    """Raise ReflowError if the stock checkpoint cannot go there."""
+    if new.exists():
+        raise ReflowError(f"{new} exists already; name a new folder.")
+    if new.resolve().is_relative_to(migration.old.resolve()):
+        raise ReflowError(f"{new} lies within {migration.old}, which is left as it is; name a folder elsewhere.")
+
+
+def _write_files(migration: Migration, folder: Path) -> None:
+    for name in migration.copied:
+        shutil.copyfile(migration.old / name, folder / name)
+    for name in migration.fields:
+        content = read_json(migration.old / name)
+        if name == CONFIG_NAME:
+            content = _without_fork(content)
+        elif isinstance(content.get("policy"), dict):
+            content["policy"] = _without_fork(content["policy"])
+        (folder / name).write_text(json.dumps(content, indent=4) + "\n")
+    old, new = (path / SAFETENSORS_SINGLE_FILE for path in (migration.old, folder))
+    if migration.tensors:
+        weights: StoredTensors = stored_tensors(old)
+        with safe_open(old, framework="pt") as file:
+            metadata = file.metadata()
+        save_file({name: weights[name] for name in weights if name not in migration.tensors}, new, metadata)
+    else:
+        shutil.copyfile(old, new)
+
+
+def _of_the_fork(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in FORK_FIELDS if name in fields}
+
+
+def _without_fork(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in FORK_FIELDS}
