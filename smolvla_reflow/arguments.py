@@ -6,6 +6,7 @@ rate holds where the user gave none, and the flags of the earlier fork mean what
 here is a plain function from flags to flags.
 """
 
+import difflib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -15,11 +16,19 @@ from typing import Any
 
 import yaml
 
-from smolvla_reflow.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO, ReflowTrainPipelineConfig
+from smolvla_reflow.config import (
+    DECAY_LR_RATIO,
+    LEARNING_RATE,
+    WARMUP_RATIO,
+    ReflowConfig,
+    ReflowTrainPipelineConfig,
+)
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.run_folder import CONFIG, resumable_config, whole_checkpoints
 
 FORK_FLAGS = {
     "policy.training_mode": "reflow.strategy",
+    "policy.use_reflow": "reflow.strategy",
     "policy.teacher_model_path": "reflow.teacher_path",
 }
 
@@ -51,12 +60,12 @@ def complete(argv: Sequence[str]) -> Arguments:
     if _is_true(given.get("resume")):
         if "config_path" not in given:
             raise ReflowError("--resume=true needs --config_path=.../pretrained_model/train_config.json.")
-        if not Path(given["config_path"]).exists():
-            raise ReflowError(f"--config_path={given['config_path']} does not exist.")
+        given["config_path"] = _resume_from(Path(given["config_path"]))
         return Arguments(_flags(given), chosen={}, resume=True)
 
     file, rest = _read_config_file(given.pop("config_path", None))
     given = _rename_fork_flags({**file, **given})
+    _check_reflow_names(given)
 
     teacher = given.get("reflow.teacher_path")
     if not teacher:
@@ -76,6 +85,28 @@ def complete(argv: Sequence[str]) -> Arguments:
         return Arguments(flags, chosen)
     config_file = _write_config(rest)
     return Arguments([f"--config_path={config_file}", *flags], chosen, config_file=config_file)
+
+
+def _resume_from(config_path: Path) -> str:
+    """The config of a checkpoint that is whole."""
+    found = resumable_config(config_path)
+    if found is not None:
+        return str(found)
+    if not config_path.exists():
+        raise ReflowError(f"--config_path={config_path} does not exist.")
+    newest = next(whole_checkpoints(config_path.parent.parent.parent.parent), None)
+    raise ReflowError(
+        f"--config_path={config_path} does not belong to a whole checkpoint, with training_state and all. "
+        + (f"The newest whole one of that run is --config_path={newest / CONFIG}." if newest else "That run has none.")
+    )
+
+
+def _check_reflow_names(given: dict[str, Any]) -> None:
+    known = [f"reflow.{field}" for field in ReflowConfig.__dataclass_fields__]
+    for name in given:
+        if name.startswith("reflow.") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise ReflowError(f"--{name} is unknown; did you mean --{', --'.join(near)}? See --help.")
 
 
 def _choose(given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -139,8 +170,10 @@ def _rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
     for old, new in FORK_FLAGS.items():
         if old in renamed:
             value = renamed.pop(old)
+            if old == "policy.use_reflow":
+                value = "reflow" if _is_true(value) else "standard"
             if str(renamed.setdefault(new, value)) != str(value):
-                raise ReflowError(f"--{old}={value} contradicts --{new}={renamed[new]}; give one of them.")
+                raise ReflowError(f"--{old} (--{new}={value}) contradicts --{new}={renamed[new]}; give one of them.")
     return renamed
 
 

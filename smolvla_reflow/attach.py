@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smolvla_reflow.bindings import Binding, bind
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
@@ -252,12 +253,13 @@ def attach(
             batches come from is for the caller to know; the training command checks it.
 
     Raises:
-        ReflowError: the policy is no SmolVLA or is attached already, the strategy or solver is unknown, the
-            teacher cannot be loaded or does not fit, or the statistics cannot be mapped.
+        ReflowError: the policy is no SmolVLA, not one of a supported LeRobot, or attached already; the strategy or
+            solver is unknown; the teacher cannot be loaded or does not fit; or the statistics cannot be mapped.
     """
     base = base_policy(policy)
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
+    check_signatures(base)
     get_loss_strategy(strategy)
     ode, recipe = Solver(solver, num_steps, rtol, atol), recipe or Recipe()
     if pairs is not None:

@@ -86,11 +86,16 @@ class Checkpoint:
                 f"The checkpoint {self.source} has no {PREPROCESSOR_NAME}, so the statistics its actions are "
                 "normalised by are unknown; use a checkpoint saved by lerobot-train."
             )
-        pipeline = PolicyProcessorPipeline.from_pretrained(
-            self.folder,
-            config_filename=PREPROCESSOR_NAME,
-            overrides={"device_processor": {"device": "cpu"}},
-        )
+        try:
+            pipeline = PolicyProcessorPipeline.from_pretrained(
+                self.folder,
+                config_filename=PREPROCESSOR_NAME,
+                overrides={"device_processor": {"device": "cpu"}},
+            )
+        except Exception as error:  # LeRobot's loader lets through whatever a broken file leads it to
+            raise ReflowError(
+                f"{self.folder / PREPROCESSOR_NAME} cannot be loaded ({_first_line(error)}); copy the checkpoint again."
+            ) from None
         steps = [step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep)]
         return {name: tensor for step in steps for name, tensor in step.state_dict().items()}
 
@@ -203,10 +208,13 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # the hub client's errors share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ReflowError(
-            f"There is no folder {repo_id}, and as a hub id it cannot be downloaded ({reason})."
+            f"There is no folder {repo_id}, and as a hub id it cannot be downloaded ({_first_line(error)})."
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _suggestion(folder: Path) -> str:

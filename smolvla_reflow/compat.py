@@ -7,9 +7,11 @@ from typing import Any
 
 import lerobot
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 from packaging.version import Version
 from torch import Tensor
@@ -17,25 +19,62 @@ from torch import Tensor
 from smolvla_reflow.errors import ReflowError
 
 SUPPORTED = "0.4.4 to 0.6.1"
+POLICY_FORWARD = ("batch", "noise", "time", "reduction")
+MODEL_FORWARD = ("images", "img_masks", "lang_tokens", "lang_masks", "state", "actions", "noise", "time")
 
 __all__ = [
     "LeRobotDatasetMetadata",
     "accelerator_arguments",
+    "check_signatures",
+    "gradient_accumulation",
     "refuse_remote_job",
     "repeat_prefix",
-    "train_function",
+    "train",
 ]
 
 
-def train_function() -> Callable[..., None]:
-    """LeRobot's `train(cfg, accelerator)`, past the parser that recognises only its own config class."""
-    train = inspect.unwrap(lerobot_train.train)
-    if "accelerator" not in inspect.signature(train).parameters:
-        raise ReflowError(
-            f"LeRobot {lerobot.__version__} trains without being handed an accelerator; "
-            f"this version of smolvla-reflow supports LeRobot {SUPPORTED}."
-        )
-    return train
+def train(cfg: TrainPipelineConfig, equip: Callable[[Accelerator], Accelerator]) -> None:
+    """LeRobot's `train()`, past the parser that recognises only its own config class, with an equipped Accelerator.
+
+    Until 0.6.1 `train()` takes an Accelerator; from 0.6.2 on it has the config build one.
+
+    Raises:
+        ReflowError: this LeRobot does neither.
+    """
+    stock = inspect.unwrap(lerobot_train.train)
+    if "accelerator" in inspect.signature(stock).parameters:
+        stock(cfg, accelerator=equip(Accelerator(**accelerator_arguments(cfg))))
+        return
+    settings: Any = getattr(cfg, "accelerator", None)
+    if not hasattr(settings, "build"):
+        raise ReflowError(f"This LeRobot trains without an Accelerator that could be handed in: {unsupported()}")
+    build = settings.build
+    settings.build = lambda *args, **kwargs: equip(build(*args, **kwargs))
+    try:
+        stock(cfg)
+    finally:
+        del settings.build
+
+
+def check_signatures(policy: SmolVLAPolicy) -> None:
+    """Raise ReflowError if what `attach` takes the place of is not what this package knows.
+
+    The functions of the classes are looked at; an instance's own may be compiled or wrapped.
+    """
+    for module, known in ((policy, POLICY_FORWARD), (policy.model, MODEL_FORWARD)):
+        found = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        if found != known:
+            raise ReflowError(
+                f"{type(module).__name__}.forward takes ({', '.join(found)}) in this LeRobot and not "
+                f"({', '.join(known)}): {unsupported()}"
+            )
+
+
+def unsupported() -> str:
+    return (
+        f"this version of smolvla-reflow supports LeRobot {SUPPORTED}, and {lerobot.__version__} is installed. "
+        "Install a supported one, or a newer smolvla-reflow."
+    )
 
 
 def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
@@ -55,6 +94,12 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
         dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
         arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return arguments
+
+
+def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
+    """Backward passes for each optimizer step; LeRobot accumulates gradients from 0.6.2 on."""
+    settings = getattr(getattr(cfg, "accelerator", None), "gradient_accumulation", None)
+    return getattr(settings, "steps", 1)
 
 
 def repeat_prefix(prefix: dict[str, Any], times: int) -> dict[str, Any]:

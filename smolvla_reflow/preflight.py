@@ -1,7 +1,9 @@
 """Check a run before anything is written: does the dataset exist, and does the teacher fit it?"""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from lerobot.configs.types import FeatureType
 from lerobot.datasets.factory import IMAGENET_STATS
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
+from transformers import AutoConfig
 
 from smolvla_reflow.checkpoint import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
@@ -17,6 +21,7 @@ from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.normalization import Statistics, change_of_space, fingerprint
 from smolvla_reflow.pairs import Pairs, differences
+from smolvla_reflow.teacher import check_agreement
 
 ODE_FIELDS = ("solver", "num_steps", "rtol", "atol")
 
@@ -27,13 +32,68 @@ def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, pairs: Pairs 
     Returns:
         The statistics by which LeRobot will normalise the batches.
     """
+    check_numbers(cfg)
+    check_writable(Path(cfg.output_dir or "."))
+    check_student(cfg, teacher)
     metadata = open_metadata(cfg.dataset)
     check_features(teacher, metadata.features, cfg.rename_map)
+    check_frames(cfg.dataset, metadata, teacher.config.chunk_size)
     stats = dataset_statistics(metadata, cfg.dataset)
+    check_finite(stats)
     change_of_space(teacher, stats)
     if pairs is not None:
         check_pairs(cfg, teacher, pairs, metadata, stats)
     return stats
+
+
+def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
+    """Raise ReflowError for numbers that LeRobot would stumble over half-way."""
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_freq", 1), ("num_workers", 0)):
+        if getattr(cfg, name) < least:
+            raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ReflowError if no such folder can be made, without making it."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ReflowError(f"--output_dir={folder}: nothing can be written in {there}; name a folder elsewhere.")
+
+
+def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
+    """Raise ReflowError if the student is of another shape than the teacher, or has no backbone to start from."""
+    assert isinstance(cfg.policy, SmolVLAConfig)
+    check_agreement(cfg.policy, teacher.config)
+    backbone = cfg.policy.vlm_model_name
+    try:
+        AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ReflowError(
+            f"--policy.vlm_model_name={backbone}: the backbone's configuration is not there, nor could it be "
+            f"downloaded ({reason}). If it has moved, say where it is now."
+        ) from None
+
+
+def check_frames(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, chunk_size: int) -> None:
+    """Raise ReflowError unless there are these episodes, and at least one chunk of actions in them."""
+    total = sum(map(len, frame_ranges(metadata, dataset.episodes)))
+    if total < chunk_size:
+        raise ReflowError(
+            f"The episodes of {dataset.repo_id} to train on hold {total} frames, fewer than one chunk of "
+            f"{chunk_size} actions; record more, or choose other --dataset.episodes."
+        )
+
+
+def check_finite(stats: Statistics) -> None:
+    """Raise ReflowError if recorded states or actions hold NaN or infinity, as their statistics then do."""
+    for name in (ACTION, OBS_STATE):
+        for kind, values in (stats.get(name) or {}).items():
+            if not torch.isfinite(torch.as_tensor(values, dtype=torch.float64)).all():
+                raise ReflowError(
+                    f"The dataset's '{name}' holds NaN or infinity (so says '{kind}' in meta/stats.json); leave the "
+                    "episodes out in which it does (lerobot-edit-dataset) or record them again."
+                )
 
 
 def open_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:

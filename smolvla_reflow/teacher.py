@@ -36,6 +36,8 @@ AGREEING_FIELDS = (
     "prefix_length",
     "attention_mode",
     "self_attn_every_n_layers",
+    "num_vlm_layers",
+    "expert_width_multiplier",
     "min_period",
     "max_period",
 )
@@ -66,7 +68,7 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
         weights = source.weights() if isinstance(source, Checkpoint) else source.state_dict()
 
     teacher = _copy_sharing_parameters(structure)
-    _check_agreement(teacher.config, config)
+    check_agreement(teacher.config, config)
     _fill(teacher, weights)
     _configure(teacher, config, num_steps)
     return teacher
@@ -100,7 +102,8 @@ def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
     return policy
 
 
-def _check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
+def check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
+    """Raise ReflowError if one batch cannot serve both, or one module tree."""
     for field in AGREEING_FIELDS:
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if isinstance(ours, list | tuple):
@@ -136,6 +139,10 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
                 raise ReflowError(
                     f"The teacher's weights do not fit: {aliases[0]} has shape {tuple(value.shape)}, "
                     f"the student's has {tuple(parameter.shape)}."
+                )
+            if not torch.isfinite(value).all():
+                raise ReflowError(
+                    f"The teacher's weights are broken: {aliases[0]} holds NaN or infinity. Use an earlier checkpoint."
                 )
             value = value.to(parameter)
             if not parameter.requires_grad and torch.equal(value, parameter):

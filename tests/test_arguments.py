@@ -69,6 +69,11 @@ def test_the_forks_command_line_runs_verbatim():
     assert not [name for name in given if "training_mode" in name or "teacher_model" in name]
 
 
+def test_the_forks_older_switch():
+    assert flags("--policy.use_reflow=true", "--policy.teacher_model_path=T")["reflow.strategy"] == "reflow"
+    assert flags("--policy.use_reflow=false", "--policy.teacher_model_path=T")["reflow.strategy"] == "standard"
+
+
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_the_forks_config_file(tmp_path, suffix):
     config = {
@@ -93,14 +98,6 @@ def test_the_forks_config_file(tmp_path, suffix):
     assert flags(f"--config_path={file}", TEACHER, "--steps=60")["policy.scheduler_decay_steps"] == "60"
 
 
-def test_resuming_changes_nothing(tmp_path):
-    file = tmp_path / "train_config.json"
-    file.write_text("{}")
-    argv = [f"--config_path={file}", "--resume=true"]
-    assert complete(argv).flags == argv
-    assert complete(argv).resume
-
-
 def test_the_student_never_overwrites_the_teachers_repository():
     """The teacher's config may say push_to_hub=true with the teacher's own repo_id."""
     assert flags(TEACHER)["policy.push_to_hub"] == "false"
@@ -118,10 +115,12 @@ def test_the_student_never_overwrites_the_teachers_repository():
         ([TEACHER, "--steps"], "--steps needs a value"),
         ([TEACHER, DATASET, "--steps=many"], "--steps=many is not a number"),
         ([TEACHER, DATASET, "--policy.type=act"], "--policy.type=act cannot be reflowed"),
-        ([TEACHER, "--policy.teacher_model_path=U"], "contradicts --reflow.teacher_path=T"),
+        ([TEACHER, "--policy.teacher_model_path=U"], r"contradicts --reflow.teacher_path=T"),
         (["--resume=true"], "needs --config_path"),
         (["--resume=true", "--config_path=nowhere.json"], "nowhere.json does not exist"),
         ([TEACHER, "--config_path=nowhere.yaml"], "nowhere.yaml does not exist"),
+        ([TEACHER, "--reflow.num_stepz=3"], r"--reflow.num_stepz is unknown; did you mean --reflow.num_steps\?"),
+        ([TEACHER, "--policy.use_reflow=true", "--reflow.strategy=distill"], r"use_reflow .*contradicts"),
     ],
 )
 def test_user_errors(argv, message):

@@ -15,7 +15,7 @@ import lerobot
 import pytest
 import torch
 from conftest import lerobot_train_main, reflow_run, reflow_train_main, torchrun
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.config import ReflowConfig
@@ -268,7 +268,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             from safetensors.torch import save_file
             from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
             from smolvla_reflow import attach
-            from smolvla_reflow.commands.train import TeachingAccelerator
+            from smolvla_reflow.teaching import equip
 
             checkpoint = {str(workshop / "1rf" / LAST)!r}
             policy = SmolVLAPolicy.from_pretrained(checkpoint)
@@ -287,7 +287,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             noise, time = torch.randn(n, chunk, width), torch.rand(n)
             teach = functools.partial(attach, teacher=checkpoint)
             ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-            accelerator = TeachingAccelerator(teach, cpu=True, kwargs_handlers=[ddp])
+            accelerator = equip(Accelerator(cpu=True, kwargs_handlers=[ddp]), teach, lost=str)
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
             wrapped, optimizer = accelerator.prepare(policy, optimizer)
             share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -314,126 +314,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
 
 
-# --- what it refuses ------------------------------------------------------------------------------------------
-
-
-def refused(flags: list[str], capsys, folder: Path) -> str:
-    """Run a command that must be refused with one line, exit code 2 and nothing written; return the line."""
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    with pytest.raises(SystemExit) as exit:
-        reflow_train_main(flags)
-    assert exit.value.code == 2
-    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-train: error:")]
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    return line
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"reflow__teacher_path": None}, "Name the teacher"),
-        ({"reflow__teacher_path": "no/such/place"}, "There is no checkpoint at no/such/place"),
-        ({"reflow__teacher_path": "nobody/nothing"}, "as a hub id it cannot be downloaded"),
-        (
-            {"reflow__teacher_path": "{workshop}/1rf"},
-            "Did you mean {workshop}/1rf/checkpoints/last/pretrained_model?",
-        ),
-        ({"reflow__teacher_path": "{teacher}/config.json"}, "is a file; name the checkpoint's folder"),
-        ({"reflow__strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
-        ({"reflow__time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are beta, uniform"),
-        ({"reflow__loss": "hubber"}, "--reflow.loss 'hubber' is unknown; known are mse, pseudo_huber"),
-        ({"reflow__real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
-        ({"reflow__real_data_ratio": "nan"}, "--reflow.real_data_ratio=nan is no share"),
-        ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
-        (
-            {"reflow__solver": "rk5"},
-            "--reflow.solver=rk5 is unknown; known are: euler, midpoint, heun3, rk4, dopri5",
-        ),
-        (
-            {"reflow__solver": "dopri5", "reflow__num_steps": 5},
-            "--reflow.solver=dopri5 chooses its own steps; give rtol and atol instead",
-        ),
-        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=euler takes equal steps"),
-        ({"reflow__num_stepz": 3}, "unrecognized arguments: --reflow.num_stepz=3"),
-        ({"reflow__num_steps": "ten"}, "num_steps"),
-        ({"policy__optimizer_lrr": 3}, "unrecognized arguments: --optimizer_lrr=3"),
-        ({"policy__type": "act"}, "only smolvla can"),
-        ({"output_dir": "{workshop}/1rf"}, "1rf already exists"),
-        ({"dataset__root": "{workshop}/nowhere"}, "There is no LeRobotDataset at --dataset.root="),
-        ({"policy__push_to_hub": "true"}, "needs --policy.repo_id"),
-    ],
-)
-def test_user_errors(workshop, tmp_path, capsys, changes, message):
-    names = {"workshop": workshop, "teacher": workshop / "1rf" / LAST}
-    changes = {k: v.format(**names) if isinstance(v, str) else v for k, v in changes.items()}
-    flags = reflow_run(workshop, **{"output_dir": tmp_path / "run", **changes})
-    line = refused(flags, capsys, workshop)
-    assert message.format(**names) in line
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def broken_teacher(workshop, tmp_path):
-    return Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
-
-
-def edit_config(folder, **changes):
-    file = folder / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda f: edit_config(f, type="act"), "holds a policy of type 'act'; only smolvla"),
-        (lambda f: edit_config(f, training_mode="reflow"), "of the earlier fork (it has training_mode)"),
-        (lambda f: edit_config(f, no_such_field=1), "The installed LeRobot cannot read"),
-        (lambda f: (f / "config.json").write_text("{"), "is not readable JSON"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
-        (lambda f: (f / "policy_preprocessor.json").unlink(), "has no policy_preprocessor.json"),
-    ],
-)
-def test_unusable_teachers(workshop, broken_teacher, tmp_path, capsys, break_it, message):
-    break_it(broken_teacher)
-    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
-    assert message in refused(flags, capsys, tmp_path)
-
-
-def test_teacher_without_the_statistics_it_needs(workshop, broken_teacher, tmp_path, capsys):
-    (file,) = broken_teacher.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
-    stats = load_file(file)
-    save_file({name: t for name, t in stats.items() if not name.startswith("action.std")}, file)
-    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
-    assert "no saved statistics 'action.std'" in refused(flags, capsys, tmp_path)
-
-
-def test_dataset_without_the_teachers_camera(workshop, broken_teacher, tmp_path, capsys):
-    features = json.loads((broken_teacher / "config.json").read_text())["input_features"]
-    features["observation.images.wrist"] = features.pop("observation.images.top")
-    edit_config(broken_teacher, input_features=features)
-    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
-    line = refused(flags, capsys, tmp_path)
-    assert "needs 'observation.images.wrist', which the dataset lacks" in line
-    assert "--rename_map" in line
-
-
-def test_dataset_of_another_action_width(workshop, broken_teacher, tmp_path, capsys):
-    edit_config(broken_teacher, output_features={"action": {"type": "ACTION", "shape": [3]}})
-    flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
-    assert "'action' has shape (2,) in the dataset and (3,) in " in refused(flags, capsys, tmp_path)
-
-
-def test_resuming_a_run_that_was_not_reflow(workshop, capsys):
-    config = workshop / "1rf" / LAST / "train_config.json"
-    line = refused([f"--config_path={config}", "--resume=true"], capsys, workshop)
-    assert "names no teacher" in line
-
-
-@pytest.mark.skipif(OLD_LEROBOT, reason="--job.target exists from LeRobot 0.6 on")
-def test_a_remote_job_is_never_standard_training_in_disguise(workshop, tmp_path, capsys):
-    flags = reflow_run(workshop, tmp_path / "run", job__target="a10g-small")
-    assert "--job.target=a10g-small would run lerobot-train, not reflow" in refused(flags, capsys, workshop)
+# --- how it speaks --------------------------------------------------------------------------------------------
 
 
 def test_help_explains_the_reflow_options(capsys):

@@ -158,7 +158,7 @@ def edit_weights(folder, edit):
     ("edit", "message"),
     [
         (lambda w: w.pop("model.state_proj.weight"), "they lack model.state_proj.weight"),
-        (lambda w: w.update({"model.teacher.x": torch.zeros(1)}), "have the unknown model.teacher.x"),
+        (lambda w: w.update({"model.extra.x": torch.zeros(1)}), "have the unknown model.extra.x"),
         (lambda w: w.update({"model.state_proj.bias": torch.zeros(3)}), r"state_proj.bias has shape \(3,\)"),
     ],
 )

@@ -68,7 +68,8 @@ def parse_errors() -> Iterator[None]:
             raise
         raise ReflowError(f"{_one_line(errors.getvalue().rpartition('error: ')[2])}. See --help.") from None
     except draccus.utils.DraccusException as error:
-        raise ReflowError(f"{_one_line(str(error))}. See --help.") from None
+        cause = f" ({_one_line(str(error.__cause__))})" if error.__cause__ else ""
+        raise ReflowError(f"{_one_line(str(error))}{cause}. See --help.") from None
 
 
 @contextlib.contextmanager

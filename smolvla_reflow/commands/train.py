@@ -1,52 +1,38 @@
 """`smolvla-reflow-train`: LeRobot's training, with a teacher.
 
-    flags -> complete -> LeRobot's parser -> checks -> LeRobot's train(), handed an Accelerator whose
-    prepare() attaches the teacher to the policy passing through it
+    flags -> complete -> LeRobot's parser -> checks -> LeRobot's train(), whose Accelerator is equipped to
+    attach the teacher to the policy passing through it
 
 Everything `lerobot-train` does (resuming, logging, evaluation, the hub, several GPUs) is LeRobot's.
 """
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
+from safetensors import SafetensorError
 from torch import nn
 
 from smolvla_reflow.arguments import Arguments, complete
 from smolvla_reflow.attach import attach
 from smolvla_reflow.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors
-from smolvla_reflow.compat import accelerator_arguments, refuse_remote_job, train_function
+from smolvla_reflow.compat import gradient_accumulation, refuse_remote_job, train
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.preflight import check_run
 from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.run_folder import how_to_go_on, training_step
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import get_loss_strategy
+from smolvla_reflow.teaching import equip
 
 PROGRAM = "smolvla-reflow-train"
-
-
-class TeachingAccelerator(Accelerator):
-    """An Accelerator that teaches: every module passing through `prepare` is first handed to `teach`.
-
-    LeRobot's `train()` hands the policy it made to `prepare`, after loading and PEFT, before DDP or FSDP.
-    """
-
-    def __init__(self, teach: Callable[[nn.Module], object], **arguments: Any):
-        super().__init__(**arguments)
-        self._teach = teach
-
-    def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        for item in args:
-            if isinstance(item, nn.Module):
-                self._teach(item)
-        return super().prepare(*args, **kwargs)
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @parser.wrap()
@@ -98,11 +84,20 @@ def run(arguments: Arguments) -> None:
                 dataset_stats=stats,
             )
 
-        accelerator = TeachingAccelerator(teach, **accelerator_arguments(cfg))
+        output_dir = Path(cfg.output_dir or ".")
         try:
-            train_function()(cfg, accelerator=accelerator)
+            train(cfg, lambda accelerator: equip(accelerator, teach, lost_loss(cfg)))
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(how_to_go_on(cfg)) from None
+            raise KeyboardInterrupt(how_to_go_on(output_dir)) from None
+        except (OSError, SafetensorError) as error:
+            if not cannot_write(error):
+                raise
+            raise ReflowError(f"--output_dir={output_dir}: {error}. {how_to_go_on(output_dir)}") from None
+        except RuntimeError as error:
+            if "Error(s) in loading state_dict" not in str(error):
+                raise
+            misfit = str(error).splitlines()[1].strip()
+            raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {misfit}") from None
 
 
 def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
@@ -164,12 +159,24 @@ def announce(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> None:
     )
 
 
-def how_to_go_on(cfg: ReflowTrainPipelineConfig) -> str:
-    """What to do about a run that was interrupted."""
-    last = Path(cfg.output_dir or ".") / "checkpoints" / "last" / "pretrained_model" / "train_config.json"
-    if last.is_file():
-        return f"Go on from the last checkpoint with --config_path={last} --resume=true"
-    return f"No checkpoint was saved yet; start again with another --output_dir than {cfg.output_dir}."
+def lost_loss(cfg: ReflowTrainPipelineConfig) -> Callable[[int, float], str]:
+    """What to say when the loss is NaN, infinite or has exploded."""
+    started = training_step(Path(cfg.checkpoint_path)) if cfg.resume and cfg.checkpoint_path else 0
+    accumulation = gradient_accumulation(cfg)
+
+    def say(passes: int, loss: float) -> str:
+        return (
+            f"The loss is {loss:g} in step {started + passes // accumulation + 1}, so the run was stopped. A lower "
+            "--policy.optimizer_lr helps where training has diverged; otherwise look for NaN in the dataset. "
+            + how_to_go_on(Path(cfg.output_dir or "."))
+        )
+
+    return say
+
+
+def cannot_write(error: OSError | SafetensorError) -> bool:
+    """Whether it is about a full or read-only disk rather than about this program."""
+    return getattr(error, "errno", None) in UNWRITABLE or "os error" in str(error)
 
 
 if __name__ == "__main__":
