@@ -1,6 +1,7 @@
 """Runs that break off: killed at any moment, out of disk, out of their minds. What is left, and how one goes on."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -139,32 +140,41 @@ def test_a_torn_checkpoint_is_refused_and_the_whole_one_named(run, capsys):
 
 @pytest.fixture
 def losing():
-    """A strategy whose loss is multiplied by `factor` in the call numbered `at` and later."""
+    """A strategy whose losses are spoilt by `spoil` in the call numbered `at` and later."""
     strategies = sys.modules["smolvla_reflow.strategies"]
-    before = dict(strategies._STRATEGIES)
+    before = dict(strategies._registry)
 
-    def make(at, factor):
+    def make(at, spoil):
+        strategies._registry.pop("losing", None)
         calls = iter(range(1, 100))
 
-        @register_loss_strategy("losing")
+        @register_loss_strategy("losing", whole_chunk=True)
         def losing(model, observation, actions, noise=None, time=None):
             losses = model.forward_standard(*observation, actions, noise, time)
-            return losses * factor if next(calls) >= at else losses
+            return spoil(losses) if next(calls) >= at else losses
 
     yield make
-    strategies._STRATEGIES.clear()
-    strategies._STRATEGIES.update(before)
+    strategies._registry.clear()
+    strategies._registry.update(before)
 
 
-@pytest.mark.parametrize(("factor", "said"), [(float("nan"), "nan"), (float("inf"), "inf"), (1e6, "e+0")])
-def test_a_lost_loss_stops_the_run(workshop, tmp_path, capsys, losing, factor, said):
-    losing(at=3, factor=factor)
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda losses: losses * math.nan, "nan"),
+        (lambda losses: losses + math.inf, "inf"),
+        (lambda losses: losses * 1e6, "e+0"),
+    ],
+    ids=["nan", "inf", "exploding"],
+)
+def test_a_lost_loss_stops_the_run(workshop, tmp_path, capsys, losing, spoil, said):
+    losing(at=3, spoil=spoil)
     run = tmp_path / "run"
     line = refused(reflow_run(workshop, run, save_freq=1, reflow__strategy="losing"), capsys)
     assert said in line.partition(" in step 3, so the run was stopped")[0]
     hint = f"Go on from the last good checkpoint with --config_path={run}/checkpoints/000002/pretrained_model/train_config.json --resume=true"
     assert hint in line
-    losing(at=2, factor=factor)
+    losing(at=2, spoil=spoil)
     assert "in step 4, so the run was stopped" in refused(hint.partition("with ")[2].split(), capsys)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"000001", "000002", "000003", "last"}
 

@@ -1,0 +1,103 @@
+"""LeRobot's own options together with reflow: each trains a few steps by the command, and what comes out acts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_batch, reflow_run, reflow_train_main
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+from smolvla_reflow import attach
+from smolvla_reflow.demo.recipe import LAST
+
+
+def acts(policy, **observation):
+    """The policy samples a chunk of finite actions."""
+    policy.reset()
+    batch = {
+        "observation.state": torch.zeros(1, 2),
+        "observation.images.top": torch.zeros(1, 3, 32, 32),
+        "observation.language.tokens": torch.zeros(1, 4, dtype=torch.long),
+        "observation.language.attention_mask": torch.ones(1, 4, dtype=torch.bool),
+    }
+    torch.manual_seed(0)
+    actions = policy.predict_action_chunk({**batch, **observation})
+    return actions.ndim == 3 and bool(torch.isfinite(actions).all())
+
+
+def test_lora(workshop, tmp_path):
+    """The student trains an adapter; its teacher is the base, without one."""
+    from peft import PeftModel
+
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, peft__method_type="LORA", peft__r=4))
+    assert (run / LAST / "adapter_model.safetensors").is_file()
+    assert not (run / LAST / "model.safetensors").exists()
+    base = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST)
+    student = PeftModel.from_pretrained(base, run / LAST)
+    adapter = [p for n, p in student.named_parameters() if "lora_B" in n]
+    assert adapter
+    assert any(p.abs().max() > 0 for p in adapter)  # PEFT starts them at zero
+    assert acts(student.get_base_model())
+    config = run / LAST / "train_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "steps": 6}))
+    reflow_train_main([f"--config_path={config}", "--resume=true"])
+    assert (run / "checkpoints/000006").is_dir()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"policy__compile_model": "true", "policy__compile_mode": "default", "policy__num_steps": 1},
+        {"policy__use_amp": "true"},
+        {"policy__rtc_config": '{"enabled": true, "execution_horizon": 3}'},
+    ],
+    ids=["compile_model", "use_amp", "rtc_config"],
+)
+def test_an_option_of_the_policy(workshop, tmp_path, option):
+    # In a process of its own: accelerate allows one kind of precision for each.
+    flags = reflow_run(workshop, tmp_path / "run", steps=2, **option)
+    subprocess.run([sys.executable, "-m", "smolvla_reflow.commands.train", *flags], check=True, capture_output=True)
+    (name, value), *_ = option.items()
+    name = name.removeprefix("policy__")
+    student = SmolVLAPolicy.from_pretrained(tmp_path / "run" / LAST)
+    if name == "rtc_config":
+        assert isinstance(student.config.rtc_config, RTCConfig)
+        assert student.config.rtc_config.execution_horizon == 3
+        assert student.rtc_processor is not None
+    else:
+        assert getattr(student.config, name) is (value == "true")
+    before = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).state_dict()
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
+    assert acts(student)
+
+
+def test_adapt_to_pi_aloha(make_policy, make_config):
+    """Its joints are those of two arms, 14 numbers; reflow's targets are in the space that the model is trained in."""
+    features = {
+        "input_features": {
+            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
+            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+        },
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (14,))},
+    }
+    policy = make_policy(adapt_to_pi_aloha=True, max_state_dim=14, max_action_dim=14, **features)
+    batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
+    attach(policy)
+    policy.train()
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(20):
+        torch.manual_seed(0)
+        loss, _ = policy.forward({k: v.clone() for k, v in batch.items()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    policy.eval()
+    assert acts(policy, **{"observation.state": torch.rand(1, 14)})
