@@ -1,5 +1,6 @@
 """Find and open a SmolVLA checkpoint, and say in one sentence what is wrong with one that cannot be used."""
 
+import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline
+from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, ProcessorStep
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -143,7 +144,28 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{name} is a checkpoint of the earlier fork (it has {', '.join(forked)}), which LeRobot refuses. Make a "
             f"stock one of it with: smolvla-reflow-migrate {name} NEW_FOLDER --write"
         )
+    check_processors(folder)
     return Checkpoint(name, folder, read_config(folder))
+
+
+def check_processors(folder: Path) -> None:
+    """Raise ReflowError if the saved processors name anything to call that is no processor step.
+
+    LeRobot imports and calls whatever a step's `class` names, with the arguments that are written beside it.
+    """
+    for path in folder.glob("policy_*processor.json"):
+        steps = read_json(path).get("steps")
+        for step in steps if isinstance(steps, list) else []:
+            named = step.get("class") if isinstance(step, dict) else None
+            if named is None:
+                continue
+            module, _, name = str(named).rpartition(".")
+            try:
+                found = getattr(importlib.import_module(module), name, None)
+            except (ImportError, ValueError):
+                found = None
+            if not (isinstance(found, type) and issubclass(found, ProcessorStep)):
+                raise ReflowError(f"{path} names '{named}', which is no processor step that is installed here.")
 
 
 def locate(source: str | Path) -> Located:

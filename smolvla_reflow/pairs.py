@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         checksums = {int(shard): str(checksum) for shard, checksum in values.pop("checksums").items()}
         manifest = Manifest(provenance=provenance, checksums=checksums, **values)
         _check_types(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ReflowError(f"{path} is damaged ({type(error).__name__}: {error}); make the pairs again.") from None
     return manifest
 
@@ -153,6 +153,12 @@ def _check_types(manifest: Manifest) -> None:
         raise ValueError("no frames")
     if any(len(frames) != 2 or frames[0] >= frames[1] for frames in manifest.frames) or bounds != sorted(bounds):
         raise ValueError("frames are not ascending ranges")
+    if bounds[-1] > p.total_frames:
+        raise ValueError("more frames than the dataset has")
+    if any(not 0 <= shard < manifest.num_shards for shard in manifest.checksums):
+        raise ValueError("a checksum of no shard")
+    if not isinstance(manifest.made_from, dict):
+        raise ValueError("made_from is no object")
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -197,9 +203,10 @@ class Pairs:
         """
         self.folder = Path(folder).expanduser().resolve()
         self.manifest = read_manifest(self.folder)
-        if self.manifest.unfinished:
+        unfinished = self.manifest.num_shards - len(self.manifest.checksums)
+        if unfinished:
             raise ReflowError(
-                f"The pairs in {self.folder} are unfinished: {len(self.manifest.unfinished)} of "
+                f"The pairs in {self.folder} are unfinished: {unfinished} of "
                 f"{self.manifest.num_shards} shards are missing. Run smolvla-reflow-pairs again with the same "
                 "flags."
             )

@@ -66,7 +66,7 @@ def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
     check_agreement(cfg.policy, teacher.config)
     backbone = cfg.policy.vlm_model_name
     try:
-        AutoConfig.from_pretrained(backbone)
+        AutoConfig.from_pretrained(backbone, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ReflowError(

@@ -22,6 +22,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatc
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError, attach, detach
+from smolvla_reflow import files as files_module
 from smolvla_reflow import pairs as pairs_module
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.recipe import LAST
@@ -399,7 +400,7 @@ def test_a_full_disk(workshop, stored, tmp_path, capsys, monkeypatch):
         write(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_module.os, "fsync", full)
+        patch.setattr(files_module.os, "fsync", full)
         line = refused(capsys, pairs_command.main, pairs_flags(workshop, folder))
     assert "the disk is full" in line
     assert "run the same command again to go on" in line
@@ -558,8 +559,18 @@ def test_what_attach_refuses(workshop, stored, copied):
 # --- verify ---------------------------------------------------------------------------------------------------
 
 
-def test_verify_solves_a_sample_again(stored, capsys):
-    pairs_command.main(["--verify", str(stored), "--policy.device=cpu"])
+@pytest.fixture
+def origin(workshop):
+    """What the pairs were made from, as flags of --verify."""
+    return [
+        f"--teacher_path={workshop / '1rf' / LAST}",
+        f"--dataset_root={workshop / 'dataset'}",
+        "--policy.device=cpu",
+    ]
+
+
+def test_verify_solves_a_sample_again(stored, origin, capsys):
+    pairs_command.main(["--verify", str(stored), *origin])
     report = capsys.readouterr().out
     assert "every file is the one that was written. Of 96 pairs solved again, the largest difference is" in report
     assert largest_difference(report) < 2e-3
@@ -569,7 +580,7 @@ def largest_difference(report: str) -> float:
     return float(report.split("the largest difference is ")[1].split()[0])
 
 
-def test_verify_sees_pairs_that_are_not_the_teachers(copied, capsys):
+def test_verify_sees_pairs_that_are_not_the_teachers(copied, origin, capsys):
     """Whole files with good checksums, but of other actions."""
     for shard in range(3):
         file = copied / f"pairs-{shard:05d}.safetensors"
@@ -577,18 +588,28 @@ def test_verify_sees_pairs_that_are_not_the_teachers(copied, capsys):
     manifest = read_manifest(copied)
     checksums = {shard: pairs_module._checksum(pairs_module.shard_path(copied, shard)) for shard in range(3)}
     dataclasses.replace(manifest, checksums=checksums).write(copied)
-    pairs_command.main([f"--verify={copied}", "--policy.device=cpu"])
+    pairs_command.main([f"--verify={copied}", *origin])
     assert largest_difference(capsys.readouterr().out) == pytest.approx(0.25, abs=0.01)
 
 
-def test_verify_refuses_another_teacher(workshop, stored, tmp_path, capsys):
+def test_verify_refuses_another_teacher(workshop, stored, origin, tmp_path, capsys):
     other = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
     tensors = copy.copy(load_file(other / "model.safetensors"))
     tensors["model.action_out_proj.bias"] += 0.1
     save_file(tensors, other / "model.safetensors")
-    line = refused(capsys, pairs_command.main, [f"--verify={stored}", f"--teacher_path={other}"])
+    line = refused(capsys, pairs_command.main, [f"--verify={stored}", *origin[1:], f"--teacher_path={other}"])
     assert "is not the teacher of these pairs: its fingerprint is" in line
     assert "holds no pairs" in refused(capsys, pairs_command.main, [f"--verify={tmp_path}"])
+
+
+def test_verify_opens_only_what_the_user_names(copied, origin, capsys):
+    """A manifest leads nowhere: what it has recorded is said, not followed."""
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["made_from"].update(teacher_path="../../elsewhere", dataset_root="/etc")
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(capsys, pairs_command.main, [f"--verify={copied}"])
+    assert "their manifest has it at --teacher_path=../../elsewhere --dataset_root=/etc" in line
+    assert "--dataset_root=/etc" in refused(capsys, pairs_command.main, [f"--verify={copied}", origin[0]])
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -598,7 +619,9 @@ def test_verify_refuses_another_teacher(workshop, stored, tmp_path, capsys):
 def test_reading_a_large_set_keeps_nothing_in_memory(stored, tmp_path):
     """200 MB in shards, every frame read once in random order."""
     manifest = read_manifest(stored)
-    provenance = dataclasses.replace(manifest.provenance, chunk_size=256, max_action_dim=32, pairs_per_frame=2)
+    provenance = dataclasses.replace(
+        manifest.provenance, chunk_size=256, max_action_dim=32, pairs_per_frame=2, total_frames=6400
+    )
     frames, per_shard = 6400, 400
     for shard in range(frames // per_shard):
         actions = torch.zeros(per_shard, 2, 256, 32, dtype=torch.float16)

@@ -4,7 +4,8 @@
     smolvla-reflow-train --reflow.teacher_path=... --dataset.repo_id=... --reflow.pairs_path=DIR
 
 The same command goes on where it was interrupted. `--repair` makes damaged shards again;
-`--verify=DIR` solves a sample of the pairs again and reports the largest difference.
+`--verify=DIR --teacher_path=... --dataset_root=...` solves a sample of the pairs again and reports the
+largest difference.
 """
 
 import random
@@ -103,9 +104,11 @@ class VerifyConfig:
     verify: Path
     """Folder of the pairs to check."""
     teacher_path: str | None = None
-    """Where the teacher is now, if it has moved."""
+    """Where the teacher is, a folder or hub id."""
     dataset_root: str | None = None
-    """Where the dataset is now, if it has moved."""
+    """Where the dataset is, if not on the hub."""
+    dataset_revision: str | None = None
+    """Of a dataset on the hub."""
     policy: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
     """Which sample is drawn."""
@@ -306,7 +309,8 @@ def verify(cfg: VerifyConfig) -> None:
     pairs = Pairs(cfg.verify)
     pairs.check()
     made, origin = pairs.manifest.provenance, pairs.manifest.made_from
-    teacher = open_checkpoint(cfg.teacher_path or origin["teacher_path"])
+    check_named(cfg, origin)
+    teacher = open_checkpoint(cfg.teacher_path or "")
     if teacher.fingerprint() != made.teacher:
         raise ReflowError(
             f"{teacher.source} is not the teacher of these pairs: its fingerprint is {teacher.fingerprint()}, "
@@ -314,14 +318,14 @@ def verify(cfg: VerifyConfig) -> None:
         )
     where = DatasetConfig(
         repo_id=made.dataset,
-        root=cfg.dataset_root or origin["dataset_root"],
-        revision=origin["dataset_revision"],
+        root=cfg.dataset_root,
+        revision=cfg.dataset_revision,
     )
     metadata = open_metadata(where)
     dataset = open_dataset(where)
     device = own_device(cfg.policy.device, PartialState(cpu=cfg.policy.device == "cpu"))
     space = change_of_space(teacher, dataset_statistics(metadata, where))
-    solver = load_pair_solver(teacher, made, space, device, origin["rename_map"])
+    solver = load_pair_solver(teacher, made, space, device, origin.get("rename_map") or {})
     every = [frame for start, stop in pairs.manifest.frames for frame in range(start, stop)]
     frames = sorted(random.Random(cfg.seed).sample(every, min(VERIFIED_FRAMES, len(every))))
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_sampler=[frames])))
@@ -335,6 +339,17 @@ def verify(cfg: VerifyConfig) -> None:
         f"{stored[:, :, 0, 0].numel()} pairs solved again, the largest difference is {difference:.2g} in "
         f"normalised units ({made.dtype} rounds by up to {rounding(stored, made.dtype):.2g})."
     )
+
+
+def check_named(cfg: VerifyConfig, origin: dict[str, Any]) -> None:
+    """Raise ReflowError if the user has not said what to open: a manifest is not followed out of its folder."""
+    recorded = {name: origin.get(name) for name in ("teacher_path", "dataset_root", "dataset_revision")}
+    missing = [f"--{name}={value}" for name, value in recorded.items() if value and not getattr(cfg, name)]
+    if not cfg.teacher_path or missing:
+        raise ReflowError(
+            f"Say where what the pairs in {cfg.verify} were made from is; their manifest has it at "
+            f"{' '.join(missing) or '--teacher_path=...'}"
+        )
 
 
 def rounding(actions: torch.Tensor, dtype: str) -> float:
