@@ -29,7 +29,8 @@ from smolvla_reflow.checkpoint import (
 from smolvla_reflow.errors import ReflowError
 
 TRAIN_CONFIG_NAME = "train_config.json"
-COPIED = ("*.json", "*.safetensors", "README.md")
+# Of the folder and what lies in it, such as a tokenizer. What can be executed, or may be a pickle, stays behind.
+COPIED = (".json", ".safetensors", ".md", ".txt", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def plan(old: str | Path) -> Migration:
         (Path(scratch) / CONFIG_NAME).write_text(json.dumps(_without_fork(config)))
         read_config(Path(scratch))
 
-    files = {path.name for path in folder.iterdir() if path.is_file()}
-    wanted = {path.name for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wanted = {name for name in files if name.endswith(COPIED)}
     return Migration(
         old=folder,
         fields=fields,
@@ -113,6 +114,7 @@ def check_new(migration: Migration, new: Path) -> None:
 
 def _write_files(migration: Migration, folder: Path) -> None:
     for name in migration.copied:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(migration.old / name, folder / name)
     for name in migration.fields:
         content = read_json(migration.old / name)

@@ -14,7 +14,7 @@ from pathlib import Path
 import lerobot
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main, torchrun
+from conftest import lerobot_train_main, reflow_run, reflow_train_main
 from safetensors.torch import load_file
 
 from smolvla_reflow.checkpoint import open_checkpoint
@@ -241,77 +241,6 @@ def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step, capsys):
     assert len(set(shared)) == 1
     config = json.loads((tmp_path / "reflow_resumed" / LAST / "train_config.json").read_text())
     assert config["reflow"]["teacher_path"] == str((workshop / "1rf" / LAST).resolve())
-
-
-# --- several processes ----------------------------------------------------------------------------------------
-
-
-def test_two_processes_train_and_only_the_main_one_logs(workshop, tmp_path):
-    flags = reflow_run(workshop, tmp_path / "run", steps=2, batch_size=4)
-    result = torchrun("-m", "smolvla_reflow.commands.train", *flags)
-    output = result.stdout + result.stderr
-    assert len(re.findall(r"Effective batch size: 4 x 2 .*= 8", output)) == 1
-    assert output.count("Reflow: teacher") == 1
-    assert output.count("Teacher shares") == 1
-    assert not equal(weights(tmp_path / "run"), weights(workshop / "1rf"))
-
-
-def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
-    """Equal global batch, noise and time: the averaged gradient of two halves is the gradient of the whole."""
-    script = tmp_path / "gradient.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import functools, sys, torch
-            from accelerate import Accelerator
-            from accelerate.utils import DistributedDataParallelKwargs
-            from safetensors.torch import save_file
-            from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-            from smolvla_reflow import attach
-            from smolvla_reflow.teaching import equip
-
-            checkpoint = {str(workshop / "1rf" / LAST)!r}
-            policy = SmolVLAPolicy.from_pretrained(checkpoint)
-            torch.manual_seed(0)
-            with torch.no_grad():  # a student that has moved away from its teacher
-                for p in policy.parameters():
-                    p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
-            n, chunk, width = 8, policy.config.chunk_size, policy.config.max_action_dim
-            batch = {{
-                "observation.state": torch.randn(n, 2),
-                "observation.images.top": torch.rand(n, 3, 32, 32),
-                "observation.language.tokens": torch.randint(0, 200, (n, 4)),
-                "observation.language.attention_mask": torch.ones(n, 4, dtype=torch.bool),
-                "action": torch.randn(n, chunk, 2),
-            }}
-            noise, time = torch.randn(n, chunk, width), torch.rand(n)
-            teach = functools.partial(attach, teacher=checkpoint)
-            ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-            accelerator = equip(Accelerator(cpu=True, kwargs_handlers=[ddp]), teach, lost=str)
-            optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-            wrapped, optimizer = accelerator.prepare(policy, optimizer)
-            share = slice(accelerator.process_index, None, accelerator.num_processes)
-            wrapped.train()
-            loss, _ = wrapped.forward({{k: v[share] for k, v in batch.items()}}, noise=noise[share], time=time[share])
-            accelerator.backward(loss)
-            teacher = dict(policy.model.teacher.named_parameters())
-            for name, p in policy.named_parameters():
-                assert (teacher[name] is p) is not p.requires_grad, name
-            if accelerator.is_main_process:
-                assert accelerator.num_processes == int(sys.argv[1])
-                grads = {{n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}}
-                save_file(grads, sys.argv[2])
-            accelerator.end_training()
-            """
-        )
-    )
-    torchrun(str(script), "2", str(tmp_path / "two.safetensors"))
-    subprocess.run([sys.executable, str(script), "1", str(tmp_path / "one.safetensors")], check=True)
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert max(g.abs().max() for g in one.values()) > 1e-3
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
 
 
 # --- how it speaks --------------------------------------------------------------------------------------------

@@ -39,6 +39,15 @@ def forked(stock, tmp_path):
     return folder
 
 
+@pytest.fixture
+def with_tokenizer(forked):
+    """LeRobot 0.6.2 saves the tokenizer beside the weights."""
+    (forked / "tokenizer").mkdir(exist_ok=True)
+    (forked / "tokenizer/vocab.txt").write_text("go")
+    (forked / "tokenizer/trap.pkl").write_bytes(b"")
+    return forked
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -73,6 +82,13 @@ def test_what_comes_out_is_the_stock_checkpoint(stock, forked, tmp_path, capsys)
     assert "config.json: without teacher_model_path (which is 'outputs/1rf')" in said
     assert f"model.safetensors: without the teacher's {len(original)} tensors (model.teacher.model." in said
     assert [path.name for path in tmp_path.iterdir()].count("new") == len(list(tmp_path.iterdir())) - 1
+
+
+def test_folders_in_it_come_along(with_tokenizer, tmp_path, capsys):
+    migrate.main([str(with_tokenizer), str(tmp_path / "new"), "--write"])
+    assert (tmp_path / "new/tokenizer/vocab.txt").read_text() == "go"
+    assert not (tmp_path / "new/tokenizer/trap.pkl").exists()
+    assert "tokenizer/trap.pkl: left out" in capsys.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(forked, tmp_path, capsys):
