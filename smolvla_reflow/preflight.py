@@ -11,11 +11,12 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import FeatureType
 from lerobot.datasets.factory import IMAGENET_STATS
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import INFO_PATH
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import AutoConfig
 
-from smolvla_reflow.checkpoint import Checkpoint
+from smolvla_reflow.checkpoint import Checkpoint, read_json
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
@@ -102,8 +103,18 @@ def open_metadata(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
         return LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision)
     except Exception as error:  # the hub client's and LeRobot's errors share no base class
         where = f"--dataset.root={dataset.root}" if dataset.root else f"--dataset.repo_id={dataset.repo_id}"
+        if dataset.root and _is_empty(Path(dataset.root)):
+            raise ReflowError(f"The episodes at {where} hold 0 frames; record some.") from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ReflowError(f"There is no LeRobotDataset at {where}, nor could it be downloaded ({reason}).") from None
+
+
+def _is_empty(root: Path) -> bool:
+    """Whether this is a dataset in which nothing was recorded, which LeRobot 0.4 takes for one that is missing."""
+    try:
+        return read_json(root / INFO_PATH).get("total_frames") == 0
+    except ReflowError:
+        return False
 
 
 def open_dataset(dataset: DatasetConfig, **options: Any) -> LeRobotDataset:
