@@ -75,16 +75,17 @@ class ModelMixin:
         return get_loss_strategy("reflow")(self, observation, actions, noise, time)
 
     def generate_reflow_target(self, images, img_masks, lang_tokens, lang_masks, state, noise=None) -> Coupling:
-        """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
+        """Couple noise to the teacher's actions, both `(B * K, chunk_size, max_action_dim)`, without gradient.
 
-        `noise` is drawn as the stock sampler draws it unless it is given. With pairs from disk, one of those of
-        each of the batch's frames is drawn instead.
+        `noise` is drawn as the stock sampler draws it, K = `couplings_per_frame` in a row for each observation, unless
+        it is given. With pairs from disk, K of those of each of the batch's frames are drawn instead.
         """
         attachment = vars(self)[_STATE]
+        per_frame = attachment.recipe.couplings_per_frame
         if attachment.pairs is not None:
-            return attachment.draw_pairs(noise, state.device)
+            return attachment.draw_pairs(noise, per_frame, state.device)
         if noise is None:
-            shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
+            shape = (len(state) * per_frame, self.config.chunk_size, self.config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
@@ -92,30 +93,36 @@ class ModelMixin:
     def forward_coupling(self, observation, actions, coupling, noise=None, time=None, time_sampling=None) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of a coupling, as the recipe has it.
 
+        Each frame's loss is the mean over its couplings, which see the same observation and have times of their own.
         The recipe's share of recorded `actions` is put in the coupling's place, with noise and time as in standard
         training. `noise` and `time` are those that the caller fixed; `time_sampling` stands in for the recipe's.
         """
         attachment = vars(self)[_STATE]
         recipe, device = attachment.recipe, actions.device
+        frames, size = len(actions), len(coupling.noise)
+        per_frame = size // frames
+        observation = attachment.repeated(observation, per_frame)
+        time = None if time is None else time.repeat_interleave(per_frame)
         time_sampling = time_sampling or TimeSampling(recipe.time_sampling)
-        times = time_sampling.draw(len(actions), device, self.sample_time) if time is None else time
+        times = time_sampling.draw(size, device, self.sample_time) if time is None else time
         if not recipe.real_data_ratio:
             losses = self.forward_standard(*observation, coupling.actions, coupling.noise, times)
-            return get_loss(recipe.loss)(losses)
+            return get_loss(recipe.loss)(losses).unflatten(0, (frames, per_frame)).mean(dim=1)
 
-        recorded = recipe.recorded(len(actions), device)
+        attachment.recorded = recipe.recorded(frames, device)
+        recorded = attachment.recorded.repeat_interleave(per_frame)
         chosen = recorded[:, None, None]
         # Stored pairs have few noises for a frame; recorded actions are to meet all.
-        noise = self.sample_noise(actions.shape, device) if noise is None else noise
-        times = torch.where(recorded, self.sample_time(len(actions), device) if time is None else time, times)
+        noise = self.sample_noise(coupling.noise.shape, device) if noise is None else noise
+        times = torch.where(recorded, self.sample_time(size, device) if time is None else time, times)
         losses = self.forward_standard(
             *observation,
-            torch.where(chosen, actions, coupling.actions),
+            torch.where(chosen, actions.repeat_interleave(per_frame, dim=0), coupling.actions),
             torch.where(chosen, noise, coupling.noise),
             times,
         )
-        attachment.recorded = recorded
-        return torch.where(chosen, losses, get_loss(recipe.loss)(losses))
+        losses = torch.where(chosen, losses, get_loss(recipe.loss)(losses))
+        return losses.unflatten(0, (frames, per_frame)).mean(dim=1)
 
 
 class PolicyMixin:
@@ -191,8 +198,18 @@ class Attachment:
         with self.features.once():
             yield observation._replace(images=[image.to(self.features.dtype) for image in observation.images])
 
-    def draw_pairs(self, noise: Tensor | None, device: torch.device) -> Coupling:
-        """One stored coupling for each frame of the batch.
+    def repeated(self, observation: Observation, times: int) -> Observation:
+        """Each observation `times` in a row; what the vision encoder makes of its images is repeated, not made anew."""
+        if times == 1:
+            return observation
+        repeated = observation.repeated(times)
+        if self.features is not None:
+            for image, copies in zip(observation.images, repeated.images, strict=True):
+                self.features.is_repeated(image, times, copies)
+        return repeated
+
+    def draw_pairs(self, noise: Tensor | None, per_frame: int, device: torch.device) -> Coupling:
+        """Stored couplings, `per_frame` in a row for each frame of the batch.
 
         Raises:
             ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
@@ -205,7 +222,7 @@ class Attachment:
                 "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
                 "and call policy.forward(batch)."
             )
-        return self.pairs.draw(self.frames.tolist(), device)
+        return self.pairs.draw(self.frames.repeat_interleave(per_frame).tolist(), device)
 
     def detach(self) -> None:
         detach(self.policy)
@@ -267,7 +284,8 @@ def attach(
             raise ReflowError("Attach either a teacher or the pairs it made, not both.")
         stored = pairs if isinstance(pairs, Pairs) else Pairs(pairs)
         _check_shape(stored, base)
-        return _bind(Attachment(base, None, stored, ode, recipe, None, None, base.forward), strategy)
+        features = share_features(base) if recipe.couplings_per_frame > 1 else None
+        return _bind(Attachment(base, None, stored, ode, recipe, None, features, base.forward), strategy)
     source = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space = None
     if dataset_stats is not None:

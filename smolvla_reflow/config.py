@@ -25,6 +25,8 @@ class ReflowConfig:
     'exponential' or 'grid' (with its number of steps, see the README), or several joined by '+'."""
     loss: str = Recipe.loss
     """Loss of the velocity, either 'mse', 'pseudo_huber' or 'normalized'."""
+    couplings_per_frame: int = Recipe.couplings_per_frame
+    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded and seen once for all."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     pairs_path: str | None = None

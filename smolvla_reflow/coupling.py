@@ -22,10 +22,10 @@ from smolvla_reflow.solver import Solver
 
 
 class Coupling(NamedTuple):
-    """Both ends of `B` paths of the teacher, in the normalised space of the student's batches."""
+    """Both ends of the teacher's paths, `K` for each of `B` frames, in the student's normalised space."""
 
-    noise: Tensor  # (B, chunk_size, max_action_dim) float32, t = 1
-    actions: Tensor  # (B, chunk_size, max_action_dim) float32, t = 0
+    noise: Tensor  # (B * K, chunk_size, max_action_dim) float32, t = 1
+    actions: Tensor  # (B * K, chunk_size, max_action_dim) float32, t = 0
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def couple(
     Args:
         teacher: a frozen policy; it is moved to the device of `noise` if it is elsewhere.
         observation: the tensors the student sees, prepared once for both.
-        noise: (B, chunk_size, max_action_dim) float32.
+        noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation.
         solver: of the teacher's ODE.
         space: the way into the teacher's normalised space and back, if that is not the student's.
 

@@ -22,6 +22,20 @@ class Observation(NamedTuple):
     lang_masks: Tensor  # (B, L) bool
     state: Tensor  # (B, max_state_dim) float32, normalised
 
+    def repeated(self, times: int) -> "Observation":
+        """Each observation `times` in a row."""
+
+        def repeat(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(times, dim=0)
+
+        return Observation(
+            images=[repeat(image) for image in self.images],
+            img_masks=[repeat(mask) for mask in self.img_masks],
+            lang_tokens=repeat(self.lang_tokens),
+            lang_masks=repeat(self.lang_masks),
+            state=repeat(self.state),
+        )
+
 
 def observe(policy: SmolVLAPolicy, batch: dict[str, Tensor]) -> Observation:
     """The observations of a preprocessed batch, prepared as the policy's own forward prepares them."""
@@ -44,7 +58,7 @@ class Velocity:
 
     def repeated(self, times: int) -> "Velocity":
         """For each observation `times` in a row: B observations become B * times, sharing the work of encoding."""
-        return Velocity(self.model, repeat_prefix(self.prefix, times))
+        return self if times == 1 else Velocity(self.model, repeat_prefix(self.prefix, times))
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """dx/dt, (B, chunk_size, max_action_dim) in the dtype of `x`; `t` is a scalar or (B,)."""
@@ -77,14 +91,16 @@ def encode(policy: SmolVLAPolicy, observation: Observation) -> Velocity:
 
 @torch.no_grad()
 def solve(policy: SmolVLAPolicy, observation: Observation, noise: Tensor, solver: Solver) -> Tensor:
-    """Carry `noise` along the policy's flow; returns actions `(B, chunk_size, max_action_dim)` at full width.
+    """Carry `noise` along the policy's flow; returns actions in the shape of `noise`, at full width.
 
     Args:
         policy: in eval mode, its `config.num_steps` holding where `solver.num_steps` is None.
         observation: prepared tensors on the policy's device.
-        noise: (B, chunk_size, max_action_dim) float32.
+        noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation, which is encoded once.
         solver: `euler` with the config's own number of steps is the stock sampler itself.
     """
-    if solver.method == "euler" and solver.num_steps in (None, policy.config.num_steps):
+    per_observation = len(noise) // len(observation.state)
+    if per_observation == 1 and solver.method == "euler" and solver.num_steps in (None, policy.config.num_steps):
         return policy.model.sample_actions(*observation, noise=noise)
-    return solver.integrate(encode(policy, observation), noise, policy.config.num_steps)
+    velocity = encode(policy, observation).repeated(per_observation)
+    return solver.integrate(velocity, noise, policy.config.num_steps)

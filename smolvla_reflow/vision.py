@@ -1,12 +1,12 @@
 """Look at each image once: teacher and student share what a frozen vision encoder makes of it.
 
 The encoder is most of a training step's cost, and the teacher looks at the student's images. Within
-`SharedFeatures.once()` the first of the two to encode an image does so for both.
+`SharedFeatures.once()` the first of the two to encode an image does so for both, and for all of a frame's couplings.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -25,11 +25,13 @@ class SharedFeatures:
         dtype: of the encoder; images in this dtype reach it as the very tensors that were passed in.
         bindings: on the encoders of student and teacher.
         seen: (image, features) pairs, or None outside of a step.
+        copies: (copies, images, times): batches in which each image of another batch stands `times` in a row.
     """
 
     dtype: torch.dtype
     bindings: tuple[Binding, ...] = ()
     seen: list[tuple[Tensor, Any]] | None = None
+    copies: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -39,6 +41,12 @@ class SharedFeatures:
             yield
         finally:
             self.seen = None
+            self.copies.clear()
+
+    def is_repeated(self, images: Tensor, times: int, copies: Tensor) -> None:
+        """Take it from the caller that `copies` are those images, each `times` in a row."""
+        if self.seen is not None:
+            self.copies.append((copies, images, times))
 
 
 class VisionMixin:
@@ -58,15 +66,24 @@ class VisionMixin:
         for image, features in seen:
             if image is pixel_values:
                 return features
+        for copies, images, times in self.shared_features.copies:
+            if copies is pixel_values:
+                return _repeated(self.forward(images, *args, **kwargs), times)
         features = self.forward_standard(pixel_values, *args, **kwargs)
         seen.append((pixel_values, features))
         return features
 
 
-def share_features(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> SharedFeatures | None:
-    """Let the two share their vision encoder's features; None if it is trained, or differs."""
-    encoders = vision_encoder(student), vision_encoder(teacher)
-    if not _same_frozen_parameters(*encoders):
+def _repeated(features: Any, times: int) -> Any:
+    """What the encoder returned, for each image `times` in a row."""
+    tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+    return type(features)(**{name: value.repeat_interleave(times, dim=0) for name, value in tensors.items()})
+
+
+def share_features(*policies: SmolVLAPolicy) -> SharedFeatures | None:
+    """Let student and teacher, or one alone, encode each image once; None if the encoder is trained, or differs."""
+    encoders = [vision_encoder(policy) for policy in policies]
+    if not all(_same_frozen_parameters(encoders[0], encoder) for encoder in encoders):
         return None
     shared = SharedFeatures(next(encoders[0].parameters()).dtype)
     shared.bindings = tuple(

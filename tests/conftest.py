@@ -25,7 +25,7 @@ from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
 from smolvla_reflow.demo.task import REPO_ID, write_dataset
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
 STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
 # Periods of the time embedding for which even random weights make a velocity that is smooth in time.
 SMOOTH = {"min_period": 1.0, "max_period": 4.0}

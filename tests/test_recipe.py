@@ -3,11 +3,24 @@
 import pytest
 import torch
 
-from smolvla_reflow import Recipe, ReflowError, attach
+from smolvla_reflow import Recipe, ReflowError, attach, detach
+from smolvla_reflow.vision import vision_encoder
 
 
 def per_sample(policy, batch, noise, time):
     return policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")[0]
+
+
+def notes(policy):
+    """What the stock forward is given in place of (actions, noise, time), call by call."""
+    seen, forward_standard = [], policy.model.forward_standard
+
+    def note(*args):
+        seen.append(args[-3:])
+        return forward_standard(*args)
+
+    policy.model.forward_standard = note
+    return seen
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.25, 1), (0.5, 2), (1.0, 4)])
@@ -31,13 +44,7 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
 @pytest.mark.parametrize(("strategy", "time_sampling"), [("reflow", "grid:1"), ("distill", "beta")])
 def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, teacher, batch, strategy, time_sampling):
     attach(policy, teacher, strategy=strategy, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
-    seen, forward_standard = [], policy.model.forward_standard
-
-    def note(*args):
-        seen.append(args[-3:])
-        return forward_standard(*args)
-
-    policy.model.forward_standard = note
+    seen = notes(policy)
     policy.train().forward(dict(batch))
     ((actions, noise, time),) = seen
     recorded = policy.prepare_action(batch)
@@ -68,3 +75,75 @@ def test_validation_and_other_strategies_are_left_alone(policy, teacher, batch, 
 def test_a_share_is_from_0_to_1(ratio):
     with pytest.raises(ReflowError, match=r"real_data_ratio=.* is no share; give a number from 0 to 1"):
         Recipe(real_data_ratio=ratio)
+
+
+# --- several couplings for each frame ---------------------------------------------------------------------------
+
+PER_FRAME = 3
+
+
+def repeated(batch):
+    return {name: value.repeat_interleave(PER_FRAME, dim=0) for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint"])
+def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, solver):
+    """Against the loss of a batch in which each frame stands three times, with the same noise and times."""
+    recipe = Recipe(time_sampling="uniform", couplings_per_frame=PER_FRAME)
+    attach(policy, teacher, solver=solver, num_steps=5, recipe=recipe)
+    seen = notes(policy)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
+    losses.mean().backward()
+    gradient = policy.model.action_out_proj.weight.grad.clone()
+    ((actions, noise, time),) = seen
+    assert noise.shape == (4 * PER_FRAME, 5, 6)
+    assert len(time.unique()) == len(time) == 4 * PER_FRAME
+    assert len(noise.flatten().unique()) == noise.numel()
+
+    policy.zero_grad()
+    detach(policy)
+    attach(policy, teacher, solver=solver, num_steps=5)
+    seen = notes(policy)
+    expected, _ = policy.train().forward(repeated(batch), noise=noise, time=time, reduction="none")
+    expected.mean().backward()
+    torch.testing.assert_close(actions, seen[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses, expected.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, policy.model.action_out_proj.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frames_image_is_encoded_once_for_all_of_its_couplings(policy, teacher, batch):
+    counts = []
+    for encoder in map(vision_encoder, (policy, teacher)):
+        encoder.encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
+    attach(policy, recipe=Recipe(couplings_per_frame=PER_FRAME))
+    for step in (1, 2):
+        policy.train().forward(dict(batch))[0].backward()
+        assert counts == [4] * step
+
+
+def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher, batch):
+    attach(policy, teacher, recipe=Recipe(couplings_per_frame=PER_FRAME, real_data_ratio=0.5))
+    seen = notes(policy)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
+    ((actions, noise, time),) = seen
+    recorded = policy.prepare_action(repeated(batch))
+    assert torch.equal(actions[: 2 * PER_FRAME], recorded[: 2 * PER_FRAME])
+    assert not torch.isclose(actions, recorded).all(dim=(1, 2))[2 * PER_FRAME :].any()
+    detach(policy)
+    stock = per_sample(policy, repeated(batch), noise, time)
+    torch.testing.assert_close(losses[:2], stock.unflatten(0, (4, PER_FRAME)).mean(dim=1)[:2])
+
+
+def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and_time):
+    noise, time = noise_and_time
+    losses = []
+    for recipe in (Recipe(), Recipe(couplings_per_frame=PER_FRAME)):
+        with attach(policy, teacher, recipe=recipe):
+            losses.append(per_sample(policy, batch, noise, time))
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_at_least_one_coupling(count):
+    with pytest.raises(ReflowError, match=f"couplings_per_frame={count}: at least 1 is needed"):
+        Recipe(couplings_per_frame=count)

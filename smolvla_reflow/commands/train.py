@@ -120,7 +120,7 @@ def open_teacher(cfg: ReflowTrainPipelineConfig) -> Checkpoint:
 
 def recipe(cfg: ReflowTrainPipelineConfig) -> Recipe:
     """Raises ReflowError if something in it is unknown or out of range."""
-    return Recipe(cfg.reflow.time_sampling, cfg.reflow.loss, cfg.reflow.real_data_ratio)
+    return Recipe(**{field: getattr(cfg.reflow, field) for field in Recipe.__dataclass_fields__})
 
 
 def open_pairs(cfg: ReflowTrainPipelineConfig) -> Pairs | None:
