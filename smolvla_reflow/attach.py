@@ -222,7 +222,7 @@ class Attachment:
                 "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
                 "and call policy.forward(batch)."
             )
-        return self.pairs.draw(self.frames.repeat_interleave(per_frame).tolist(), device)
+        return self.pairs.draw(self.frames.tolist(), device, per_frame)
 
     def detach(self) -> None:
         detach(self.policy)

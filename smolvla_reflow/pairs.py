@@ -256,10 +256,18 @@ class Pairs:
         shape = (provenance.chunk_size, provenance.max_action_dim)
         return Coupling(pair_noise(provenance.seed, frame, pair, shape), actions.to(torch.float32))
 
-    def draw(self, frames: Sequence[int], device: torch.device) -> Coupling:
-        """One of each frame's pairs at random, (B, chunk_size, max_action_dim) float32 on `device`."""
-        choice = torch.randint(self.manifest.provenance.pairs_per_frame, (len(frames),)).tolist()
-        couplings = [self.lookup(frame, pair) for frame, pair in zip(frames, choice, strict=True)]
+    def draw(self, frames: Sequence[int], device: torch.device, per_frame: int = 1) -> Coupling:
+        """`per_frame` = K of each frame's pairs at random, (B * K, chunk_size, max_action_dim) float32 on `device`.
+
+        No pair of a frame comes twice before each has come once.
+        """
+        stored = self.manifest.provenance.pairs_per_frame
+        rounds = -(-per_frame // stored)
+        couplings = [
+            self.lookup(frame, pair)
+            for frame in frames
+            for pair in torch.randperm(stored).repeat(rounds)[:per_frame].tolist()
+        ]
         return Coupling(
             noise=torch.stack([c.noise for c in couplings]).to(device),
             actions=torch.stack([c.actions for c in couplings]).to(device),

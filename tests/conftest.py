@@ -1,5 +1,6 @@
 """Shared pieces: a small SmolVLA, a batch for it, and a 1-rectified flow that `lerobot-train` trained."""
 
+import json
 import logging
 import os
 import subprocess
@@ -171,6 +172,16 @@ def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
 def reflow_train_main(flags: Sequence[str]) -> None:
     """`smolvla-reflow-train` in this process."""
     reflow_train.main(list(flags))
+
+
+def stock_flags(workshop: Path, flags: Sequence[str], ours: Path, theirs: Path) -> list[str]:
+    """The flags with which `lerobot-train` does into `theirs` what our command, given `flags`, did into `ours`."""
+    saved = json.loads((ours / LAST / "train_config.json").read_text())["policy"]
+    fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
+    stock = [f for f in flags if not f.startswith("--reflow.")]
+    stock += [f"--policy.{name}={saved[name]}" for name in fields]
+    stock += [f"--policy.path={workshop / '1rf' / LAST}", "--policy.push_to_hub=false"]
+    return [*stock, f"--output_dir={theirs}"]
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:

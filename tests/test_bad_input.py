@@ -49,6 +49,7 @@ def other_backbone(tmp_path_factory):
         ({"reflow__time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are beta, uniform"),
         ({"reflow__loss": "hubber"}, "--reflow.loss 'hubber' is unknown; known are mse, pseudo_huber"),
         ({"reflow__real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
+        ({"reflow__couplings_per_frame": 0}, "--reflow.couplings_per_frame=0: at least 1 is needed"),
         ({"reflow__real_data_ratio": "nan"}, "--reflow.real_data_ratio=nan is no share"),
         ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
         (

@@ -14,7 +14,7 @@ from pathlib import Path
 import lerobot
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main
+from conftest import lerobot_train_main, reflow_run, reflow_train_main, stock_flags
 from safetensors.torch import load_file
 
 from smolvla_reflow.checkpoint import open_checkpoint
@@ -130,12 +130,7 @@ def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
     """Nothing but the loss differs: same data order, same random numbers, same optimizer, same result."""
     flags = reflow_run(workshop, tmp_path / "ours", reflow__strategy="standard")
     reflow_train_main(flags)
-    saved = json.loads((tmp_path / "ours" / LAST / "train_config.json").read_text())["policy"]
-    fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
-    stock = [f for f in flags if not f.startswith("--reflow.")]
-    stock += [f"--policy.{name}={saved[name]}" for name in fields]
-    stock += [f"--policy.path={workshop / '1rf' / LAST}", "--policy.push_to_hub=false"]
-    lerobot_train_main([*stock, f"--output_dir={tmp_path / 'stock'}"])
+    lerobot_train_main(stock_flags(workshop, flags, tmp_path / "ours", tmp_path / "stock"))
     assert equal(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
 
 

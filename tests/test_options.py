@@ -6,13 +6,18 @@ import sys
 
 import pytest
 import torch
-from conftest import make_batch, reflow_run, reflow_train_main
+from conftest import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags, torchrun
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
 from smolvla_reflow import attach
 from smolvla_reflow.demo.recipe import LAST
+
+since_0_6_2 = pytest.mark.skipif(
+    "parallelism" not in TrainPipelineConfig.__dataclass_fields__, reason="exists from LeRobot 0.6.2 on"
+)
 
 
 def acts(policy, **observation):
@@ -101,3 +106,42 @@ def test_adapt_to_pi_aloha(make_policy, make_config):
     assert losses[-1] < 0.9 * losses[0]
     policy.eval()
     assert acts(policy, **{"observation.state": torch.rand(1, 14)})
+
+
+def tensors(folder):
+    return SmolVLAPolicy.from_pretrained(folder).state_dict()
+
+
+@since_0_6_2
+def test_ema(workshop, tmp_path):
+    """Two stock checkpoints come out: the weights as trained, and LeRobot's average of them, without the teacher's."""
+    decay = 0.5
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, ema__enable="true", ema__decay=decay))
+    before, after = tensors(workshop / "1rf" / LAST), tensors(tmp_path / "run" / LAST)
+    averaged = tensors((tmp_path / "run" / LAST).with_name("pretrained_model_ema"))
+    assert before.keys() == after.keys() == averaged.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, decay * before[name] + (1 - decay) * after[name])
+
+
+@since_0_6_2
+def test_gradient_accumulation(workshop, tmp_path):
+    """As in LeRobot's own training; a reflow step takes as many backward passes."""
+    options = {"steps": 2, "accelerator__gradient_accumulation__steps": 2}
+    flags = reflow_run(workshop, tmp_path / "run", **options, reflow__strategy="standard")
+    reflow_train_main(flags)
+    lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
+    ours, theirs = tensors(tmp_path / "run" / LAST), tensors(tmp_path / "stock" / LAST)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **options))
+    reflowed = tensors(tmp_path / "reflow" / LAST)
+    assert any(not torch.equal(ours[name], reflowed[name]) for name in ours)
+
+
+@since_0_6_2
+def test_parallelism(workshop, tmp_path):
+    flags = reflow_run(workshop, tmp_path / "run", steps=2, batch_size=4, parallelism__dp_replicate=2)
+    torchrun("-m", "smolvla_reflow.commands.train", *flags)
+    before, after = tensors(workshop / "1rf" / LAST), tensors(tmp_path / "run" / LAST)
+    assert any(not torch.equal(before[name], after[name]) for name in before)

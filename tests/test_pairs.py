@@ -21,7 +21,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow import Pairs, ReflowError, attach, detach
+from smolvla_reflow import Pairs, Recipe, ReflowError, attach, detach
 from smolvla_reflow import files as files_module
 from smolvla_reflow import pairs as pairs_module
 from smolvla_reflow.commands import pairs as pairs_command
@@ -30,6 +30,7 @@ from smolvla_reflow.demo.task import REPO_ID, write_dataset
 from smolvla_reflow.flow import observe
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs import read_manifest
+from smolvla_reflow.vision import vision_encoder
 
 FRAMES, CHUNK, WIDTH = 48, 6, 4
 
@@ -249,6 +250,27 @@ def test_no_teacher_is_in_memory(workshop, stored):
     assert policy.model.teacher is attachment.teacher is None
     detach(policy)
     assert (vars(policy), vars(policy.model)) == before
+
+
+@pytest.mark.parametrize("per_frame", [2, 5])
+def test_several_of_a_frames_pairs_in_one_step(workshop, stored, per_frame):
+    """Three are stored: no one comes again before all have come, and the frame's image is encoded once."""
+    policy, batch = observed(workshop)
+    encoder = vision_encoder(policy).requires_grad_(False)  # as --policy.freeze_vision_encoder=true has it
+    counts, seen = [], []
+    encoder.encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
+    attach(policy, pairs=stored, recipe=Recipe(couplings_per_frame=per_frame))
+    forward_standard = policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-2]) or forward_standard(*args)
+    policy.train()
+    encoder.eval()
+    policy.forward(dict(batch))[0].backward()
+    assert counts == [4]
+    for noise, frame in zip(seen[0].split(per_frame), (0, 7, 20, 47), strict=True):
+        stored_noises = [pair_noise(0, frame, pair, (CHUNK, WIDTH)) for pair in range(3)]
+        pairs = [[torch.equal(one, other) for other in stored_noises].index(True) for one in noise]
+        assert len(set(pairs)) == min(per_frame, 3)
+        assert max(map(pairs.count, pairs)) == (1 if per_frame <= 3 else 2)
 
 
 def test_each_visit_draws_one_of_the_frames_pairs(stored):

@@ -157,6 +157,7 @@ reflow_fields = st.fixed_dictionaries(
         "time_sampling": terms,
         "loss": st.sampled_from(["mse", "pseudo_huber", "normalized"]),
         "real_data_ratio": st.floats(0, 1),
+        "couplings_per_frame": st.integers(1, 16),
         "augment_pairs": st.booleans(),
         "solver": st.sampled_from(["euler", "midpoint", "dopri5"]),
         "num_steps": st.integers(1, 1000),
