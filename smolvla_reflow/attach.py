@@ -240,7 +240,7 @@ def attach(
     teacher: str | Path | Checkpoint | SmolVLAPolicy | None = None,
     *,
     strategy: str = "reflow",
-    solver: str = "euler",
+    solver: str = Solver.method,
     num_steps: int | None = None,
     rtol: float | None = None,
     atol: float | None = None,
@@ -261,8 +261,8 @@ def attach(
         teacher: a checkpoint folder or hub id, a SmolVLAPolicy (its present weights are taken), or None for
             the policy as it is now.
         strategy: a name from `available_loss_strategies()`.
-        solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is its own
-            sampler, Euler with its own `config.num_steps`.
+        solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is the midpoint rule
+            with the teacher's own `config.num_steps`; an error of the couplings is one that training cannot undo.
         recipe: distribution of t, loss, and share of recorded data; the default recipe if None.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from lerobot.configs.train import TrainPipelineConfig
 
 from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.solver import Solver
 
 # Liu et al. fine-tune at a fraction of the original learning rate; SmolVLA's own preset is 1e-4 over 30 000
 # steps, of which 1 000 are warm-up, down to 2.5e-6. The ratios are kept.
@@ -33,8 +34,8 @@ class ReflowConfig:
     """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, its path says where to start."""
     augment_pairs: bool = False
     """Allow image transforms together with pairs, whose actions the teacher chose for the images as recorded."""
-    solver: str = "euler"
-    """Solver of the teacher's ODE, either 'euler' (its stock sampler), 'midpoint', 'heun3', 'rk4' or 'dopri5'."""
+    solver: str = Solver.method
+    """Solver of the teacher's ODE, either 'midpoint', 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
     num_steps: int | None = None
     """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config."""
     rtol: float | None = None

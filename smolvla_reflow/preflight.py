@@ -22,6 +22,7 @@ from smolvla_reflow.config import ReflowTrainPipelineConfig
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.normalization import Statistics, change_of_space, fingerprint
 from smolvla_reflow.pairs import Pairs, differences
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.teacher import check_agreement
 
 ODE_FIELDS = ("solver", "num_steps", "rtol", "atol")
@@ -177,6 +178,7 @@ def check_pairs(
 ) -> None:
     """Raise ReflowError unless the pairs are this teacher's on this dataset, whole, and cover every frame."""
     made, ode, policy = pairs.manifest.provenance, cfg.reflow, cfg.policy
+    default = (None, Solver.method)
     assert isinstance(policy, SmolVLAConfig)
     here = replace(
         made,
@@ -187,7 +189,7 @@ def check_pairs(
         chunk_size=policy.chunk_size,
         max_action_dim=policy.max_action_dim,
         # The teacher's ODE was solved when the pairs were made; what is said of it here has to agree.
-        **{name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in (None, "euler")},
+        **{name: value for name, value in vars(ode).items() if name in ODE_FIELDS and value not in default},
     )
     unlike = differences(here, made)
     if unlike:

@@ -47,7 +47,7 @@ class Solver:
         ReflowError: the method is unknown, a value is out of range, or has no meaning for the method.
     """
 
-    method: str = "euler"
+    method: str = "midpoint"
     num_steps: int | None = None
     rtol: float | None = None
     atol: float | None = None

@@ -66,7 +66,7 @@ def test_train_config_remembers_the_teacher(workshop, student):
     defaults = dataclasses.asdict(ReflowConfig())
     assert config["reflow"] == {**defaults, "teacher_path": teacher_path}
     assert defaults["strategy"] == "reflow"
-    assert defaults["solver"] == "euler"
+    assert defaults["solver"] == "midpoint"
 
 
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
@@ -157,10 +157,10 @@ def test_a_dataset_with_other_statistics(workshop, other_dataset, tmp_path, caps
 
 def test_a_solver_by_flags(workshop, tmp_path):
     """The flags reach the teacher, and the resumed run finds them in its train_config.json."""
-    reflow_train_main(reflow_run(workshop, tmp_path / "euler", steps=1))
+    reflow_train_main(reflow_run(workshop, tmp_path / "midpoint", steps=1))
     dopri5 = {"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": 1e-3}
     reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **dopri5))
-    assert not equal(weights(tmp_path / "euler"), weights(tmp_path / "run"))
+    assert not equal(weights(tmp_path / "midpoint"), weights(tmp_path / "run"))
     config = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())["reflow"]
     assert (config["solver"], config["rtol"], config["num_steps"]) == ("dopri5", 1e-3, None)
 

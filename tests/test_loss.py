@@ -11,9 +11,10 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
-def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, num_steps):
+@pytest.mark.parametrize("solver", ["midpoint", "euler"])
+def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, solver, num_steps):
     noise, time = noise_and_time
-    attach(policy, teacher, num_steps=num_steps)
+    attach(policy, teacher, solver=solver, num_steps=num_steps)
     policy.train()
 
     loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
@@ -21,7 +22,7 @@ def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batc
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
 
-    expected = reflow_losses(policy, teacher, batch, noise, time, num_steps).mean()
+    expected = reflow_losses(policy, teacher, batch, noise, time, num_steps, solver).mean()
     expected.backward()
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
@@ -55,7 +56,7 @@ def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_t
 
 def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeypatch):
     """Student and teacher see the same tensors, not equal ones prepared twice."""
-    attach(policy, teacher)
+    attach(policy, teacher, solver="euler")
     prepared, seen = [], []
     prepare, sample = policy.prepare_images, policy.model.teacher.model.sample_actions
     stock = policy.model.forward_standard
@@ -97,7 +98,7 @@ def test_eval_mode_is_the_stock_loss(policy, teacher, batch, noise_and_time, str
 
 def test_coupling_is_the_teachers_stock_sampler_at_full_width(policy, teacher, batch):
     """Noise drawn, and actions used, at max_action_dim: neither cut to the robot's width nor zero-padded."""
-    attach(policy, teacher)
+    attach(policy, teacher, solver="euler")
     observation = (
         *policy.prepare_images(batch),
         batch["observation.language.tokens"],

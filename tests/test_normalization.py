@@ -124,7 +124,7 @@ def test_the_teacher_is_asked_as_plain_lerobot_would_ask_it(make_policy, save_te
     expected = torch.stack([postprocessor(chunk[:, i]) for i in range(chunk.shape[1])], dim=1)
 
     policy = make_policy(seed=0)
-    attach(policy, folder, dataset_stats=other)
+    attach(policy, folder, solver="euler", dataset_stats=other)
     actions, _ = couplings_in_robot_units(policy, batch, raw_state, other, mode, noise)
     torch.testing.assert_close(actions, expected, rtol=1e-4, atol=1e-4)
 

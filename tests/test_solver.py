@@ -135,11 +135,21 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher,
     observation = observe(policy, batch)
     with torch.no_grad():
         stock = teacher.model.sample_actions(*observation, noise=noise)
-    for solver in ({}, {"solver": "euler"}, {"solver": "euler", "num_steps": 7}):
+    for solver in ({"solver": "euler"}, {"solver": "euler", "num_steps": 7}):
         with attach(policy, teacher, **solver):
             assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
-    by_torchdiffeq = Solver().integrate(encode(teacher, observation), noise, num_steps=7)
+    by_torchdiffeq = Solver("euler").integrate(encode(teacher, observation), noise, num_steps=7)
     torch.testing.assert_close(by_torchdiffeq, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_by_default_it_is_the_midpoint_rule_with_the_teachers_own_steps(policy, teacher, batch, noise_and_time):
+    noise, _ = noise_and_time
+    teacher.config.num_steps = 7
+    with attach(policy, teacher):
+        found = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    with torch.no_grad():
+        expected = Flow(teacher, batch).midpoint(noise, 7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [*FIXED_STEP, *ADAPTIVE])

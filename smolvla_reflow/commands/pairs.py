@@ -58,8 +58,8 @@ VERIFIED_FRAMES = 32
 class TeacherConfig:
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id."""
-    solver: str = "euler"
-    """Solver of the teacher's ODE, either 'euler', 'midpoint', 'heun3', 'rk4' or 'dopri5'."""
+    solver: str = Solver.method
+    """Solver of the teacher's ODE, either 'midpoint', 'euler', 'heun3', 'rk4' or 'dopri5'."""
     num_steps: int | None = None
     """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config."""
     rtol: float | None = None
