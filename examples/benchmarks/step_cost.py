@@ -3,12 +3,14 @@
     python examples/benchmarks/step_cost.py
     python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --compile_model=true
 
-Four ways to train the same student on the same batch:
+Ways to train the same student on the same batch, the teacher's ODE being solved in 10 steps:
 
     standard         recorded actions, no teacher: `lerobot-train`
-    naive            a second policy is loaded as the teacher, and looks at the images again
-    shared weights   the teacher holds only what differs, and looks at the images again
-    reflow           what this package does: weights and vision features are shared
+    naive            a second policy is loaded as the teacher, and looks at the images again; Euler
+    shared weights   the teacher holds only what differs, and looks at the images again; Euler
+    reflow, euler    weights and vision features are shared
+    reflow           what this package does: the same with the default solver, twice as many velocity evaluations
+    reflow, by four  the same with four couplings for each frame of the batch
 
 Seconds are medians over interleaved steps (forward, backward, AdamW) in one process; the ratio is to the standard
 step. Memory is the peak of a process of its own that loads a checkpoint and its teacher and trains two steps.
@@ -23,6 +25,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import draccus
 import torch
@@ -31,10 +34,17 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import attach, is_attached, register_loss_strategy
+from smolvla_reflow import Attachment, Recipe, Solver, attach, register_loss_strategy
 from smolvla_reflow.flow import observe
 
-STANDARD, NAIVE, SHARED_WEIGHTS, REFLOW = VARIANTS = ("standard", "naive", "shared weights", "reflow")
+STANDARD, NAIVE, SHARED_WEIGHTS = "standard", "naive", "shared weights"
+REFLOW = {  # the teacher's solver, couplings for each frame
+    SHARED_WEIGHTS: (Solver("euler"), 1),
+    "reflow, euler": (Solver("euler"), 1),
+    "reflow": (Solver(), 1),
+    "reflow, by four": (Solver(), 4),
+}
+VARIANTS = (STANDARD, NAIVE, *REFLOW)
 
 
 @dataclass
@@ -45,7 +55,7 @@ class BenchmarkConfig:
     compile_model: bool = False
     # Internal: measure the peak memory of one variant on this checkpoint.
     checkpoint: Path | None = None
-    variant: str = REFLOW
+    variant: str = STANDARD
 
 
 @register_loss_strategy("reflow, images encoded twice", whole_chunk=True)
@@ -56,12 +66,20 @@ def images_encoded_twice(model, observation, actions, noise=None, time=None):
     return model.forward_standard(*observation, coupling.actions, coupling.noise, time)
 
 
-def prepare(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> Loss:
-    """The loss of one variant; its teacher is loaded from the checkpoint."""
+def load_teacher(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> SmolVLAPolicy | Attachment | None:
+    """The teacher as this variant holds it; all of this package's variants can use the same attachment."""
+    if variant == STANDARD:
+        return None
+    if variant == NAIVE:
+        return SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
+    return attach(student, checkpoint)
+
+
+def loss_of(variant: str, student: SmolVLAPolicy, teacher: Any) -> Loss:
+    """The loss of one variant."""
     if variant == STANDARD:
         return lambda batch: student.forward(dict(batch))[0]
     if variant == NAIVE:
-        teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
 
         def naive(batch: dict[str, Tensor]) -> Tensor:
             inputs = observe(student, batch)
@@ -75,11 +93,11 @@ def prepare(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> Loss:
 
         return naive
 
-    if not is_attached(student):
-        attach(student, checkpoint)
+    solver, per_frame = REFLOW[variant]
 
     def attached(batch: dict[str, Tensor]) -> Tensor:
-        student.model.training_mode = "reflow" if variant == REFLOW else "reflow, images encoded twice"
+        student.model.training_mode = "reflow, images encoded twice" if variant == SHARED_WEIGHTS else "reflow"
+        teacher.solver, teacher.recipe = solver, Recipe(couplings_per_frame=per_frame)
         return student.forward(dict(batch))[0]
 
     return attached
@@ -96,16 +114,18 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
     """Median seconds of each variant's step, taken in turn."""
     # Two students, since a standard step knows no attachment; one optimizer each.
     plain, taught = load_student(cfg, checkpoint), load_student(cfg, checkpoint)
-    losses = {
-        variant: prepare(variant, plain if variant in (STANDARD, NAIVE) else taught, checkpoint) for variant in VARIANTS
+    students = {STANDARD: plain, NAIVE: plain, **dict.fromkeys(REFLOW, taught)}
+    teachers = {
+        NAIVE: load_teacher(NAIVE, plain, checkpoint),
+        **dict.fromkeys(REFLOW, load_teacher(SHARED_WEIGHTS, taught, checkpoint)),
     }
+    losses = {variant: loss_of(variant, student, teachers.get(variant)) for variant, student in students.items()}
     optimizers = {policy: torch.optim.AdamW(policy.get_optim_params(), lr=1e-6) for policy in (plain, taught)}
     batch = make_batch(plain, batch_size)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for i in range(cfg.steps + 1):
         for variant in VARIANTS:
-            optimizer = optimizers[plain if variant in (STANDARD, NAIVE) else taught]
-            taken = take_step(losses[variant], batch, optimizer)
+            taken = take_step(losses[variant], batch, optimizers[students[variant]])
             if i > 0:  # the first one warms up
                 seconds[variant].append(taken)
     return {variant: statistics.median(values) for variant, values in seconds.items()}
@@ -114,9 +134,9 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
 def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
     """Unique parameters, and peak memory in bytes, of one variant in this process."""
     student = load_student(cfg, checkpoint)
-    loss = prepare(cfg.variant, student, checkpoint)
-    closure = {cell.cell_contents for cell in loss.__closure__ or () if isinstance(cell.cell_contents, SmolVLAPolicy)}
-    policies = [*closure, *([student.model.teacher] if is_attached(student) else [])]
+    teacher = load_teacher(cfg.variant, student, checkpoint)
+    loss = loss_of(cfg.variant, student, teacher)
+    policies = [student, *([teacher] if cfg.variant == NAIVE else [teacher.teacher] if teacher else [])]
     unique = {p.untyped_storage().data_ptr(): p.numel() for policy in policies for p in policy.parameters()}
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
     batch = make_batch(student, cfg.batch_sizes[0])

@@ -4,7 +4,7 @@
 
 Every fifth episode is held out. For each seed a small SmolVLA is trained on the others as LeRobot trains it; for each
 recipe a student then starts from it. Both are measured on the held-out frames. `--action_dims` takes some of the
-recorded dimensions alone, `--loss_on_padding=false` leaves out of reflow's loss the dimensions that are only padding.
+recorded dimensions alone, `strategy=without_padding` in a recipe leaves the others, which are padding, out of its loss.
 """
 
 import json
@@ -12,7 +12,7 @@ import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import draccus
 import torch
@@ -28,6 +28,7 @@ from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.evaluation import Contestant, Row, evaluate
 from smolvla_reflow.normalization import Affine
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import register_loss_strategy
 
 CHUNK_SIZE, IMAGE_SIZE, HELD_OUT = 16, 64, 5
@@ -45,22 +46,37 @@ class StudyConfig:
     """The table as JSON."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """One teacher and one student of each recipe for each."""
-    recipes: list[str] = field(default_factory=lambda: ["grid:1+beta", "beta", "grid:1+grid:2+beta", "exponential"])
-    """Time samplings."""
+    recipes: list[str] = field(
+        default_factory=lambda: ["", "solver=euler", "time_sampling=beta", "couplings_per_frame=4 batch_size=8"]
+    )
+    """How students learn, each NAME=VALUE NAME=VALUE ... with the names of `Student` below; '' is the default."""
     steps: int = 3000
     """Training steps of the teacher, and of each student."""
     lr: float = 1e-3
     """Learning rate of both."""
     batch_size: int = 32
-    """Frames in a step."""
-    teacher_steps: int = 5
-    """ODE steps of the couplings, by the midpoint rule, two evaluations each."""
+    """Frames in a step of the teacher."""
     action_dims: list[int] | None = None
     """Which recorded action dimensions the policy has; all by default."""
-    loss_on_padding: bool = True
-    """Whether reflow's loss counts the padded dimensions, too, as this package has it."""
     frames: int = 64
     """Held-out frames to measure on."""
+
+
+@dataclass
+class Student:
+    """One way to learn; what is not named is this package's default."""
+
+    strategy: str = "reflow"
+    solver: str = Solver.method
+    num_steps: int | None = None
+    time_sampling: str = Recipe.time_sampling
+    loss: str = Recipe.loss
+    couplings_per_frame: int = Recipe.couplings_per_frame
+    real_data_ratio: float = Recipe.real_data_ratio
+    batch_size: int = 32
+
+    def recipe(self) -> Recipe:
+        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
 
 
 @register_loss_strategy("without_padding", whole_chunk=True)
@@ -81,14 +97,14 @@ def study(cfg: StudyConfig) -> None:
         for seed in cfg.seeds:
             torch.manual_seed(seed)
             teacher = SmolVLAPolicy(policy_config(kept, backbone))
-            train(teacher, kept, cfg, seed, "teacher")
+            train(teacher, kept, cfg, cfg.batch_size, seed, "teacher")
             for recipe in cfg.recipes:
+                options = draccus.parse(Student, args=[f"--{word}" for word in recipe.split()])
                 student = SmolVLAPolicy(policy_config(kept, backbone, train_expert_only=True))
                 student.load_state_dict(teacher.state_dict())
-                strategy = "reflow" if cfg.loss_on_padding else "without_padding"
-                ode = {"solver": "midpoint", "num_steps": cfg.teacher_steps}
-                with attach(student, teacher, strategy=strategy, recipe=Recipe(time_sampling=recipe), **ode):
-                    train(student, kept, cfg, seed, recipe)
+                ode = {"solver": options.solver, "num_steps": options.num_steps}
+                with attach(student, teacher, strategy=options.strategy, recipe=options.recipe(), **ode):
+                    train(student, kept, cfg, options.batch_size, seed, recipe)
                 rows = measure(teacher, student, held_out, cfg, seed)
                 if recipe == cfg.recipes[0]:
                     found.setdefault("teacher", []).append([row for row in rows if row.policy == "teacher"])
@@ -140,7 +156,7 @@ def policy_config(frames: Batch, backbone: Path, train_expert_only: bool = False
     )
 
 
-def train(policy: SmolVLAPolicy, frames: Batch, cfg: StudyConfig, seed: int, name: str) -> None:
+def train(policy: SmolVLAPolicy, frames: Batch, cfg: StudyConfig, batch_size: int, seed: int, name: str) -> None:
     """AdamW with SmolVLA's betas, and its schedule: warm-up over 1/30 of the steps, cosine decay to 1/40."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=1e-10)
@@ -152,7 +168,7 @@ def train(policy: SmolVLAPolicy, frames: Batch, cfg: StudyConfig, seed: int, nam
     torch.manual_seed(seed)
     policy.train()
     for _ in tqdm(range(cfg.steps), desc=name, mininterval=10):
-        loss, _ = policy.forward(select(frames, torch.randint(len(frames["index"]), (cfg.batch_size,))))
+        loss, _ = policy.forward(select(frames, torch.randint(len(frames["index"]), (batch_size,))))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10)
         optimizer.step()
@@ -179,20 +195,24 @@ def measure(teacher: SmolVLAPolicy, student: SmolVLAPolicy, frames: Batch, cfg: 
         torch.ones(width),
         num_steps=NUM_STEPS,
         num_noises=4,
-        reference_steps=30,
+        reference_steps=60,
         seed=1000 + seed,
     ).rows
 
 
 def table(found: dict[str, list[list[Row]]]) -> str:
-    """Markdown: flow error in standard deviations and spread at each number of steps, means over the seeds."""
+    """Markdown: flow error (standard deviations) and spread at each number of steps, mean ± deviation over the seeds."""
+
+    def cell(values: list[float], digits: int) -> str:
+        return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
     head = ["", *(f"flow error, {n}" for n in NUM_STEPS), *(f"spread, {n}" for n in NUM_STEPS)]
     lines = [head, ["---"] * len(head)]
     for name, runs in found.items():
         rows = [{row.num_steps: row for row in run} for run in runs]
-        errors = [f"{mean(row[n].flow_rmse for row in rows):.3f}" for n in NUM_STEPS]
-        spreads = [f"{mean(row[n].spread_ratio for row in rows):.2f}" for n in NUM_STEPS]
-        lines.append([f"`{name}`" if name != "teacher" else name, *errors, *spreads])
+        errors = [cell([row[n].flow_rmse for row in rows], 3) for n in NUM_STEPS]
+        spreads = [cell([row[n].spread_ratio for row in rows], 2) for n in NUM_STEPS]
+        lines.append(["teacher" if name == "teacher" else f"`{name}`" if name else "default", *errors, *spreads])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
