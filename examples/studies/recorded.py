@@ -201,7 +201,7 @@ def measure(teacher: SmolVLAPolicy, student: SmolVLAPolicy, frames: Batch, cfg: 
 
 
 def table(found: dict[str, list[list[Row]]]) -> str:
-    """Markdown: flow error (standard deviations) and spread at each number of steps, mean ± deviation over the seeds."""
+    """Markdown: flow error (standard deviations) and spread at each number of steps, mean ± deviation."""
 
     def cell(values: list[float], digits: int) -> str:
         return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
