@@ -62,8 +62,14 @@ class ModelMixin:
             return self.forward_standard(*observation, actions, noise, time)
         strategy = get_loss_strategy(self.training_mode)
         attachment = vars(self)[_STATE]
-        with attachment.each_image_once(observation) as observation:
-            losses = strategy(self, observation, actions, noise, time)
+        several = strategy.whole_chunk and noise is None and time is None
+        per_frame = attachment.recipe.couplings_per_frame if several else 1
+        with (
+            attachment.each_image_once(observation) as observation,
+            attachment.repeated(observation, per_frame) as each,
+        ):
+            losses = strategy(self, each, actions.repeat_interleave(per_frame, dim=0), noise, time)
+        losses = losses.unflatten(0, (len(actions), per_frame)).mean(dim=1)
         attachment.whole_chunk_losses = losses if strategy.whole_chunk else None
         return losses
 
@@ -75,54 +81,47 @@ class ModelMixin:
         return get_loss_strategy("reflow")(self, observation, actions, noise, time)
 
     def generate_reflow_target(self, images, img_masks, lang_tokens, lang_masks, state, noise=None) -> Coupling:
-        """Couple noise to the teacher's actions, both `(B * K, chunk_size, max_action_dim)`, without gradient.
+        """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
 
-        `noise` is drawn as the stock sampler draws it, K = `couplings_per_frame` in a row for each observation, unless
-        it is given. With pairs from disk, K of those of each of the batch's frames are drawn instead.
+        `noise` is drawn as the stock sampler draws it unless it is given. With pairs from disk, one of those of
+        each of the batch's frames is drawn instead.
         """
         attachment = vars(self)[_STATE]
-        per_frame = attachment.recipe.couplings_per_frame
         if attachment.pairs is not None:
-            return attachment.draw_pairs(noise, per_frame, state.device)
+            return attachment.draw_pairs(noise, state.device)
         if noise is None:
-            shape = (len(state) * per_frame, self.config.chunk_size, self.config.max_action_dim)
+            shape = (state.shape[0], self.config.chunk_size, self.config.max_action_dim)
             noise = self.sample_noise(shape, state.device)
-        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
+        observation = attachment.frame_by_frame(Observation(images, img_masks, lang_tokens, lang_masks, state))
         return couple(self.teacher, observation, noise, attachment.solver, attachment.space)
 
     def forward_coupling(self, observation, actions, coupling, noise=None, time=None, time_sampling=None) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of a coupling, as the recipe has it.
 
-        Each frame's loss is the mean over its couplings, which see the same observation and have times of their own.
         The recipe's share of recorded `actions` is put in the coupling's place, with noise and time as in standard
         training. `noise` and `time` are those that the caller fixed; `time_sampling` stands in for the recipe's.
         """
         attachment = vars(self)[_STATE]
         recipe, device = attachment.recipe, actions.device
-        frames, size = len(actions), len(coupling.noise)
-        per_frame = size // frames
-        observation = attachment.repeated(observation, per_frame)
-        time = None if time is None else time.repeat_interleave(per_frame)
         time_sampling = time_sampling or TimeSampling(recipe.time_sampling)
-        times = time_sampling.draw(size, device, self.sample_time) if time is None else time
+        times = time_sampling.draw(len(actions), device, self.sample_time) if time is None else time
         if not recipe.real_data_ratio:
             losses = self.forward_standard(*observation, coupling.actions, coupling.noise, times)
-            return get_loss(recipe.loss)(losses).unflatten(0, (frames, per_frame)).mean(dim=1)
+            return get_loss(recipe.loss)(losses)
 
-        attachment.recorded = recipe.recorded(frames, device)
-        recorded = attachment.recorded.repeat_interleave(per_frame)
+        attachment.recorded = recipe.recorded(len(actions) // attachment.per_frame, device)
+        recorded = attachment.recorded.repeat_interleave(attachment.per_frame)
         chosen = recorded[:, None, None]
         # Stored pairs have few noises for a frame; recorded actions are to meet all.
-        noise = self.sample_noise(coupling.noise.shape, device) if noise is None else noise
-        times = torch.where(recorded, self.sample_time(size, device) if time is None else time, times)
+        noise = self.sample_noise(actions.shape, device) if noise is None else noise
+        times = torch.where(recorded, self.sample_time(len(actions), device) if time is None else time, times)
         losses = self.forward_standard(
             *observation,
-            torch.where(chosen, actions.repeat_interleave(per_frame, dim=0), coupling.actions),
+            torch.where(chosen, actions, coupling.actions),
             torch.where(chosen, noise, coupling.noise),
             times,
         )
-        losses = torch.where(chosen, losses, get_loss(recipe.loss)(losses))
-        return losses.unflatten(0, (frames, per_frame)).mean(dim=1)
+        return torch.where(chosen, losses, get_loss(recipe.loss)(losses))
 
 
 class PolicyMixin:
@@ -153,6 +152,15 @@ class PolicyMixin:
         return loss, metrics
 
 
+@dataclass(frozen=True)
+class Repetition:
+    """Observations of a batch, `once` each and then with `each` of them `times` in a row."""
+
+    once: Observation
+    each: Observation
+    times: int
+
+
 @dataclass(eq=False)
 class Attachment:
     """What `attach` returns; as a context manager it detaches on leaving.
@@ -168,8 +176,9 @@ class Attachment:
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
         frames: the dataset indices of the batch of the present forward pass, (B,) int64, or None if it has none.
-        recorded: within one forward pass, which samples train on recorded actions, (B,) bool; None if none do.
+        recorded: within one forward pass, which frames train on recorded actions, (B,) bool; None if none do.
         whole_chunk_losses: within one forward pass, the losses on their way from model to policy.
+        repetition: within one forward pass, how the strategy's batch came from the frames; None if it is the frames.
     """
 
     policy: SmolVLAPolicy
@@ -184,6 +193,11 @@ class Attachment:
     frames: Tensor | None = None
     recorded: Tensor | None = None
     whole_chunk_losses: Tensor | None = None
+    repetition: Repetition | None = None
+
+    @property
+    def per_frame(self) -> int:
+        return 1 if self.repetition is None else self.repetition.times
 
     @property
     def whole_chunk_strategy(self) -> bool:
@@ -198,18 +212,26 @@ class Attachment:
         with self.features.once():
             yield observation._replace(images=[image.to(self.features.dtype) for image in observation.images])
 
-    def repeated(self, observation: Observation, times: int) -> Observation:
-        """Each observation `times` in a row; what the vision encoder makes of its images is repeated, not made anew."""
-        if times == 1:
-            return observation
-        repeated = observation.repeated(times)
-        if self.features is not None:
-            for image, copies in zip(observation.images, repeated.images, strict=True):
-                self.features.is_repeated(image, times, copies)
-        return repeated
+    @contextmanager
+    def repeated(self, observation: Observation, times: int) -> Iterator[Observation]:
+        """Within this block each observation stands `times` in a row, and is still looked at once."""
+        each = observation if times == 1 else observation.repeated(times)
+        if times > 1 and self.features is not None:
+            for images, copies in zip(observation.images, each.images, strict=True):
+                self.features.is_repeated(images, times, copies)
+        self.repetition = Repetition(observation, each, times)
+        try:
+            yield each
+        finally:
+            self.repetition = None
 
-    def draw_pairs(self, noise: Tensor | None, per_frame: int, device: torch.device) -> Coupling:
-        """Stored couplings, `per_frame` in a row for each frame of the batch.
+    def frame_by_frame(self, observation: Observation) -> Observation:
+        """The observation without its repetitions."""
+        repetition = self.repetition
+        return repetition.once if repetition and observation.state is repetition.each.state else observation
+
+    def draw_pairs(self, noise: Tensor | None, device: torch.device) -> Coupling:
+        """Stored couplings, one for each frame of the batch, or as many as it stands there in a row.
 
         Raises:
             ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
@@ -222,7 +244,7 @@ class Attachment:
                 "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
                 "and call policy.forward(batch)."
             )
-        return self.pairs.draw(self.frames.tolist(), device, per_frame)
+        return self.pairs.draw(self.frames.tolist(), device, self.per_frame)
 
     def detach(self) -> None:
         detach(self.policy)

@@ -22,10 +22,10 @@ from smolvla_reflow.solver import Solver
 
 
 class Coupling(NamedTuple):
-    """Both ends of the teacher's paths, `K` for each of `B` frames, in the student's normalised space."""
+    """Both ends of `B` paths of the teacher, in the normalised space of the student's batches."""
 
-    noise: Tensor  # (B * K, chunk_size, max_action_dim) float32, t = 1
-    actions: Tensor  # (B * K, chunk_size, max_action_dim) float32, t = 0
+    noise: Tensor  # (B, chunk_size, max_action_dim) float32, t = 1
+    actions: Tensor  # (B, chunk_size, max_action_dim) float32, t = 0
 
 
 @torch.no_grad()

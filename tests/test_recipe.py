@@ -1,7 +1,10 @@
 """Recorded actions in a reflow batch: their samples get stock LeRobot's loss, the others the reflow loss."""
 
+import sys
+
 import pytest
 import torch
+from oracle import reflow_losses
 
 from smolvla_reflow import Recipe, ReflowError, attach, detach
 from smolvla_reflow.vision import vision_encoder
@@ -141,6 +144,28 @@ def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and
         with attach(policy, teacher, recipe=recipe):
             losses.append(per_sample(policy, batch, noise, time))
     assert torch.equal(*losses)
+
+
+def test_a_strategy_need_not_know_of_it(policy, teacher, batch):
+    """A strategy of another package sees a batch in which each frame stands three times."""
+
+    def late(model, observation, actions, noise=None, time=None):
+        coupling = model.generate_reflow_target(*observation, noise=noise)
+        assert len(actions) == len(coupling.noise) == len(observation.state) == len(observation.images[0])
+        return model.forward_standard(*observation, coupling.actions, coupling.noise, torch.full((len(actions),), 0.9))
+
+    strategies = sys.modules["smolvla_reflow.strategies"]
+    strategies.register_loss_strategy("knows nothing", whole_chunk=True)(late)
+    try:
+        attach(policy, teacher, strategy="knows nothing", recipe=Recipe(couplings_per_frame=PER_FRAME))
+        seen = notes(policy)
+        losses, _ = policy.train().forward(dict(batch), reduction="none")
+    finally:
+        del strategies._registry["knows nothing"]
+    ((_, noise, time),) = seen
+    detach(policy)
+    expected = reflow_losses(policy, teacher, repeated(batch), noise, time, 10).mean(dim=(1, 2))
+    torch.testing.assert_close(losses, expected.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -6,7 +6,8 @@
 
 The reference is 200 steps of rk4 in float32; the first line says how far 100 steps are from it. Errors are root
 mean squares over frames, steps and the robot's action dimensions, in normalised units (standard deviations of the
-action). NFE, the number of velocity evaluations, is what a coupling costs.
+action); the median is over the samples' own root mean squares, which the few that end in another way of doing the task
+do not sway. NFE, the number of velocity evaluations, is what a coupling costs.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class ErrorConfig:
     repo_id: str
     root: str | None = None
     num_frames: int = 64
+    num_noises: int = 4
     device: str = "cpu"
 
 
@@ -46,20 +48,24 @@ def rms(difference: torch.Tensor) -> float:
     return difference.square().mean().sqrt().item()
 
 
+def median(difference: torch.Tensor) -> float:
+    return difference.square().mean(dim=(1, 2)).sqrt().median().item()
+
+
 def main() -> None:
     cfg = draccus.parse(ErrorConfig)
     policy = SmolVLAPolicy.from_pretrained(cfg.teacher_path).to(cfg.device).eval()
     config = policy.config
     observation = load_observation(cfg, policy)
     torch.manual_seed(0)
-    noise = torch.randn(cfg.num_frames, config.chunk_size, config.max_action_dim, device=cfg.device)
+    noise = torch.randn(cfg.num_frames * cfg.num_noises, config.chunk_size, config.max_action_dim, device=cfg.device)
     width = config.action_feature.shape[0]
 
     def end(solver: Solver) -> torch.Tensor:
         return solve(policy, observation, noise, solver)[..., :width]
 
     def nfe(solver: Solver) -> int:
-        count, velocity = 0, encode(policy, observation)
+        count, velocity = 0, encode(policy, observation).repeated(cfg.num_noises)
 
         def counting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             nonlocal count
@@ -73,18 +79,21 @@ def main() -> None:
     reference = end(Solver("rk4", num_steps=200))
     print(f"reference: rk4 200; rk4 100 is off by {rms(end(Solver('rk4', num_steps=100)) - reference):.4f}")
     solvers = [Solver("euler", num_steps=n) for n in (1, 2, 5, 10, 20, 50)]
-    solvers += [Solver("midpoint", num_steps=n) for n in (5, 10)]
+    solvers += [Solver("midpoint", num_steps=n) for n in (5, 10, 20)]
     solvers += [Solver("heun3", num_steps=n) for n in (3, 7)]
     solvers += [Solver("rk4", num_steps=n) for n in (2, 5)]
     solvers += [Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-3, 1e-5)]
-    print(f"{'solver':<18} {'NFE':>4} {'float32':>9} {'bfloat16 autocast':>18} {'bf16 - fp32':>12}")
+    print(f"{'solver':<18} {'NFE':>4} {'float32':>9} {'median':>9} {'bfloat16 autocast':>18} {'bf16 - fp32':>12}")
     for solver in solvers:
         exact = end(solver)
         with torch.autocast(torch.device(cfg.device).type, torch.bfloat16):
             rounded = end(solver)
         name = f"{solver.method} {solver.num_steps or f'{solver.rtol:g}'}"
-        errors = [rms(exact - reference), rms(rounded - reference), rms(rounded - exact)]
-        print(f"{name:<18} {nfe(solver):>4} {errors[0]:>9.4f} {errors[1]:>18.4f} {errors[2]:>12.4f}")
+        error, off = exact - reference, rounded - exact
+        print(
+            f"{name:<18} {nfe(solver):>4} {rms(error):>9.4f} {median(error):>9.4f} {rms(rounded - reference):>18.4f} "
+            f"{rms(off):>12.4f}"
+        )
 
 
 if __name__ == "__main__":
