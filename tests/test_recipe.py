@@ -114,14 +114,20 @@ def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, so
     torch.testing.assert_close(gradient, policy.model.action_out_proj.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_frames_image_is_encoded_once_for_all_of_its_couplings(policy, teacher, batch):
-    counts = []
+def test_a_frame_is_looked_at_once_for_all_of_its_couplings(policy, teacher, batch):
+    """Its images by the one encoder of both, the whole prefix by the teacher."""
+    counts, prefixes = [], []
     for encoder in map(vision_encoder, (policy, teacher)):
         encoder.encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
     attach(policy, recipe=Recipe(couplings_per_frame=PER_FRAME))
+    model = policy.model.teacher.model
+    embed_prefix = model.embed_prefix
+    vars(model)["embed_prefix"] = lambda images, *a, **k: (
+        prefixes.append(len(images[0])) or embed_prefix(images, *a, **k)
+    )
     for step in (1, 2):
         policy.train().forward(dict(batch))[0].backward()
-        assert counts == [4] * step
+        assert counts == prefixes == [4] * step
 
 
 def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher, batch):
