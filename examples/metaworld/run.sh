@@ -31,7 +31,7 @@ write_backbone(Path('$out/backbone'), image_size=64)"
 
 [ -e "$out/2rf" ] || smolvla-reflow-train "${data[@]}" "${loader[@]}" --output_dir="$out/2rf" --steps=3000 \
   --reflow.teacher_path="$out/1rf/$last" --policy.freeze_vision_encoder=true --policy.train_expert_only=true \
-  --policy.optimizer_lr=1e-3
+  --policy.optimizer_lr=1e-3 --reflow.solver="${SOLVER:-euler}"
 
 # Each task in a process of its own: rendering keeps one core busy.
 evaluate() {

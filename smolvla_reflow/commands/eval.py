@@ -247,7 +247,8 @@ def in_words(recommended: int | None, judged: Contestant, reference: Contestant,
         return f"Recommended: num_steps={recommended}, the smallest at which the {judged.name} is {enough}."
     return (
         f"No number of steps that was measured brings the {judged.name} {enough}. What helps: training longer "
-        "or at a higher learning rate, a more accurate teacher (--reflow.solver=midpoint), or accepting a --tolerance."
+        "or at a higher learning rate, a more accurate teacher (a higher --reflow.num_steps), more couplings in each "
+        "step (--reflow.couplings_per_frame=4), or accepting a --tolerance."
     )
 
 
