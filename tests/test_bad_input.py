@@ -60,7 +60,7 @@ def other_backbone(tmp_path_factory):
             {"reflow__solver": "dopri5", "reflow__num_steps": 5},
             "--reflow.solver=dopri5 chooses its own steps; give rtol and atol instead",
         ),
-        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=euler takes equal steps"),
+        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=midpoint takes equal steps"),
         ({"reflow__num_steps": -3}, "--reflow.num_steps=-3: the teacher needs at least one ODE step"),
         ({"reflow__num_stepz": 3}, "--reflow.num_stepz is unknown; did you mean --reflow.num_steps?"),
         ({"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": -1}, "--reflow.rtol=-1.0"),
