@@ -226,9 +226,10 @@ class Attachment:
             self.repetition = None
 
     def frame_by_frame(self, observation: Observation) -> Observation:
-        """The observation without its repetitions."""
-        repetition = self.repetition
-        return repetition.once if repetition and observation.state is repetition.each.state else observation
+        """The observation without its repetitions, unless a strategy has made another one of it."""
+        if self.repetition is None or any(a is not b for a, b in zip(observation, self.repetition.each, strict=True)):
+            return observation
+        return self.repetition.once
 
     def draw_pairs(self, noise: Tensor | None, device: torch.device) -> Coupling:
         """Stored couplings, one for each frame of the batch, or as many as it stands there in a row.

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from oracle import reflow_losses
+from oracle import Flow, reflow_losses
 
 from smolvla_reflow import Recipe, ReflowError, attach, detach
 from smolvla_reflow.vision import vision_encoder
@@ -172,6 +172,31 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch):
     detach(policy)
     expected = reflow_losses(policy, teacher, repeated(batch), noise, time, 10).mean(dim=(1, 2))
     torch.testing.assert_close(losses, expected.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_frame", [1, PER_FRAME])
+def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, per_frame):
+    """Here other images than the student's."""
+    attach(policy, teacher, recipe=Recipe(couplings_per_frame=per_frame))
+    model, found = policy.model, []
+
+    def darkened(model, observation, actions, noise=None, time=None):
+        dark = observation._replace(images=[image - 0.5 for image in observation.images])
+        found.append(model.generate_reflow_target(*dark))
+        return model.forward_standard(*dark, found[0].actions, found[0].noise, time)
+
+    strategies = sys.modules["smolvla_reflow.strategies"]
+    strategies.register_loss_strategy("darkened", whole_chunk=True)(darkened)
+    try:
+        model.training_mode = "darkened"
+        policy.train().forward(dict(batch))
+    finally:
+        del strategies._registry["darkened"]
+    name = "observation.images.top"
+    dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}
+    with torch.no_grad():  # SmolVLA takes images from [0, 1] to [-1, 1]
+        expected = Flow(teacher, dark).midpoint(found[0].noise, 10)
+    torch.testing.assert_close(found[0].actions, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, -1])
