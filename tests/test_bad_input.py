@@ -5,17 +5,15 @@ import math
 import shutil
 from pathlib import Path
 
-import lerobot
 import pytest
 import torch
 from conftest import reflow_run, reflow_train_main
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.recipe import LAST
-
-OLD_LEROBOT = lerobot.__version__.startswith("0.4.")
 
 
 def refused(flags: list[str], capsys, folder: Path) -> str:
@@ -190,7 +188,9 @@ def test_resuming_a_run_that_was_not_reflow(workshop, capsys):
     assert "names no teacher" in line
 
 
-@pytest.mark.skipif(OLD_LEROBOT, reason="--job.target exists from LeRobot 0.6 on")
+@pytest.mark.skipif(
+    "job" not in TrainPipelineConfig.__dataclass_fields__, reason="--job.target exists from LeRobot 0.6 on"
+)
 def test_a_remote_job_is_never_standard_training_in_disguise(workshop, tmp_path, capsys):
     flags = reflow_run(workshop, tmp_path / "run", job__target="a10g-small")
     assert "--job.target=a10g-small would run lerobot-train, not reflow" in refused(flags, capsys, workshop)
