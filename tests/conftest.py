@@ -20,6 +20,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 
+from smolvla_reflow import strategies
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.demo.backbone import write_backbone
@@ -191,6 +192,13 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, strategies.LossStrategy]:
+    """The registered strategies; what a test adds is forgotten after it."""
+    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+    return strategies._registry
 
 
 @pytest.fixture(autouse=True)

@@ -139,13 +139,11 @@ def test_a_torn_checkpoint_is_refused_and_the_whole_one_named(run, capsys):
 
 
 @pytest.fixture
-def losing():
+def losing(registry):
     """A strategy whose losses are spoilt by `spoil` in the call numbered `at` and later."""
-    strategies = sys.modules["smolvla_reflow.strategies"]
-    before = dict(strategies._registry)
 
     def make(at, spoil):
-        strategies._registry.pop("losing", None)
+        registry.pop("losing", None)
         calls = iter(range(1, 100))
 
         @register_loss_strategy("losing", whole_chunk=True)
@@ -153,9 +151,7 @@ def losing():
             losses = model.forward_standard(*observation, actions, noise, time)
             return spoil(losses) if next(calls) >= at else losses
 
-    yield make
-    strategies._registry.clear()
-    strategies._registry.update(before)
+    return make
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
-"""Recorded actions in a reflow batch: their samples get stock LeRobot's loss, the others the reflow loss."""
-
-import sys
+"""Recipes: recorded actions in a reflow batch, which get stock LeRobot's loss, and several couplings for each frame."""
 
 import pytest
 import torch
 from oracle import Flow, reflow_losses
 
-from smolvla_reflow import Recipe, ReflowError, attach, detach
+from smolvla_reflow import Recipe, ReflowError, attach, detach, register_loss_strategy
 from smolvla_reflow.vision import vision_encoder
 
 
@@ -152,22 +150,18 @@ def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and
     assert torch.equal(*losses)
 
 
-def test_a_strategy_need_not_know_of_it(policy, teacher, batch):
+def test_a_strategy_need_not_know_of_it(policy, teacher, batch, registry):
     """A strategy of another package sees a batch in which each frame stands three times."""
 
+    @register_loss_strategy("late", whole_chunk=True)
     def late(model, observation, actions, noise=None, time=None):
         coupling = model.generate_reflow_target(*observation, noise=noise)
         assert len(actions) == len(coupling.noise) == len(observation.state) == len(observation.images[0])
         return model.forward_standard(*observation, coupling.actions, coupling.noise, torch.full((len(actions),), 0.9))
 
-    strategies = sys.modules["smolvla_reflow.strategies"]
-    strategies.register_loss_strategy("knows nothing", whole_chunk=True)(late)
-    try:
-        attach(policy, teacher, strategy="knows nothing", recipe=Recipe(couplings_per_frame=PER_FRAME))
-        seen = notes(policy)
-        losses, _ = policy.train().forward(dict(batch), reduction="none")
-    finally:
-        del strategies._registry["knows nothing"]
+    attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME))
+    seen = notes(policy)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((_, noise, time),) = seen
     detach(policy)
     expected = reflow_losses(policy, teacher, repeated(batch), noise, time, 10).mean(dim=(1, 2))
@@ -175,23 +169,18 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch):
 
 
 @pytest.mark.parametrize("per_frame", [1, PER_FRAME])
-def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, per_frame):
+def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, registry, per_frame):
     """Here other images than the student's."""
-    attach(policy, teacher, recipe=Recipe(couplings_per_frame=per_frame))
-    model, found = policy.model, []
+    found = []
 
+    @register_loss_strategy("darkened", whole_chunk=True)
     def darkened(model, observation, actions, noise=None, time=None):
         dark = observation._replace(images=[image - 0.5 for image in observation.images])
         found.append(model.generate_reflow_target(*dark))
         return model.forward_standard(*dark, found[0].actions, found[0].noise, time)
 
-    strategies = sys.modules["smolvla_reflow.strategies"]
-    strategies.register_loss_strategy("darkened", whole_chunk=True)(darkened)
-    try:
-        model.training_mode = "darkened"
-        policy.train().forward(dict(batch))
-    finally:
-        del strategies._registry["darkened"]
+    attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame))
+    policy.train().forward(dict(batch))
     name = "observation.images.top"
     dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}
     with torch.no_grad():  # SmolVLA takes images from [0, 1] to [-1, 1]

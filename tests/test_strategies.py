@@ -15,15 +15,12 @@ from smolvla_reflow import (
     available_loss_strategies,
     get_loss_strategy,
     register_loss_strategy,
-    strategies,
 )
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "late_time_loss.py"
 
 
-@pytest.fixture(autouse=True)
-def _restore_registry(monkeypatch):
-    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
+pytestmark = pytest.mark.usefixtures("registry")
 
 
 def test_built_in_strategies():
