@@ -1,4 +1,4 @@
-"""How a student learns from couplings: where on their lines, by which loss, mixed with how much recorded data."""
+"""How a student learns from couplings: where on their lines, by which loss, how many a frame, with how much recorded data."""
 
 from dataclasses import dataclass
 
