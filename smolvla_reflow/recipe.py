@@ -1,4 +1,4 @@
-"""How a student learns from couplings: where on their lines, by which loss, how many a frame, with how much recorded data."""
+"""How a student learns from couplings: where on their lines, how many a frame, by which loss, beside recorded data."""
 
 from dataclasses import dataclass
 
