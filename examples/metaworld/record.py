@@ -1,8 +1,8 @@
-"""Record demonstrations of two Meta-World tasks, going round the wall on either side by coin toss.
+"""Record demonstrations of a Meta-World task, going round the wall on either side by coin toss.
 
     MUJOCO_GL=osmesa python examples/metaworld/record.py --output_dir=outputs/metaworld/dataset
 
-Meta-World's scripted experts know one way each, so a flow trained on them is nearly straight already. Here the hand
+Meta-World's scripted expert knows one way, so a flow trained on it is nearly straight already. Here the hand
 first goes low, round the left or the right end of the wall, and only then the expert takes over: the average of the two
 ways runs into the wall. The environments are LeRobot's own (`--env.type=metaworld`), so that what is recorded is what
 `smolvla-reflow-eval` will show the policy.
@@ -13,7 +13,6 @@ import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import draccus
@@ -47,10 +46,8 @@ class Wall:
         return [np.array([x, self.y - 0.10, 0.08]), np.array([x, self.y + 0.07, 0.08])]
 
 
-WALLS = {
-    "reach-wall-v3": Wall(left=-0.02, right=0.22, y=0.75),
-    "button-press-wall-v3": Wall(left=0.0, right=0.2, y=0.6),
-}
+TASK = "button-press-wall-v3"
+WALL = Wall(left=0.0, right=0.2, y=0.6)
 
 
 @dataclass
@@ -58,7 +55,7 @@ class RecordConfig:
     output_dir: Path = Path("outputs/metaworld/dataset")
     """Where the LeRobotDataset goes; must not exist yet."""
     episodes: int = 50
-    """Demonstrations of each task, those that fail not counted."""
+    """Demonstrations, those that fail not counted."""
     seed: int = 100_000
     """Of the first episode; an evaluation begins at LeRobot's 1000."""
     workers: int = os.cpu_count() or 1
@@ -76,14 +73,14 @@ class Episode:
     success: bool
 
 
-def demonstrate(task: str, seed: int) -> Episode:
+def demonstrate(seed: int) -> Episode:
     """One episode, its side chosen by the seed."""
     from lerobot.envs.metaworld import MetaworldEnv
 
     warnings.filterwarnings("ignore", message="Constant")
     rng = np.random.default_rng(seed)
-    waypoints = WALLS[task].waypoints(str(rng.choice(["left", "right"])))
-    env = MetaworldEnv(task, obs_type="pixels_agent_pos")
+    waypoints = WALL.waypoints(str(rng.choice(["left", "right"])))
+    env = MetaworldEnv(TASK, obs_type="pixels_agent_pos")
     observation, _ = env.reset(seed=seed)
     images, states, actions, success = [], [], [], False
     for _ in range(MAX_STEPS):
@@ -126,18 +123,19 @@ def record(cfg: RecordConfig) -> None:
             CAMERA: {"dtype": "image", "shape": (IMAGE_SIZE, IMAGE_SIZE, 3), "names": ["height", "width", "channel"]},
         },
     )
+    recorded, seed = 0, cfg.seed
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cfg.workers, mp_context=spawn) as pool:
-        for task in WALLS:
-            recorded, seed = 0, cfg.seed
-            with tqdm(total=cfg.episodes, desc=task, unit="episode") as bar:
-                while recorded < cfg.episodes:
-                    seeds = range(seed, seed + cfg.episodes - recorded)
-                    seed = seeds.stop
-                    for episode in filter(lambda e: e.success, pool.map(partial(demonstrate, task), seeds)):
-                        add(dataset, episode)
-                        recorded += 1
-                        bar.update()
+    with (
+        ProcessPoolExecutor(cfg.workers, mp_context=spawn) as pool,
+        tqdm(total=cfg.episodes, desc=TASK, unit="episode") as bar,
+    ):
+        while recorded < cfg.episodes:
+            seeds = range(seed, seed + cfg.episodes - recorded)
+            seed = seeds.stop
+            for episode in filter(lambda e: e.success, pool.map(demonstrate, seeds)):
+                add(dataset, episode)
+                recorded += 1
+                bar.update()
     dataset.finalize()
     print(f"{dataset.num_episodes} episodes, {dataset.num_frames} frames in {cfg.output_dir}")
 

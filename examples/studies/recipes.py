@@ -1,114 +1,204 @@
-"""Compare recipes: students of one teacher that differ in nothing but their `--reflow.*` flags, over several seeds.
+"""Compare recipes: students of one teacher that differ in nothing but how they learn, over several seeds.
 
-    python examples/studies/recipes.py --output_dir=outputs/study
+    python examples/studies/recipes.py --output_dir=outputs/study                          # the demo's task, driven too
+    python examples/studies/recipes.py --output_dir=outputs/study --dataset_root=PATH ...  # recorded frames
 
-The demo's task. Each seed trains a teacher of its own; each recipe then trains a student of it, with the same data,
-number of steps and seed, and `smolvla-reflow-eval` measures both. Anything that is there already is kept, so that an
-interrupted study goes on.
+Each seed trains a teacher as LeRobot trains it, and of each recipe a student that starts from it. A recipe is
+NAME=VALUE NAME=VALUE ... with the names of `Student` below, '' the default; rounds are joined by '>', and the student
+of one is the next one's teacher. Everything is in memory, by the import-and-attach API; policies and measurements are
+kept, so that an interrupted study goes on. `tasks.py` is what is trained on.
 """
 
 import json
-import shlex
-import shutil
-import subprocess
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import draccus
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from tasks import Batch, Task, demo_task, recorded_task
+from tqdm import tqdm
 
-from smolvla_reflow.commands.demo import DEMONSTRATIONS, EVALUATION_SEED
-from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import LAST, evaluation_flags, one_rectified_flow_flags, reflow_flags
-from smolvla_reflow.demo.task import write_dataset
+from smolvla_reflow import Recipe, attach
+from smolvla_reflow.evaluation import evaluate
+from smolvla_reflow.solver import Solver
+from smolvla_reflow.strategies import register_loss_strategy
+
+MEASURING_SEED = 1000
 
 
 @dataclass
 class StudyConfig:
     output_dir: Path = Path("outputs/study")
     """Where everything goes; what is there is not made again."""
+    dataset_root: Path | None = None
+    """A LeRobotDataset with one task; by default the demo's task."""
+    action_dims: list[int] | None = None
+    """Which of its action dimensions the policy has; all by default."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """One teacher and one student of each recipe for each."""
+    """One teacher, and one student of each recipe, for each."""
+    recipes: list[str] = field(default_factory=lambda: ["", "time_sampling=beta", "solver=euler", "strategy=distill"])
+    """How students learn."""
+    teacher_steps: int = 2000
+    """Training steps of the teacher."""
+    teacher_lr: float = 2e-3
+    """Learning rate of the teacher."""
+    frames: int = 64
+    """Unseen frames to measure on, each with four noises."""
+    episodes: int = 200
+    """Episodes to drive at each number of steps, where there is an environment."""
+
+
+@dataclass
+class Student:
+    """One round of learning; what is not named is this package's default."""
+
+    strategy: str = "reflow"
+    solver: str = Solver.method
+    num_steps: int | None = None
+    time_sampling: str = Recipe.time_sampling
+    loss: str = Recipe.loss
+    couplings_per_frame: int = Recipe.couplings_per_frame
+    real_data_ratio: float = Recipe.real_data_ratio
+    batch_size: int = 32
     steps: int = 1200
-    """Training steps of each student."""
-    recipes: list[str] = field(
-        default_factory=lambda: [
-            "--reflow.time_sampling=beta",
-            "--reflow.time_sampling=grid:1+beta",
-            "--reflow.time_sampling=exponential",
-            "--reflow.time_sampling=u_shaped",
-            "--reflow.time_sampling=grid:1+beta --reflow.loss=pseudo_huber",
-            "--reflow.time_sampling=grid:1+beta --reflow.loss=normalized",
-            "--reflow.strategy=distill",
-        ]
-    )
-    """Flags of smolvla-reflow-train, one string for each recipe."""
+    lr: float = 1e-3
+
+    def recipe(self) -> Recipe:
+        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
+
+
+@register_loss_strategy("without_padding", whole_chunk=True)
+def without_padding(model, observation, actions, noise=None, time=None):
+    """Reflow whose loss leaves out the padded dimensions; the same mean over those that are left."""
+    losses = model.forward_reflow(*observation, actions, noise, time)
+    width = model.config.action_feature.shape[0]
+    losses[..., width:] = 0
+    return losses * (losses.shape[-1] / width)
 
 
 def study(cfg: StudyConfig) -> None:
-    """All trainings and evaluations, then the table."""
-    reports: dict[str, list[dict]] = {recipe: [] for recipe in cfg.recipes}
+    """All trainings and measurements, a table after each."""
+    if cfg.dataset_root is None:
+        task = demo_task(cfg.output_dir)
+    else:
+        task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.action_dims)
+    found: dict[str, list[dict]] = {"teacher": [], **{recipe: [] for recipe in cfg.recipes}}
     for seed in cfg.seeds:
-        folder = (cfg.output_dir / f"seed-{seed}").resolve()
-        if not (folder / "dataset").exists():
-            write_dataset(folder / "dataset", DEMONSTRATIONS)
-            write_backbone(folder / "backbone")
-        run("lerobot-train", one_rectified_flow_flags(folder), folder / "1rf" / LAST, seed)
+        folder = cfg.output_dir / f"seed-{seed}"
+
+        def new_teacher(seed: int = seed) -> SmolVLAPolicy:
+            torch.manual_seed(seed)
+            policy = task.policy()
+            train(policy, task.seen, cfg.teacher_steps, cfg.teacher_lr, 32, seed, "teacher")
+            return policy
+
+        teacher = kept(folder / "teacher", new_teacher)
+        found["teacher"].append(measured(folder / "teacher", teacher, teacher, task, cfg, seed))
         for recipe in cfg.recipes:
-            name = recipe.replace("--reflow.", "").replace(" ", ",").replace("=", "-").replace(":", "")
-            student, evaluation = folder / name / "2rf", folder / name / "evaluation"
-            flags = [*replaced(reflow_flags(folder, steps=cfg.steps), folder / "2rf", student), *recipe.split()]
-            run("smolvla-reflow-train", flags, student / LAST, seed)
-            flags = replaced(evaluation_flags(folder), folder / "2rf", student)
-            flags = replaced(flags, folder / "evaluation", evaluation)
-            report = evaluation / "report.json"
-            run("smolvla-reflow-eval", flags, report, EVALUATION_SEED + seed)
-            reports[recipe].append(json.loads(report.read_text()))
-            print(table(reports), flush=True)
+            student = teacher
+            for i, words in enumerate(recipe.split(">")):
+                name = name_of(">".join(recipe.split(">")[: i + 1]))
+                student = kept(folder / name, lambda t=student, w=words, s=seed: new_student(t, task, w, s))
+            found[recipe].append(measured(folder / name_of(recipe), teacher, student, task, cfg, seed))
+            print(table(found), flush=True)
 
 
-def replaced(flags: list[str], old: Path, new: Path) -> list[str]:
-    """The same flags with one folder in place of another."""
-    return [flag.replace(str(old), str(new)) for flag in flags]
+def new_student(teacher: SmolVLAPolicy, task: Task, words: str, seed: int) -> SmolVLAPolicy:
+    """One round of reflow."""
+    options = draccus.parse(Student, args=[f"--{word}" for word in words.split()])
+    student = task.policy(train_expert_only=True)
+    student.load_state_dict(teacher.state_dict())
+    ode = {"solver": options.solver, "num_steps": options.num_steps}
+    with attach(student, teacher, strategy=options.strategy, recipe=options.recipe(), **ode):
+        train(student, task.seen, options.steps, options.lr, options.batch_size, seed, words or "default")
+    return student
 
 
-def run(program: str, flags: list[str], result: Path, seed: int) -> None:
-    """One command, unless its result is there; what an interrupted one left in its folder goes."""
-    if result.exists():
-        return
-    output = Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir=")))
-    shutil.rmtree(output, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = [program, *flags, f"--seed={seed}"]
-    print("$ " + shlex.join(command), flush=True)
-    with output.with_suffix(".log").open("wb") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+def train(policy: SmolVLAPolicy, frames: Batch, steps: int, lr: float, batch_size: int, seed: int, name: str) -> None:
+    """AdamW with SmolVLA's betas, and its schedule: warm-up over 1/30 of the steps, cosine decay to 1/40."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=1e-10)
+
+    def schedule(step: int) -> float:
+        return min(30 * (step + 1) / steps, 1 / 40 + 39 / 80 * (1 + math.cos(math.pi * step / steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    torch.manual_seed(seed)
+    policy.train()
+    for _ in tqdm(range(steps), desc=name, mininterval=10):
+        loss, _ = policy.forward(select(frames, torch.randint(len(frames["index"]), (batch_size,))))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 10)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    policy.eval()
 
 
-def table(reports: dict[str, list[dict]]) -> str:
-    """Markdown: success in % and flow error in standard deviations at each number of steps, spread at one step."""
-    done = {recipe: found for recipe, found in reports.items() if found}
-    some = next(iter(done.values()))
-    steps = sorted({row["num_steps"] for row in some[0]["rows"]})
-    head = ["", *(f"success, {n}" for n in steps), *(f"flow error, {n}" for n in steps), "spread, 1"]
-    lines = [head, ["---"] * len(head), ["teacher", *cells(some, "teacher", steps)]]
-    lines += [[f"`{recipe}`", *cells(found, "student", steps)] for recipe, found in done.items()]
+def select(frames: Batch, which: torch.Tensor) -> Batch:
+    return {name: value[which] for name, value in frames.items()}
+
+
+def kept(folder: Path, make: Callable[[], SmolVLAPolicy]) -> SmolVLAPolicy:
+    """The policy in `folder`, made if it is not there."""
+    if not (folder / "model.safetensors").exists():
+        make().save_pretrained(folder)
+    return SmolVLAPolicy.from_pretrained(folder).eval()
+
+
+def measured(
+    folder: Path, teacher: SmolVLAPolicy, policy: SmolVLAPolicy, task: Task, cfg: StudyConfig, seed: int
+) -> dict[str, Any]:
+    """By number of steps: flow error in standard deviations, spread, and success; made if not there."""
+    file, seed = folder / "measured.json", MEASURING_SEED + seed
+    if not file.exists():
+        chosen = torch.linspace(0, len(task.unseen["index"]) - 1, cfg.frames).round().long()
+        rows = evaluate(
+            [task.on_frames("teacher", teacher), task.on_frames("student", policy)],
+            [select(task.unseen, which) for which in chosen.split(32)],
+            torch.ones(task.unseen["action"].shape[-1]),
+            num_steps=task.num_steps,
+            num_noises=4,
+            reference_steps=60,
+            seed=seed,
+        ).rows
+        found = {row.num_steps: asdict(row) for row in rows if row.policy == "student"}
+        for n in task.num_steps:
+            success = task.success(policy, n, cfg.episodes, seed)
+            found[n]["success"] = success.rate if success else None
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+def name_of(recipe: str) -> str:
+    return re.sub(r"[^\w.+]+", "-", recipe.strip()) or "default"
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """Markdown: success in %, flow error in standard deviations, spread; mean ± standard deviation over seeds."""
+    steps = list(found["teacher"][0])
+    columns = [("success", 100, 1)] if found["teacher"][0][steps[0]]["success"] is not None else []
+    columns += [("flow_rmse", 1, 3), ("spread_ratio", 1, 2)]
+    head = ["", *(f"{name}, {n}" for name, _, _ in columns for n in steps)]
+    lines = [head, ["---"] * len(head)]
+    for recipe, runs in found.items():
+        cells = [cell([scale * run[n][name] for run in runs], digits) for name, scale, digits in columns for n in steps]
+        if runs:
+            lines.append([f"`{recipe}`" if recipe else "default", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cells(reports: list[dict], policy: str, steps: list[int]) -> list[str]:
+def cell(values: list[float], digits: int) -> str:
     """Mean and, of several seeds, standard deviation."""
-    rows = [{row["num_steps"]: row for row in report["rows"] if row["policy"] == policy} for report in reports]
-
-    def cell(values: list[float], digits: int) -> str:
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):.{digits}f}{spread}"
-
-    return [
-        *(cell([100 * row[n]["success"]["rate"] for row in rows], 1) for n in steps),
-        *(cell([row[n]["flow_rmse"] for row in rows], 3) for n in steps),
-        cell([row[1]["spread_ratio"] for row in rows], 2),
-    ]
+    if not values:
+        return ""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""What a study trains on and measures: frames in memory, the policy's configuration, and where it can be driven.
+
+demo_task     the demo's: past an obstacle, with unseen scenes to measure on and to drive
+recorded_task any LeRobotDataset of one task, every fifth of its episodes held out
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lerobot.configs.default import EvalConfig
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.envs.configs import EnvConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
+from tqdm import tqdm
+
+from smolvla_reflow.closed_loop import drive
+from smolvla_reflow.commands.demo import DEMONSTRATIONS
+from smolvla_reflow.compat import LeRobotDatasetMetadata
+from smolvla_reflow.demo import recipe as demo
+from smolvla_reflow.demo.backbone import write_backbone
+from smolvla_reflow.demo.environment import DrivePastConfig
+from smolvla_reflow.demo.task import IMAGE_SIZE, write_dataset
+from smolvla_reflow.evaluation import Contestant
+from smolvla_reflow.metrics import Success
+from smolvla_reflow.normalization import Affine
+
+UNSEEN_EPISODES, UNSEEN_SEED = 40, 1
+HELD_OUT = 5
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Frames as SmolVLA's preprocessor leaves them, so that actions are in standard deviations.
+
+    Attributes:
+        seen: frames to train on, each tensor (N, ...).
+        unseen: frames to measure on.
+        config: keyword arguments of the policy's SmolVLAConfig.
+        num_steps: at which to measure.
+        stats: the dataset's, to drive with.
+        env: where to drive, if anywhere.
+    """
+
+    seen: Batch
+    unseen: Batch
+    config: dict
+    num_steps: Sequence[int]
+    stats: dict = field(repr=False)
+    env: EnvConfig | None = None
+
+    def policy(self, train_expert_only: bool = False) -> SmolVLAPolicy:
+        """A new SmolVLA for these frames, of random weights."""
+        frozen = {"train_expert_only": train_expert_only, "freeze_vision_encoder": train_expert_only}
+        return SmolVLAPolicy(SmolVLAConfig(**self.config, **frozen))
+
+    def on_frames(self, name: str, policy: SmolVLAPolicy) -> Contestant:
+        """For frames that are normalised already."""
+        width = self.unseen["action"].shape[-1]
+        units = Affine(torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+        return Contestant(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
+
+    def success(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Success | None:
+        """In closed loop; None where there is nowhere to drive."""
+        if self.env is None:
+            return None
+        before, after = make_smolvla_pre_post_processors(policy.config, self.stats)
+        contestant = Contestant("policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps)
+        settings = EvalConfig(n_episodes=episodes, batch_size=episodes, use_async_envs=False)
+        return drive(contestant, self.env, settings, num_steps, seed)
+
+
+def demo_task(folder: Path) -> Task:
+    """The demo's task and policy; `folder` keeps the recordings."""
+    for name, episodes, seed in (("seen", DEMONSTRATIONS, 0), ("unseen", UNSEEN_EPISODES, UNSEEN_SEED)):
+        if not (folder / name).exists():
+            write_dataset(folder / name, episodes, seed)
+    stats = LeRobotDatasetMetadata("study/demo", root=folder / "seen").stats
+    config = _config(folder / "seen", write_backbone(folder / "backbone"), demo.CHUNK_SIZE, IMAGE_SIZE)
+    config |= {"n_action_steps": demo.N_ACTION_STEPS, "max_action_dim": 4, "max_state_dim": 4}
+    seen, unseen = (_load(folder / name, config, stats) for name in ("seen", "unseen"))
+    return Task(seen, unseen, config, (1, 2, 5, 10), stats, DrivePastConfig())
+
+
+def recorded_task(
+    root: Path, folder: Path, action_dims: Sequence[int] | None, chunk: int = 16, image: int = 64
+) -> Task:
+    """A recorded dataset, a small SmolVLA padded to its stock 32 dimensions; `action_dims` takes some of them alone."""
+    stats = LeRobotDatasetMetadata("study/recorded", root=root).stats
+    config = _config(root, write_backbone(folder / "backbone", image_size=image), chunk, image)
+    frames = _load(root, config, stats)
+    if action_dims:
+        frames["action"] = frames["action"][..., list(action_dims)]
+        config["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (len(action_dims),))}
+    out = frames["episode_index"] % HELD_OUT == HELD_OUT - 1
+    return Task(
+        seen={name: value[~out] for name, value in frames.items()},
+        unseen={name: value[out] for name, value in frames.items()},
+        config=config,
+        num_steps=(1, 2, 4, 5, 6, 10),
+        stats=stats,
+    )
+
+
+def _config(root: Path, backbone: Path, chunk: int, image: int) -> dict:
+    features = LeRobotDatasetMetadata("study/task", root=root).features
+    kinds = {"observation.state": FeatureType.STATE, "action": FeatureType.ACTION}
+    known = {
+        name: PolicyFeature(kinds.get(name, FeatureType.VISUAL), _channels_first(feature))
+        for name, feature in features.items()
+        if name in kinds or "image" in name
+    }
+    return {
+        "device": "cpu",
+        "vlm_model_name": str(backbone),
+        "load_vlm_weights": False,
+        "num_vlm_layers": 2,
+        "chunk_size": chunk,
+        "n_action_steps": chunk,
+        "resize_imgs_with_padding": (image, image),
+        "input_features": {name: feature for name, feature in known.items() if name != "action"},
+        "output_features": {"action": known["action"]},
+    }
+
+
+def _channels_first(feature: dict) -> tuple[int, ...]:
+    shape = tuple(feature["shape"])
+    return (shape[2], *shape[:2]) if feature["names"][-1:] in (["channel"], ["channels"]) else shape
+
+
+def _load(root: Path, config: dict, stats: dict) -> Batch:
+    """All frames with their chunks, normalised and tokenised as LeRobot does it."""
+    fps = LeRobotDatasetMetadata("study/task", root=root).fps
+    deltas = {"action": [i / fps for i in range(config["chunk_size"])]}
+    dataset = LeRobotDataset("study/task", root=root, delta_timestamps=deltas)
+    prepare, _ = make_smolvla_pre_post_processors(SmolVLAConfig(**config), stats)
+    loader = tqdm(torch.utils.data.DataLoader(dataset, batch_size=64, num_workers=2), desc=f"loading {root.name}")
+    prepared = [{k: v for k, v in prepare(batch).items() if isinstance(v, torch.Tensor)} for batch in loader]
+    return {name: torch.cat([batch[name] for batch in prepared]) for name in prepared[0]}
