@@ -35,5 +35,5 @@ write_backbone(Path('$out/backbone'), image_size=64)"
 
 [ -e "$out/evaluation" ] || smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" \
   --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --policy.device="$device" \
-  --num_steps='[1,2,5,10]' --num_frames=32 --seed=1000 \
-  --env.type=metaworld --env.task=button-press-wall-v3 --eval.n_episodes="${EPISODES:-30}" --eval.batch_size=1
+  --num_steps='[1,2,10]' --num_frames=32 --seed=1000 \
+  --env.type=metaworld --env.task=button-press-wall-v3 --eval.n_episodes="${EPISODES:-10}" --eval.batch_size=1

@@ -12,8 +12,9 @@ kept, so that an interrupted study goes on. `tasks.py` is what is trained on.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,7 +26,9 @@ from tasks import Batch, Task, demo_task, recorded_task
 from tqdm import tqdm
 
 from smolvla_reflow import Recipe, attach
+from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.evaluation import evaluate
+from smolvla_reflow.flow import observe, solve
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.strategies import register_loss_strategy
 
@@ -91,36 +94,81 @@ def study(cfg: StudyConfig) -> None:
     found: dict[str, list[dict]] = {"teacher": [], **{recipe: [] for recipe in cfg.recipes}}
     for seed in cfg.seeds:
         folder = cfg.output_dir / f"seed-{seed}"
-
-        def new_teacher(seed: int = seed) -> SmolVLAPolicy:
-            torch.manual_seed(seed)
-            policy = task.policy()
-            train(policy, task.seen, cfg.teacher_steps, cfg.teacher_lr, 32, seed, "teacher")
-            return policy
-
-        teacher = kept(folder / "teacher", new_teacher)
+        teacher = kept(folder / "teacher", lambda s=seed: new_teacher(task, cfg, s))
         found["teacher"].append(measured(folder / "teacher", teacher, teacher, task, cfg, seed))
+        couplings_of = lru_cache(maxsize=4)(partial(couplings, task=task, seed=seed))
         for recipe in cfg.recipes:
-            student = teacher
-            for i, words in enumerate(recipe.split(">")):
-                name = name_of(">".join(recipe.split(">")[: i + 1]))
-                student = kept(folder / name, lambda t=student, w=words, s=seed: new_student(t, task, w, s))
-            found[recipe].append(measured(folder / name_of(recipe), teacher, student, task, cfg, seed))
+            student, rounds = teacher, []
+            for words in recipe.split(">"):
+                rounds.append(re.sub(r"[^\w.+]+", "-", words.strip()) or "default")
+                place = folder / "_then_".join(rounds)
+                student = kept(place, partial(new_student, student, task, words, seed, couplings_of))
+            found[recipe].append(measured(place, teacher, student, task, cfg, seed))
             print(table(found), flush=True)
 
 
-def new_student(teacher: SmolVLAPolicy, task: Task, words: str, seed: int) -> SmolVLAPolicy:
-    """One round of reflow."""
+def new_teacher(task: Task, cfg: StudyConfig, seed: int) -> SmolVLAPolicy:
+    """Trained on the recorded actions, from random weights."""
+    torch.manual_seed(seed)
+    policy = task.policy()
+    which = torch.randint(len(task.seen["index"]), (cfg.teacher_steps, 32))
+    train(policy, (select(task.seen, frames) for frames in which), cfg.teacher_steps, cfg.teacher_lr, seed, "teacher")
+    return policy
+
+
+def new_student(
+    teacher: SmolVLAPolicy, task: Task, words: str, seed: int, couplings_of: Callable[..., "Couplings"]
+) -> SmolVLAPolicy:
+    """One round of reflow, on couplings that all students of this teacher and solver see in the same order."""
     options = draccus.parse(Student, args=[f"--{word}" for word in words.split()])
     student = task.policy(train_expert_only=True)
     student.load_state_dict(teacher.state_dict())
-    ode = {"solver": options.solver, "num_steps": options.num_steps}
-    with attach(student, teacher, strategy=options.strategy, recipe=options.recipe(), **ode):
-        train(student, task.seen, options.steps, options.lr, options.batch_size, seed, words or "default")
+    given = couplings_of(
+        teacher, options.solver, options.num_steps, options.steps, options.batch_size, options.couplings_per_frame
+    )
+    steps = iter(zip(given.noise, given.actions, strict=True))
+    batches = (select(task.seen, frames) for frames in given.frames)
+    with attach(student, teacher, strategy=options.strategy, recipe=options.recipe()):
+        student.model.generate_reflow_target = lambda *observation, noise=None: Coupling(*next(steps))
+        train(student, batches, options.steps, options.lr, seed, words or "default")
     return student
 
 
-def train(policy: SmolVLAPolicy, frames: Batch, steps: int, lr: float, batch_size: int, seed: int, name: str) -> None:
+@dataclass(frozen=True)
+class Couplings:
+    """Of a whole training: frames (steps, batch), noise and actions (steps, batch * per_frame, chunk, width)."""
+
+    frames: torch.Tensor
+    noise: torch.Tensor
+    actions: torch.Tensor
+
+
+@torch.no_grad()
+def couplings(
+    teacher: SmolVLAPolicy,
+    solver: str,
+    num_steps: int | None,
+    steps: int,
+    batch_size: int,
+    per_frame: int,
+    *,
+    task: Task,
+    seed: int,
+) -> Couplings:
+    """Solved before training, so that recipes which differ in what they make of them share the work."""
+    torch.manual_seed(seed)
+    config = teacher.config
+    frames = torch.randint(len(task.seen["index"]), (steps, batch_size))
+    noise = torch.randn(steps, batch_size * per_frame, config.chunk_size, config.max_action_dim)
+    ode = Solver(solver, num_steps=num_steps)
+    actions = [
+        solve(teacher, observe(teacher, select(task.seen, which)), x, ode)
+        for which, x in zip(tqdm(frames, desc=f"couplings by {solver}", mininterval=10), noise, strict=True)
+    ]
+    return Couplings(frames, noise, torch.stack(actions))
+
+
+def train(policy: SmolVLAPolicy, batches: Iterable[Batch], steps: int, lr: float, seed: int, name: str) -> None:
     """AdamW with SmolVLA's betas, and its schedule: warm-up over 1/30 of the steps, cosine decay to 1/40."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=1e-10)
@@ -131,8 +179,8 @@ def train(policy: SmolVLAPolicy, frames: Batch, steps: int, lr: float, batch_siz
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     torch.manual_seed(seed)
     policy.train()
-    for _ in tqdm(range(steps), desc=name, mininterval=10):
-        loss, _ = policy.forward(select(frames, torch.randint(len(frames["index"]), (batch_size,))))
+    for batch in tqdm(batches, total=steps, desc=name, mininterval=10):
+        loss, _ = policy.forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10)
         optimizer.step()
@@ -174,10 +222,6 @@ def measured(
             found[n]["success"] = success.rate if success else None
         file.write_text(json.dumps(found, indent=1) + "\n")
     return json.loads(file.read_text())
-
-
-def name_of(recipe: str) -> str:
-    return re.sub(r"[^\w.+]+", "-", recipe.strip()) or "default"
 
 
 def table(found: dict[str, list[dict]]) -> str:
