@@ -31,7 +31,6 @@ from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, couple
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.flow import Observation
-from smolvla_reflow.losses import get_loss
 from smolvla_reflow.normalization import ChangeOfSpace, Statistics, change_of_space
 from smolvla_reflow.pairs import Pairs
 from smolvla_reflow.recipe import Recipe
@@ -106,8 +105,7 @@ class ModelMixin:
         time_sampling = time_sampling or TimeSampling(recipe.time_sampling)
         times = time_sampling.draw(len(actions), device, self.sample_time) if time is None else time
         if not recipe.real_data_ratio:
-            losses = self.forward_standard(*observation, coupling.actions, coupling.noise, times)
-            return get_loss(recipe.loss)(losses)
+            return self.forward_standard(*observation, coupling.actions, coupling.noise, times)
 
         attachment.recorded = recipe.recorded(len(actions) // attachment.per_frame, device)
         recorded = attachment.recorded.repeat_interleave(attachment.per_frame)
@@ -115,13 +113,12 @@ class ModelMixin:
         # Stored pairs have few noises for a frame; recorded actions are to meet all.
         noise = self.sample_noise(actions.shape, device) if noise is None else noise
         times = torch.where(recorded, self.sample_time(len(actions), device) if time is None else time, times)
-        losses = self.forward_standard(
+        return self.forward_standard(
             *observation,
             torch.where(chosen, actions, coupling.actions),
             torch.where(chosen, noise, coupling.noise),
             times,
         )
-        return torch.where(chosen, losses, get_loss(recipe.loss)(losses))
 
 
 class PolicyMixin:
@@ -170,7 +167,7 @@ class Attachment:
         teacher: its frozen teacher; None if pairs stand in for it.
         pairs: couplings made before, read from disk.
         solver: of the teacher's ODE.
-        recipe: where on the couplings' lines the student learns, by which loss, with how much recorded data.
+        recipe: where on the couplings' lines the student learns, how many for a frame, with how much recorded data.
         space: the way into the teacher's normalised space and back; None if it is the batches' own.
         features: of the images, shared by the two; None if the vision encoder is trained or differs.
         policy_forward: the policy's forward as it was before.
@@ -286,7 +283,7 @@ def attach(
         strategy: a name from `available_loss_strategies()`.
         solver, num_steps, rtol, atol: how the teacher's ODE is solved, see `Solver`. The default is the midpoint rule
             with the teacher's own `config.num_steps`; an error of the couplings is one that training cannot undo.
-        recipe: distribution of t, loss, and share of recorded data; the default recipe if None.
+        recipe: distribution of t, couplings for a frame, share of recorded data; the default recipe if None.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped.
         pairs: a folder of `smolvla-reflow-pairs`, instead of a teacher and a solver. That it fits the dataset the

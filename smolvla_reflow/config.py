@@ -22,10 +22,8 @@ class ReflowConfig:
     strategy: str = "reflow"
     """Loss strategy, either 'reflow', 'distill' (one step), 'standard' or one that an installed package offers."""
     time_sampling: str = Recipe.time_sampling
-    """Distribution of t, 'beta' (SmolVLA's own), 'uniform', 'u_shaped', 'logit_normal',
-    'exponential' or 'grid' (with its number of steps, see the README), or several joined by '+'."""
-    loss: str = Recipe.loss
-    """Loss of the velocity, either 'mse', 'pseudo_huber' or 'normalized'."""
+    """Distribution of t, 'beta' (SmolVLA's own), 'grid' (with its number of steps, see the README), or several
+    joined by '+'."""
     couplings_per_frame: int = Recipe.couplings_per_frame
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded and seen once for all."""
     real_data_ratio: float = Recipe.real_data_ratio

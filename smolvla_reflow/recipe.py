@@ -1,4 +1,4 @@
-"""How a student learns from couplings: where on their lines, how many a frame, by which loss, beside recorded data."""
+"""How a student learns from couplings: where on their lines, how many a frame, beside how much recorded data."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.losses import get_loss
 from smolvla_reflow.timesteps import TimeSampling
 
 
@@ -16,21 +15,18 @@ class Recipe:
 
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
-        loss: `mse`, `pseudo_huber` or `normalized`, see `smolvla_reflow.losses`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             images encoded, once for all of them.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 
     time_sampling: str = "grid:1+beta"
-    loss: str = "mse"
     couplings_per_frame: int = 1
     real_data_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
         TimeSampling(self.time_sampling)
-        get_loss(self.loss)
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
         if not 0 <= self.real_data_ratio <= 1:

@@ -65,7 +65,6 @@ class Student:
     solver: str = Solver.method
     num_steps: int | None = None
     time_sampling: str = Recipe.time_sampling
-    loss: str = Recipe.loss
     couplings_per_frame: int = Recipe.couplings_per_frame
     real_data_ratio: float = Recipe.real_data_ratio
     batch_size: int = 32
