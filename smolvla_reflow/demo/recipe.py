@@ -34,7 +34,7 @@ def one_rectified_flow_flags(folder: Path, *, steps: int = 2000, lr: float = 2e-
     ]
 
 
-def reflow_flags(folder: Path, *, steps: int = 1200, lr: float = 1e-3) -> list[str]:
+def reflow_flags(folder: Path, *, steps: int = 2000, lr: float = 1e-3) -> list[str]:
     """`smolvla-reflow-train`: straighten that checkpoint, with the backbone frozen."""
     return [
         f"--reflow.teacher_path={folder / '1rf' / LAST}",
