@@ -47,7 +47,19 @@ class StudyConfig:
     """Width of the policy's language model on it; the action expert has three quarters of that."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One teacher, and one student of each recipe, for each."""
-    recipes: list[str] = field(default_factory=lambda: ["", "time_sampling=beta", "solver=euler", "strategy=distill"])
+    recipes: list[str] = field(
+        default_factory=lambda: [
+            "",
+            "steps=2000",
+            "couplings_per_frame=4",
+            "strategy=distill",
+            "time_sampling=beta",
+            "solver=euler",
+            "real_data_ratio=0.25",
+            " > lr=5e-4",
+            " > lr=5e-4 > lr=2.5e-4 strategy=distill",
+        ]
+    )
     """How students learn."""
     teacher_steps: int = 2000
     """Training steps of the teacher."""
