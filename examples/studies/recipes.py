@@ -43,8 +43,6 @@ class StudyConfig:
     """A LeRobotDataset with one task; by default the demo's task."""
     action_dims: list[int] | None = None
     """Which of its action dimensions the policy has; all by default."""
-    hidden_size: int = 64
-    """Width of the policy's language model on it; the action expert has three quarters of that."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """One teacher, and one student of each recipe, for each."""
     recipes: list[str] = field(
@@ -103,7 +101,7 @@ def study(cfg: StudyConfig) -> None:
     if cfg.dataset_root is None:
         task = demo_task(cfg.output_dir)
     else:
-        task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.hidden_size, cfg.action_dims)
+        task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.action_dims)
     found: dict[str, list[dict]] = {"teacher": [], **{recipe: [] for recipe in cfg.recipes}}
     for seed in cfg.seeds:
         folder = cfg.output_dir / f"seed-{seed}"

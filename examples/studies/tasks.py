@@ -88,12 +88,11 @@ def demo_task(folder: Path) -> Task:
     return Task(seen, unseen, config, (1, 2, 5, 10), stats, DrivePastConfig())
 
 
-def recorded_task(root: Path, folder: Path, hidden_size: int, action_dims: Sequence[int] | None = None) -> Task:
+def recorded_task(root: Path, folder: Path, action_dims: Sequence[int] | None = None) -> Task:
     """A recorded dataset, a small SmolVLA padded to its stock 32 dimensions; `action_dims` takes some of them alone."""
     chunk, image = 16, 64
     stats = LeRobotDatasetMetadata("study/recorded", root=root).stats
-    backbone = write_backbone(folder / "backbone", image_size=image, hidden_size=hidden_size)
-    config = _config(root, backbone, chunk, image)
+    config = _config(root, write_backbone(folder / "backbone", image_size=image), chunk, image)
     frames = _load(root, config, stats)
     if action_dims:
         frames["action"] = frames["action"][..., list(action_dims)]
