@@ -4,7 +4,7 @@
 #     pip install 'smolvla-reflow' 'metaworld==3.0.0' 'mujoco<3.4'
 #     bash examples/metaworld/run.sh outputs/metaworld
 #
-# On 2 CPU cores: 10 minutes to record, 10 to train, 10 to reflow, 60 to evaluate, mostly rendering. With a
+# On 2 CPU cores: 15 minutes to record, 10 to train, 15 to reflow, 45 to evaluate, mostly rendering. With a
 # GPU, set MUJOCO_GL=egl and DEVICE=cuda. Each stage is left out if its folder exists.
 set -euo pipefail
 here=$(dirname "$0") out=${1:?Give a folder for the output.}
