@@ -105,7 +105,7 @@ def study(cfg: StudyConfig) -> None:
     found: dict[str, list[dict]] = {"teacher": [], **{recipe: [] for recipe in cfg.recipes}}
     for seed in cfg.seeds:
         folder = cfg.output_dir / f"seed-{seed}"
-        teacher = kept(folder / "teacher", lambda s=seed: new_teacher(task, cfg, s))
+        teacher = kept(folder / "teacher", partial(new_teacher, task, cfg, seed))
         found["teacher"].append(measured(folder / "teacher", teacher, teacher, task, cfg, seed))
         couplings_of = lru_cache(maxsize=4)(partial(couplings, task=task, seed=seed))
         for recipe in cfg.recipes:
@@ -218,8 +218,11 @@ def measured(
     file, seed = folder / "measured.json", MEASURING_SEED + seed
     if not file.exists():
         chosen = torch.linspace(0, len(task.unseen["index"]) - 1, cfg.frames).round().long()
+        contestants = [task.on_frames("teacher", teacher)]
+        if policy is not teacher:
+            contestants.append(task.on_frames("student", policy))
         rows = evaluate(
-            [task.on_frames("teacher", teacher), task.on_frames("student", policy)],
+            contestants,
             [select(task.unseen, which) for which in chosen.split(32)],
             torch.ones(task.unseen["action"].shape[-1]),
             num_steps=task.num_steps,
@@ -227,7 +230,7 @@ def measured(
             reference_steps=60,
             seed=seed,
         ).rows
-        found = {row.num_steps: asdict(row) for row in rows if row.policy == "student"}
+        found = {row.num_steps: asdict(row) for row in rows if row.policy == contestants[-1].name}
         for n in task.num_steps:
             success = task.success(policy, n, cfg.episodes, seed)
             found[n]["success"] = success.rate if success else None
