@@ -1,28 +1,33 @@
 """Reflow for SmolVLA: fine-tune a checkpoint on its own couplings until one or two ODE steps are enough."""
 
 from smolvla_reflow.attach import Attachment, attach, detach, is_attached
-from smolvla_reflow.coupling import Coupling
+from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.flow import Observation
-from smolvla_reflow.pairs import Pairs
-from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.solver import Solver
-from smolvla_reflow.strategies import (
+from smolvla_reflow.losses import (
     LossStrategy,
     available_loss_strategies,
     get_loss_strategy,
     register_loss_strategy,
 )
+from smolvla_reflow.pairs.store import Pairs
+from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.smolvla.velocity import Observation
+from smolvla_reflow.solver import Solver
+from smolvla_reflow.step import Losses, Step
 
 __all__ = [
     "Attachment",
     "Coupling",
+    "CouplingSource",
+    "FrozenTeacher",
     "LossStrategy",
+    "Losses",
     "Observation",
     "Pairs",
     "Recipe",
     "ReflowError",
     "Solver",
+    "Step",
     "attach",
     "available_loss_strategies",
     "detach",

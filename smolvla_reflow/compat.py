@@ -26,30 +26,34 @@ __all__ = [
     "LeRobotDatasetMetadata",
     "accelerator_arguments",
     "check_signatures",
+    "copy_prefix",
     "gradient_accumulation",
     "refuse_remote_job",
-    "repeat_prefix",
     "train",
 ]
 
 
-def train(cfg: TrainPipelineConfig, equip: Callable[[Accelerator], Accelerator]) -> None:
-    """LeRobot's `train()`, past the parser that recognises only its own config class, with an equipped Accelerator.
+def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]) -> None:
+    """LeRobot's `train()`, past the parser that recognises only its own config class, with a hooked Accelerator.
 
     Until 0.6.1 `train()` takes an Accelerator; from 0.6.2 on it has the config build one.
+
+    Args:
+        cfg: validated.
+        hooked: what is done to the Accelerator that LeRobot would have used.
 
     Raises:
         ReflowError: this LeRobot does neither.
     """
     stock = inspect.unwrap(lerobot_train.train)
     if "accelerator" in inspect.signature(stock).parameters:
-        stock(cfg, accelerator=equip(Accelerator(**accelerator_arguments(cfg))))
+        stock(cfg, accelerator=hooked(Accelerator(**accelerator_arguments(cfg))))
         return
     settings: Any = getattr(cfg, "accelerator", None)
     if not hasattr(settings, "build"):
         raise ReflowError(f"This LeRobot trains without an Accelerator that could be handed in: {unsupported()}")
     build = settings.build
-    settings.build = lambda *args, **kwargs: equip(build(*args, **kwargs))
+    settings.build = lambda *args, **kwargs: hooked(build(*args, **kwargs))
     try:
         stock(cfg)
     finally:
@@ -102,27 +106,32 @@ def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
     return getattr(settings, "steps", 1)
 
 
-def repeat_prefix(prefix: dict[str, Any], times: int) -> dict[str, Any]:
-    """Repeat each sample of what the sampler hands to `denoise_step`: a mask, and the cache of keys and values.
+def copy_prefix(prefix: dict[str, Any], times: int = 1) -> dict[str, Any]:
+    """What the sampler hands to `denoise_step`, a mask and the cache of keys and values, each sample `times` in a row.
 
-    The cache is a dictionary of tensors up to LeRobot 0.6.0 and transformers' own class from 0.6.1 on.
+    The cache is a dictionary of tensors up to LeRobot 0.6.0 and transformers' own class from 0.6.1 on, into which
+    `denoise_step` writes. The tensors are shared with the original as long as `times` is 1.
     """
 
-    def repeated(value: Any) -> Any:
+    def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.repeat_interleave(times, dim=0)
+            return value if times == 1 else value.repeat_interleave(times, dim=0)
         if isinstance(value, dict):
-            return {key: repeated(item) for key, item in value.items()}
+            return {key: copied(item) for key, item in value.items()}
         if value is not None:
-            value = copy.deepcopy(value)
-            value.batch_repeat_interleave(times)
+            # Writing and repeating replace each layer's tensors, so that layers of its own are all the copy needs. A
+            # deep copy would take up memory for nothing, and cannot be made of tensors with a gradient.
+            value = copy.copy(value)
+            value.layers = [copy.copy(layer) for layer in value.layers]
+            if times > 1:
+                value.batch_repeat_interleave(times)
         return value
 
-    return {key: repeated(value) for key, value in prefix.items()}
+    return {key: copied(value) for key, value in prefix.items()}
 
 
 def refuse_remote_job(cfg: TrainPipelineConfig) -> None:
-    """LeRobot 0.6's `--job.target` would submit `lerobot-train`, which knows nothing of reflow."""
+    """Raise ReflowError for LeRobot 0.6's `--job.target`, which would submit `lerobot-train` without reflow."""
     job = getattr(cfg, "job", None)
     if job is not None and job.is_remote:
         raise ReflowError(

@@ -1,4 +1,4 @@
-"""A coupling: noise and the actions the teacher's ODE carries it to.
+"""A coupling: noise and the actions it is carried to; and the frozen teacher, the first source of couplings.
 
 LeRobot puts noise at t = 1 and actions at t = 0 (the rectified-flow papers put them the other way round):
 
@@ -7,61 +7,132 @@ LeRobot puts noise at t = 1 and actions at t = 0 (the rectified-flow papers put 
 Flow matching draws noise and recorded actions independently. Reflow (Liu, Gong & Liu, "Flow Straight and
 Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the end of its own path instead:
 `actions = ODE_teacher(noise)`. Paths of such a coupling do not cross, so they can be straight.
+
+A source of couplings is anything that can be called like `FrozenTeacher`. The other one in this package is
+`smolvla_reflow.pairs.store.Pairs`, which reads from disk what a teacher made before.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.flow import Observation, solve
-from smolvla_reflow.normalization import ChangeOfSpace
+from smolvla_reflow.smolvla.normalization import SpaceMaps
+from smolvla_reflow.smolvla.velocity import Observation, encode
 from smolvla_reflow.solver import Solver
 
 
-class Coupling(NamedTuple):
-    """Both ends of `B` paths of the teacher, in the normalised space of the student's batches."""
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Both ends of `N` straight lines, in the normalised space of the student's batches.
 
-    noise: Tensor  # (B, chunk_size, max_action_dim) float32, t = 1
-    actions: Tensor  # (B, chunk_size, max_action_dim) float32, t = 0
+    Attributes:
+        noise: (N, chunk_size, max_action_dim) float32, at t = 1.
+        actions: (N, chunk_size, max_action_dim) float32, at t = 0.
+        recorded: whether the actions are recorded ones, of all lines or, as (N,) bool, of some. LeRobot trains on
+            recorded actions in its own way: with SmolVLA's times, and not where the chunk is padded.
+    """
+
+    noise: Tensor
+    actions: Tensor
+    recorded: bool | Tensor = False
+
+
+class CouplingSource(Protocol):
+    """Anything that couples: a frozen teacher, stored pairs, or a function of yours."""
+
+    def __call__(
+        self, observation: Observation, *, frames: Tensor | None, noise: Tensor | None, per_frame: int
+    ) -> Coupling:
+        """Couplings of a batch of `B` frames, `per_frame` in a row for each.
+
+        Args:
+            observation: what student and teacher see, prepared once for both.
+            frames: (B,) int64, the frames' indices in the dataset; None if the batch does not hold any.
+            noise: (B * per_frame, chunk_size, max_action_dim) float32 where the caller fixed it; None to draw some.
+            per_frame: couplings for each frame.
+
+        Returns:
+            `B * per_frame` lines, without gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """A source of couplings: noise, and the end of its path along a teacher's flow.
+
+    Attributes:
+        policy: the teacher; it moves to the student's device by itself.
+        solver: of the teacher's ODE.
+        space: the maps into the teacher's normalised space and back, if that is not the student's.
+    """
+
+    policy: SmolVLAPolicy
+    solver: Solver
+    space: SpaceMaps | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        observation: Observation,
+        *,
+        frames: Tensor | None = None,
+        noise: Tensor | None = None,
+        per_frame: int = 1,
+    ) -> Coupling:
+        """See `CouplingSource`. Runs under whatever autocast is active, as the teacher's stock sampler would.
+
+        The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part
+        of the flow's state, and the student's sampler will see them too.
+
+        Raises:
+            ReflowError: the student has begun to train what it shares with the teacher, or the solver fails.
+        """
+        device, config = observation.state.device, self.policy.config
+        if noise is None:
+            shape = (len(observation.state) * per_frame, config.chunk_size, config.max_action_dim)
+            noise = self.policy.model.sample_noise(shape, device)
+        follow(self.policy, device)
+        actions = solve(self.policy, self.sees(observation), noise, self.solver)
+        return Coupling(noise, actions if self.space is None else self.space.actions(actions))
+
+    def sees(self, observation: Observation) -> Observation:
+        """The student's observation in the teacher's normalised space."""
+        if self.space is None:
+            return observation
+        return observation._replace(state=self.space.state(observation.state))
 
 
 @torch.no_grad()
-def couple(
-    teacher: SmolVLAPolicy,
-    observation: Observation,
-    noise: Tensor,
-    solver: Solver,
-    space: ChangeOfSpace | None = None,
-) -> Coupling:
-    """Carry `noise` along the teacher's flow, under whatever autocast is active, as its stock sampler would be.
-
-    The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part
-    of the flow's state, and the student's sampler will see them too.
+def solve(policy: SmolVLAPolicy, observation: Observation, noise: Tensor, solver: Solver) -> Tensor:
+    """Carry `noise` along the policy's flow; returns actions in the shape of `noise`, at full width.
 
     Args:
-        teacher: a frozen policy; it is moved to the device of `noise` if it is elsewhere.
-        observation: the tensors the student sees, prepared once for both.
-        noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation.
-        solver: of the teacher's ODE.
-        space: the way into the teacher's normalised space and back, if that is not the student's.
+        policy: in eval mode, its `config.num_steps` holding where `solver.num_steps` is None.
+        observation: prepared tensors on the policy's device.
+        noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation, which is encoded once.
+        solver: `euler` with the config's own number of steps is the stock sampler itself.
 
     Raises:
-        ReflowError: the student has begun to train what it shares with the teacher, or the solver fails.
+        ReflowError: the solver fails.
     """
-    _follow(teacher, noise.device)
-    if space is not None:
-        observation = observation._replace(state=space.state(observation.state))
-    actions = solve(teacher, observation, noise, solver)
-    if space is not None:
-        actions = space.actions(actions)
-    return Coupling(noise, actions)
+    per_observation = len(noise) // len(observation.state)
+    if per_observation == 1 and solver.method == "euler" and solver.num_steps in (None, policy.config.num_steps):
+        return policy.model.sample_actions(*observation, noise=noise)
+    velocity = encode(policy.model, observation).repeated(per_observation)
+    return solver.integrate(velocity, noise, policy.config.num_steps)
 
 
-def _follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
-    """Bring what is the teacher's own to the student's device; what is shared went along."""
+def follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
+    """Move the teacher's own parameters to the student's device, where those that they share are already.
+
+    Raises:
+        ReflowError: a parameter that they share has become trainable.
+    """
     elsewhere = False
     for parameter in teacher.parameters():
         elsewhere |= parameter.device != device

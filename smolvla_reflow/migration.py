@@ -1,4 +1,4 @@
-"""Turn a checkpoint of the earlier fork into one that plain LeRobot loads.
+"""The earlier fork's flags and checkpoints: what its flags are called here, and stock checkpoints of its own.
 
 The fork wrote fields of its own into `config.json`, and sometimes the whole teacher into `model.safetensors`. `plan`
 says what has to go and whether a stock checkpoint is left; `write` makes that one, in a new folder. Only JSON and
@@ -17,7 +17,8 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from smolvla_reflow.checkpoint import (
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.smolvla.checkpoint import (
     FORK_FIELDS,
     TEACHER_PREFIX,
     StoredTensors,
@@ -26,11 +27,34 @@ from smolvla_reflow.checkpoint import (
     read_json,
     stored_tensors,
 )
-from smolvla_reflow.errors import ReflowError
 
 TRAIN_CONFIG_NAME = "train_config.json"
 # Of the folder and what lies in it, such as a tokenizer. What can be executed, or may be a pickle, stays behind.
 COPIED = (".json", ".safetensors", ".md", ".txt", ".jinja")
+
+
+FORK_FLAGS = {
+    "policy.training_mode": "reflow.strategy",
+    "policy.use_reflow": "reflow.strategy",
+    "policy.teacher_model_path": "reflow.teacher_path",
+}
+
+
+def rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags with those of the fork by their names here.
+
+    Raises:
+        ReflowError: a flag of the fork contradicts another one.
+    """
+    renamed = dict(given)
+    for old, new in FORK_FLAGS.items():
+        if old in renamed:
+            value = renamed.pop(old)
+            if old == "policy.use_reflow":
+                value = "reflow" if str(value).lower() in ("true", "1", "yes") else "standard"
+            if str(renamed.setdefault(new, value)) != str(value):
+                raise ReflowError(f"--{old} (--{new}={value}) contradicts --{new}={renamed[new]}; give one of them.")
+    return renamed
 
 
 @dataclass(frozen=True)

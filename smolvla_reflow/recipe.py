@@ -1,4 +1,4 @@
-"""How a student learns from couplings: where on their lines, how many a frame, beside how much recorded data."""
+"""The recipe: where on a coupling's line the student learns, couplings per frame, and the share of recorded data."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.timesteps import TimeSampling
+from smolvla_reflow.times import TimeSampling
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fields of a recipe; `examples/studies/recipes.py` compares some.
+    """How a student learns; `examples/studies/recipes.py` compares some.
 
     Attributes:
-        time_sampling: distribution of t, see `smolvla_reflow.timesteps`.
+        time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             images encoded, once for all of them.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.

@@ -5,7 +5,6 @@
 The methods are torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, known_are
 
 FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
 ADAPTIVE = ("dopri5",)
@@ -33,7 +32,7 @@ class Path(NamedTuple):
 
 @dataclass(frozen=True)
 class Solver:
-    """A method and how finely it works.
+    """An ODE method and how finely it works.
 
     Attributes:
         method: one of `FIXED_STEP`, of order 1, 2, 3 and 4 at 1, 2, 3 and 4 velocity evaluations a step, or of
@@ -55,9 +54,7 @@ class Solver:
     def __post_init__(self) -> None:
         known = (*FIXED_STEP, *ADAPTIVE)
         if self.method not in known:
-            close = difflib.get_close_matches(str(self.method), known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ReflowError(f"solver={self.method} is unknown; known are: {', '.join(known)}.{hint}")
+            raise ReflowError(f"solver={self.method} is unknown; {known_are(known, str(self.method))}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ReflowError(f"num_steps={self.num_steps}: the teacher needs at least one ODE step.")
         tolerances = {"rtol": self.rtol, "atol": self.atol}
@@ -70,7 +67,7 @@ class Solver:
             raise ReflowError(f"solver={self.method} takes equal steps; give num_steps instead of rtol and atol.")
 
     def resolved(self, num_steps: int) -> "Solver":
-        """The same with every value filled in; `num_steps` where a fixed-step method has none."""
+        """This solver with every value filled in; a fixed-step method without steps gets `num_steps`."""
         if self.method in ADAPTIVE:
             return replace(self, rtol=self.rtol or DEFAULT_TOLERANCE, atol=self.atol or DEFAULT_TOLERANCE)
         return replace(self, num_steps=self.num_steps or num_steps)
@@ -103,3 +100,25 @@ class Solver:
         except AssertionError as error:
             raise ReflowError(f"The ODE cannot be solved by {self.method} ({error}).") from None
         return Path(times, points)
+
+
+# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+@dataclass
+class SolverFlags:
+    """The flags of a `Solver`, which `--reflow.*` has in every command that solves a teacher's ODE."""
+
+    solver: str = Solver.method
+    """Solver of the teacher's ODE, either 'midpoint', 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
+    num_steps: int | None = None
+    """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config."""
+    rtol: float | None = None
+    """Relative tolerance of dopri5, by default 1e-5."""
+    atol: float | None = None
+    """Absolute tolerance of dopri5 in normalised units, by default 1e-5."""
+
+    def chosen(self) -> Solver:
+        """The solver that the flags name. Raises ReflowError, naming the flag, if something is wrong with them."""
+        try:
+            return Solver(self.solver, self.num_steps, self.rtol, self.atol)
+        except ReflowError as error:
+            raise ReflowError(f"--reflow.{error}") from None

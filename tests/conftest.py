@@ -1,8 +1,10 @@
 """Shared pieces: a small SmolVLA, a batch for it, and a 1-rectified flow that `lerobot-train` trained."""
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,11 +22,11 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 
-from smolvla_reflow import strategies
+from smolvla_reflow import losses
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import LAST, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.flags import LAST, one_rectified_flow_flags, reflow_flags
 from smolvla_reflow.demo.task import REPO_ID, write_dataset
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
@@ -195,10 +197,24 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, strategies.LossStrategy]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, losses.LossStrategy]:
     """The registered strategies; what a test adds is forgotten after it."""
-    monkeypatch.setattr(strategies, "_registry", dict(strategies._registry))
-    return strategies._registry
+    monkeypatch.setattr(losses, "_registry", dict(losses._registry))
+    return losses._registry
+
+
+@pytest.fixture
+def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A block in which `attach` lets teacher and student encode each image for themselves."""
+    attach_module = sys.modules["smolvla_reflow.attach"]  # the package exports the function of that name
+
+    @contextlib.contextmanager
+    def block():
+        with monkeypatch.context() as patch:
+            patch.setattr(attach_module, "share_features", lambda *policies: None)
+            yield
+
+    return block
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +225,17 @@ def _quiet_root_logger():
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def stored(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished set of the workshop's pairs, three for each frame. Not to be changed; `copied` is for that."""
+    from pairs_helpers import make_pairs  # which imports this module
+
+    return make_pairs(workshop, tmp_path_factory.mktemp("pairs") / "pairs")
+
+
+@pytest.fixture
+def copied(stored: Path, tmp_path: Path) -> Path:
+    """A copy of `stored`."""
+    return Path(shutil.copytree(stored, tmp_path / "copied"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smolvla_reflow import ReflowError
-from smolvla_reflow.arguments import complete
+from smolvla_reflow.training.arguments import complete
 
 TEACHER = "--reflow.teacher_path=T"
 DATASET = "--dataset.repo_id=ID"
@@ -119,7 +119,7 @@ def test_the_student_never_overwrites_the_teachers_repository():
         (["--resume=true"], "needs --config_path"),
         (["--resume=true", "--config_path=nowhere.json"], "nowhere.json does not exist"),
         ([TEACHER, "--config_path=nowhere.yaml"], "nowhere.yaml does not exist"),
-        ([TEACHER, "--reflow.num_stepz=3"], r"--reflow.num_stepz is unknown; did you mean --reflow.num_steps\?"),
+        ([TEACHER, "--reflow.num_stepz=3"], r"--reflow.num_stepz is unknown; known are: .*Did you mean '--reflow.num_steps'\?"),
         ([TEACHER, "--policy.use_reflow=true", "--reflow.strategy=distill"], r"use_reflow .*contradicts"),
     ],
 )

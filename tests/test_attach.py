@@ -11,7 +11,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file
 
-from smolvla_reflow import ReflowError, attach, detach, is_attached
+from smolvla_reflow import Recipe, ReflowError, attach, detach, is_attached
 
 
 def snapshot(policy):
@@ -137,17 +137,41 @@ def test_teacher_stays_frozen_and_in_eval_mode(policy, teacher, batch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
 
 
-def test_assigning_a_teacher_is_refused_and_changes_nothing(policy, teacher, batch):
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("assigned", ["another", None])
+def test_assigning_a_teacher_is_refused_and_changes_nothing(policy, teacher, batch, mode, assigned):
+    """PyTorch takes the assignment; the next forward pass undoes it before anything is computed."""
     attach(policy, teacher)
     frozen = policy.model.teacher
+    policy.model.teacher = teacher if assigned else None
     with pytest.raises(ReflowError, match=r"submodule of the student.*detach\(policy\)"):
-        policy.model.teacher = teacher
+        policy.train(mode).forward(dict(batch))
     assert policy.model.teacher is frozen
     assert "teacher" not in dict(policy.model.named_children())
     policy.train().forward(dict(batch))
     # Modules that have nothing to do with us may still have a child of that name.
     other = torch.nn.Module()
     other.teacher = torch.nn.Linear(1, 1)
+    assert not torch.nn.modules.module._global_module_registration_hooks
+
+
+def test_detach_undoes_an_assigned_teacher(policy, teacher):
+    before, names = snapshot(policy), list(policy.state_dict())
+    attach(policy, teacher)
+    policy.model.teacher = teacher
+    detach(policy)
+    assert snapshot(policy) == before
+    assert list(policy.state_dict()) == names
+
+
+def test_what_has_no_effect_is_refused(policy, teacher):
+    before = snapshot(policy)
+    for strategy in ("distill", "standard"):
+        with pytest.raises(ReflowError, match=f"time_sampling=beta has no effect with strategy={strategy}"):
+            attach(policy, teacher, strategy=strategy, recipe=Recipe(time_sampling="beta"))
+    with pytest.raises(ReflowError, match="real_data_ratio=0.5 has no effect with strategy=standard; leave it out"):
+        attach(policy, teacher, strategy="standard", recipe=Recipe(real_data_ratio=0.5))
+    assert snapshot(policy) == before
 
 
 # --- everyday operations on an attached policy ----------------------------------------------------------------

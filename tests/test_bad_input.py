@@ -13,7 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 
 
 def refused(flags: list[str], capsys, folder: Path) -> str:
@@ -44,7 +44,7 @@ def other_backbone(tmp_path_factory):
         ),
         ({"reflow__teacher_path": "{teacher}/config.json"}, "is a file; name the checkpoint's folder"),
         ({"reflow__strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
-        ({"reflow__time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are beta and grid:K"),
+        ({"reflow__time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are: beta, grid:K"),
         ({"reflow__real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
         ({"reflow__couplings_per_frame": 0}, "--reflow.couplings_per_frame=0: at least 1 is needed"),
         ({"reflow__real_data_ratio": "nan"}, "--reflow.real_data_ratio=nan is no share"),

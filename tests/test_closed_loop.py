@@ -12,13 +12,14 @@ from lerobot.configs.default import EvalConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-from smolvla_reflow import closed_loop
-from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, TASK
-from smolvla_reflow.metrics import Success
+from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.metrics import Success
+from smolvla_reflow.evaluation.policy import load_measured_policy
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"
 # An obstacle out of the way of most drives, so that a barely trained policy arrives in some and not in others.
@@ -45,16 +46,15 @@ def test_tasks_are_told_apart():
 
 
 @pytest.fixture(scope="module")
-def contestant(workshop):
-    cfg = eval_command.EvalConfig(dataset=None, policy=eval_command.PolicyConfig(device="cpu"))
-    return eval_command.load("policy", open_checkpoint(str(workshop / "1rf" / LAST)), cfg)
+def measured(workshop):
+    return load_measured_policy("policy", open_checkpoint(str(workshop / "1rf" / LAST)), "cpu", {})
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
-def test_drives_are_the_stock_policys(workshop, contestant, num_steps):
+def test_drives_are_the_stock_policys(workshop, measured, num_steps):
     """Stock checkpoint, stock processors, and a loop written here: the same seed, the same episodes succeed."""
     settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
-    found = closed_loop.drive(contestant, DrivePastConfig(**EASY), settings, num_steps, seed=5)
+    found = success_rate(measured, DrivePastConfig(**EASY), settings, num_steps, seed=5)
 
     policy = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).eval()
     preprocessor, postprocessor = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
@@ -87,12 +87,12 @@ def test_drives_are_the_stock_policys(workshop, contestant, num_steps):
     assert found.rate == sum(successes) / EPISODES
     assert found.by_task == {"drive_past/0": found.rate}
     assert 0 < found.rate < 1  # or the comparison would say nothing
-    assert contestant.policy.config.num_steps == contestant.num_steps
+    assert measured.policy.config.num_steps == measured.num_steps
 
 
-def test_several_seeds_show_several_scenes(contestant):
+def test_several_seeds_show_several_scenes(measured):
     settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
-    rates = {closed_loop.drive(contestant, DrivePastConfig(), settings, 2, seed).rate for seed in range(4)}
+    rates = {success_rate(measured, DrivePastConfig(), settings, 2, seed).rate for seed in range(4)}
     assert len(rates) > 1
 
 

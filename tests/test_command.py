@@ -18,10 +18,11 @@ from conftest import lerobot_train_main, reflow_run, reflow_train_main, stock_fl
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from smolvla_reflow.checkpoint import open_checkpoint
-from smolvla_reflow.config import ReflowConfig
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow import coupling
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import write_dataset
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.training.config import ReflowConfig
 
 BEFORE_0_6 = Version(lerobot.__version__) < Version("0.6.0")
 
@@ -254,21 +255,20 @@ def test_help_explains_the_reflow_options(capsys):
 
 def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):
     """Ctrl-C in the third step: exit code 130, and the command it prints resumes."""
-    attach_module = sys.modules["smolvla_reflow.attach"]  # the package exports the function of that name
     calls = iter(range(100))
 
     def interrupted(*args):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return couple(*args)
+        return solve(*args)
 
-    couple = attach_module.couple
+    solve = coupling.solve
     for save_freq, hint in ((10, "No checkpoint was saved yet"), (2, "Go on from the last good checkpoint with ")):
         run, calls = tmp_path / str(save_freq), iter(range(100))
-        monkeypatch.setattr(attach_module, "couple", interrupted)
+        monkeypatch.setattr(coupling, "solve", interrupted)
         with pytest.raises(SystemExit) as exit:
             reflow_train_main(reflow_run(workshop, run, save_freq=save_freq))
-        monkeypatch.setattr(attach_module, "couple", couple)
+        monkeypatch.setattr(coupling, "solve", solve)
         assert exit.value.code == 130
         (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "interrupted." in ln]
         assert hint in line

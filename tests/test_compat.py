@@ -10,7 +10,7 @@ from lerobot.scripts import lerobot_train
 
 from smolvla_reflow import ReflowError, attach, compat
 from smolvla_reflow.commands.console import command_line
-from smolvla_reflow.config import ReflowTrainPipelineConfig
+from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 
 
 class RecordedError(Exception):

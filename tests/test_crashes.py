@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ import torch
 from conftest import reflow_run, reflow_train_main
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow.demo.recipe import LAST
-from smolvla_reflow.run_folder import how_to_go_on, is_whole, last_good, whole_checkpoints
-from smolvla_reflow.strategies import register_loss_strategy
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.losses import register_loss_strategy
+from smolvla_reflow.training.run_folder import how_to_go_on, is_whole, last_good, whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
         import os, random, signal, sys, time
         from pathlib import Path
         from smolvla_reflow.commands import train
-        from smolvla_reflow.run_folder import training_step, whole_checkpoints
+        from smolvla_reflow.training.run_folder import training_step, whole_checkpoints
 
         run, rng = Path({str(run)!r}), random.Random(0)
         resume = ["--config_path=" + str(run / "checkpoints/last/pretrained_model/train_config.json"), "--resume=true"]
@@ -146,10 +147,10 @@ def losing(registry):
         registry.pop("losing", None)
         calls = iter(range(1, 100))
 
-        @register_loss_strategy("losing", whole_chunk=True)
-        def losing(model, observation, actions, noise=None, time=None):
-            losses = model.forward_standard(*observation, actions, noise, time)
-            return spoil(losses) if next(calls) >= at else losses
+        @register_loss_strategy("losing")
+        def losing(step):
+            losses = step.losses(step.recorded())
+            return replace(losses, values=spoil(losses.values)) if next(calls) >= at else losses
 
     return make
 

@@ -9,10 +9,10 @@ from PIL import Image
 from smolvla_reflow.commands import demo
 from smolvla_reflow.demo import task
 from smolvla_reflow.demo.environment import DrivePast
-from smolvla_reflow.demo.recipe import evaluation_flags, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.flags import evaluation_flags, one_rectified_flow_flags, reflow_flags
 
 
-def drive(scene: task.Scene, waypoints) -> tuple[list[np.ndarray], dict]:
+def follow(scene: task.Scene, waypoints) -> tuple[list[np.ndarray], dict]:
     """Follow waypoints in the environment; the positions on the way and the last info."""
     env = DrivePast(scene.start_y, scene.obstacle_y)
     observation, info = env.reset()
@@ -30,7 +30,7 @@ def drive(scene: task.Scene, waypoints) -> tuple[list[np.ndarray], dict]:
 @pytest.mark.parametrize("side", [-1, 1])
 def test_experts_get_past_on_either_side(side):
     for scene in task.draw_scenes(100, seed=3):
-        path, info = drive(scene, task.expert_path(scene, side)[1:])
+        path, info = follow(scene, task.expert_path(scene, side)[1:])
         assert info["is_success"]
         assert np.sign(path[3][1] - scene.obstacle_y) == side
 
@@ -38,7 +38,7 @@ def test_experts_get_past_on_either_side(side):
 def test_averaging_the_two_ways_hits_the_obstacle():
     for scene in task.draw_scenes(100, seed=3):
         middle = (task.expert_path(scene, -1) + task.expert_path(scene, 1)) / 2
-        path, info = drive(scene, middle[1:])
+        path, info = follow(scene, middle[1:])
         assert not info["is_success"]
         assert len(path) < 5  # it ended at the obstacle
 
@@ -57,8 +57,8 @@ def test_a_step_ends_where_it_may_and_sees_what_lies_on_it():
 
 def test_standing_still_and_leaving_sideways_are_no_success():
     scene = task.Scene(0.0, 0.0)
-    assert not drive(scene, np.zeros((20, 2)))[1]["is_success"]
-    assert not drive(scene, [np.array([0.1, 5.0])] * 4 + [np.array([2.0, 5.0])] * 20)[1]["is_success"]
+    assert not follow(scene, np.zeros((20, 2)))[1]["is_success"]
+    assert not follow(scene, [np.array([0.1, 5.0])] * 4 + [np.array([2.0, 5.0])] * 20)[1]["is_success"]
 
 
 def test_the_environment_shows_what_the_dataset_shows():

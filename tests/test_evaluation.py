@@ -17,13 +17,15 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from oracle import Flow
 
 from smolvla_reflow import Solver
-from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.commands import eval as eval_command
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
-from smolvla_reflow.evaluation import Contestant, Evaluation, Row, evaluate, recommend
-from smolvla_reflow.metrics import spread, squared_error, straightness
+from smolvla_reflow.evaluation.measure import Evaluation, Row, Settings, evaluate
+from smolvla_reflow.evaluation.metrics import absolute_error, spread, squared_error, straightness
+from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
+from smolvla_reflow.evaluation.recommendation import recommend
 from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 # --- metrics --------------------------------------------------------------------------------------------------
 
@@ -58,6 +60,14 @@ def test_a_student_that_averages_two_modes_has_no_spread():
     jitter = 0.01 * torch.randn(6, 4, 5, 2, generator=torch.Generator().manual_seed(0))
     assert (spread(jitter).mean() / spread(sides + jitter).mean()).item() < 1e-3
     torch.testing.assert_close(spread(sides), torch.full((6,), 4 / 3))  # unbiased: 4 / (4 - 1)
+
+
+def test_action_error_leaves_out_the_steps_that_were_not_recorded():
+    """Worked by hand: two noises, two steps of which the second frame has one, two dimensions."""
+    actions = torch.tensor([[[[1.0, 0.0], [2.0, 0.0]], [[3.0, 4.0], [0.0, 0.0]]]]).repeat(2, 1, 1, 1)
+    recorded = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).repeat(2, 1, 1)
+    exists = torch.tensor([[True, True], [True, False]])
+    torch.testing.assert_close(absolute_error(actions, recorded, exists), torch.tensor([[1.0 + 1.0, 2.0], [1.0, 2.0]]))
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------
@@ -211,14 +221,34 @@ def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student
     )
 
 
+def test_each_policy_is_judged_by_the_steps_that_it_executes(workshop):
+    """A copy of the teacher that looks again after other steps has the error of those steps."""
+    checkpoint = open_checkpoint(workshop / "1rf" / LAST)
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    batch = torch.utils.data.default_collate([dataset[i] for i in (0, 10)])
+
+    def executed_error(policies):
+        settings = Settings(torch.ones(2), num_steps=[2], num_noises=2, reference_steps=2, seed=0)
+        rows = evaluate(policies, [batch], settings).rows
+        (row,) = [row for row in rows if (row.policy, row.num_steps) == (policies[-1].name, 2)]
+        return row.action_mae_executed
+
+    teacher, student = (load_measured_policy(name, checkpoint, "cpu", {}) for name in ("teacher", "student"))
+    student.policy.config.n_action_steps = 5
+    assert executed_error([teacher, student]) == pytest.approx(executed_error([student]))
+    assert executed_error([student]) != pytest.approx(executed_error([teacher]))
+
+
 def test_memory_does_not_grow_with_the_frames(workshop):
     """Of the batches that went by, none is still held."""
     checkpoint = open_checkpoint(workshop / "1rf" / LAST)
     policy = SmolVLAPolicy.from_pretrained(checkpoint.folder).eval()
     preprocessor, postprocessor = make_pre_post_processors(policy.config, str(checkpoint.folder))
-    from smolvla_reflow.normalization import robot_units
+    from smolvla_reflow.smolvla.normalization import robot_units
 
-    contestant = Contestant("policy", policy, preprocessor, postprocessor, robot_units(checkpoint), 10)
+    measured = MeasuredPolicy("policy", policy, preprocessor, postprocessor, robot_units(checkpoint), 10)
     dataset = LeRobotDataset(
         REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
     )
@@ -232,8 +262,8 @@ def test_memory_does_not_grow_with_the_frames(workshop):
             yield batch
             del batch
 
-    settings = {"num_steps": [1], "num_noises": 2, "reference_steps": 2, "seed": 0}
-    evaluate([contestant], batches(), torch.ones(2), **settings)
+    settings = Settings(torch.ones(2), num_steps=[1], num_noises=2, reference_steps=2, seed=0)
+    evaluate([measured], batches(), settings)
     assert len(alive) == 4
 
 
@@ -263,7 +293,7 @@ def invented(errors: dict[str, dict[int, float]]) -> Evaluation:
 )
 def test_recommendation(student, tolerance, expected):
     evaluation = invented({"teacher": {1: 0.5, 2: 0.2, 10: 0.05}, "student": student})
-    reference = Contestant("teacher", None, None, None, None, 10)
+    reference = MeasuredPolicy("teacher", None, None, None, None, 10)
     assert recommend(evaluation, "student", reference, tolerance) == expected
 
 

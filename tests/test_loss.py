@@ -5,7 +5,7 @@ import torch
 from conftest import ACTION_DIM, CHUNK, WIDTH, make_batch
 from oracle import Flow, reflow_losses
 
-from smolvla_reflow import Coupling, Recipe, attach
+from smolvla_reflow import Coupling, Recipe, Solver, attach
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -14,7 +14,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.mark.parametrize("solver", ["midpoint", "euler"])
 def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, solver, num_steps):
     noise, time = noise_and_time
-    attach(policy, teacher, solver=solver, num_steps=num_steps)
+    attach(policy, teacher, solver=Solver(solver, num_steps=num_steps))
     policy.train()
 
     loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
@@ -131,21 +131,20 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     torch.testing.assert_close(loss, reflow_losses(policy, teacher, batch, noise, time, 10).mean(), **TOLERANCE)
 
 
-def test_direction_of_time(make_policy, monkeypatch):
+def test_direction_of_time(make_policy):
     """Trained on a linear flow with a known end, the stock sampler arrives at that end.
 
     The teacher's coupling is `actions = A noise + b` exactly, so the straight flow has velocity
     `u = noise - (A noise + b)` along each line. A student trained with time reversed leaves in the wrong direction.
     """
     student = make_policy(seed=0, train_expert_only=True)
-    attach(student)
     scale, shift = 0.25, 2.0
 
-    def linear_target(*observation, noise=None):
-        noise = student.model.sample_noise((len(observation[-1]), CHUNK, WIDTH), "cpu") if noise is None else noise
+    def linear_flow(observation, *, frames, noise, per_frame):
+        noise = student.model.sample_noise((len(observation.state) * per_frame, CHUNK, WIDTH), "cpu")
         return Coupling(noise, scale * noise + shift)
 
-    monkeypatch.setitem(vars(student.model), "generate_reflow_target", linear_target)
+    attach(student, pairs=linear_flow)
     batch = make_batch(16)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)

@@ -10,9 +10,9 @@ from lerobot.configs.types import NormalizationMode
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 
 from smolvla_reflow import ReflowError, attach
-from smolvla_reflow.checkpoint import open_checkpoint
-from smolvla_reflow.flow import observe
-from smolvla_reflow.normalization import STATISTICS, change_of_space
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.smolvla.normalization import STATISTICS, space_maps
+from smolvla_reflow.smolvla.velocity import observe
 
 WIDTHS = {"action": ACTION_DIM, "observation.state": STATE_DIM}
 ALL = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")
@@ -89,7 +89,7 @@ def test_couplings_in_robot_units_do_not_depend_on_the_dataset(
     for name, stats in (("own", own), ("other", other)):
         policy = make_policy(seed=0, normalization_mapping=mapping(mode))
         with caplog.at_level("INFO"), attach(policy, folder, dataset_stats=stats) as attachment:
-            assert (attachment.space is None) is (name == "own")
+            assert (attachment.source.space is None) is (name == "own")
             results[name] = couplings_in_robot_units(policy, batch, raw_state, stats, mode, noise)
     torch.testing.assert_close(results["other"][0], results["own"][0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(results["other"][1], results["own"][1], rtol=1e-4, atol=1e-4)  # padded: as they are
@@ -133,12 +133,12 @@ def test_the_teacher_is_asked_as_plain_lerobot_would_ask_it(make_policy, save_te
 def test_exactly_the_statistics_in_use_matter(make_config, mode):
     own = draw_stats()
     teacher = fake_checkpoint(make_config, mode, own)
-    assert change_of_space(teacher, own) is None  # rounding to float32 is no difference
+    assert space_maps(teacher, own) is None  # rounding to float32 is no difference
     for feature in own:
         for name in ALL:
             other = {f: dict(of) for f, of in own.items()}
             other[feature][name] = own[feature][name] + 0.1
-            assert (change_of_space(teacher, other) is None) is (name not in STATISTICS[mode])
+            assert (space_maps(teacher, other) is None) is (name not in STATISTICS[mode])
 
 
 def fake_checkpoint(make_config, mode, stats, **overrides):
@@ -157,7 +157,7 @@ def test_a_dimension_that_never_moves_in_either_is_left_alone(make_config):
         for feature in stats:
             stats[feature]["std"][0] = 0.0
             stats[feature]["mean"][0] = 5.0
-    change = change_of_space(fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own), other)
+    change = space_maps(fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own), other)
     for affine in (change.state, change.actions):
         assert (affine.scale[0], affine.shift[0]) == (1.0, 0.0)
         assert affine.scale[1] != 1.0
@@ -168,7 +168,7 @@ def test_a_dimension_that_moves_in_one_alone_is_refused(make_config, feature, si
     own, other = draw_stats(), draw_stats()
     {"dataset": other, "teacher": own}[side][feature]["std"][1] = 0.0
     with pytest.raises(ReflowError, match=f"'{feature}' dimension 1 is .nearly. constant in the one"):
-        change_of_space(fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own), other)
+        space_maps(fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own), other)
 
 
 def test_what_lacks_statistics_is_refused(make_config):
@@ -176,13 +176,13 @@ def test_what_lacks_statistics_is_refused(make_config):
     teacher = fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own)
     renamed = {"action": own["action"], "observation.joints": own["observation.state"]}
     with pytest.raises(ReflowError, match="The dataset has no statistics 'observation.state.mean'.*converted"):
-        change_of_space(teacher, renamed)
+        space_maps(teacher, renamed)
     wide = {**own, "action": {name: np.append(v, 1.0) for name, v in own["action"].items()}}
     with pytest.raises(ReflowError, match=r"'action.mean' have shape \(3,\) in the dataset and \(2,\) in the"):
-        change_of_space(teacher, wide)
+        space_maps(teacher, wide)
     without = fake_checkpoint(make_config, NormalizationMode.QUANTILES, {"action": own["action"]})
     with pytest.raises(ReflowError, match="The teacher T has no saved statistics 'observation.state.q01'"):
-        change_of_space(without, own)
+        space_maps(without, own)
 
 
 def test_images_are_not_mapped(make_config):
@@ -191,20 +191,20 @@ def test_images_are_not_mapped(make_config):
     own[camera] = {"mean": np.full((3, 1, 1), 0.5), "std": np.full((3, 1, 1), 0.2)}
     other[camera] = {"mean": np.full((3, 1, 1), 0.4), "std": np.full((3, 1, 1), 0.2)}
     teacher = fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own)
-    assert change_of_space(teacher, other) is None  # nor normalised, in the stock configuration
+    assert space_maps(teacher, other) is None  # nor normalised, in the stock configuration
     teacher.config.normalization_mapping["VISUAL"] = NormalizationMode.MEAN_STD
-    assert change_of_space(teacher, own) is None
+    assert space_maps(teacher, own) is None
     with pytest.raises(ReflowError, match=r"images were normalised by other statistics: '.*top.mean'"):
-        change_of_space(teacher, other)
+        space_maps(teacher, other)
 
 
 def test_a_bent_space_is_not_mapped(make_config):
     """adapt_to_pi_aloha transforms normalised values in ways that are not affine."""
     own, other = draw_stats(), draw_stats(scale=1.1)
     teacher = fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own, adapt_to_pi_aloha=True)
-    assert change_of_space(teacher, own) is None
+    assert space_maps(teacher, own) is None
     with pytest.raises(ReflowError, match="adapt_to_pi_aloha=true bends"):
-        change_of_space(teacher, other)
+        space_maps(teacher, other)
 
 
 def test_statistics_need_a_teacher_that_saved_its_own(policy, teacher, save_teacher):

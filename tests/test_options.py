@@ -12,8 +12,8 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-from smolvla_reflow import attach
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow import Recipe, attach
+from smolvla_reflow.demo.flags import LAST
 
 since_0_6_2 = pytest.mark.skipif(
     "parallelism" not in TrainPipelineConfig.__dataclass_fields__, reason="exists from LeRobot 0.6.2 on"
@@ -106,6 +106,33 @@ def test_adapt_to_pi_aloha(make_policy, make_config):
     assert losses[-1] < 0.9 * losses[0]
     policy.eval()
     assert acts(policy, **{"observation.state": torch.rand(1, 14)})
+
+
+@pytest.mark.parametrize("share", ["all", "half"])
+def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy, make_config, share):
+    """The stock loss for recorded frames, and the caller's batch left as LeRobot's own forward leaves it."""
+    features = {
+        "input_features": {
+            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
+            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+        },
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (14,))},
+    }
+    policy = make_policy(adapt_to_pi_aloha=True, max_state_dim=14, max_action_dim=14, **features).train()
+    batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
+    fixed = {"noise": torch.randn(4, 5, 14), "time": torch.rand(4), "reduction": "none"}
+
+    def losses():
+        left = {name: value.clone() for name, value in batch.items()}
+        return policy.forward(left, **fixed)[0], left
+
+    expected, expected_batch = losses()
+    attach(policy, recipe=Recipe(real_data_ratio=0.5))
+    policy.model.training_mode = "standard" if share == "all" else "reflow"
+    found, left = losses()
+    count = 4 if share == "all" else 2
+    assert torch.equal(found[:count], expected[:count])
+    assert all(torch.equal(left[name], expected_batch[name]) for name in batch)
 
 
 def tensors(folder):

@@ -1,11 +1,13 @@
 """Under autocast the teacher runs as its stock inference would, and stays close to float32."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import SMOOTH
 
-from smolvla_reflow import attach
-from smolvla_reflow.flow import observe
+from smolvla_reflow import Solver, attach
+from smolvla_reflow.smolvla.velocity import observe
 
 DEVICES = [
     "cpu",
@@ -47,24 +49,22 @@ def test_an_adaptive_solver_copes_with_rounded_velocities(make_policy, batch, no
     noise, _ = noise_and_time
     policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
 
-    def actions(**solver):
-        with attach(policy, teacher, **solver):
+    def actions(method, **settings):
+        with attach(policy, teacher, solver=Solver(method, **settings)):
             return policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
 
-    true = actions(solver="rk4", num_steps=50)
+    true = actions("rk4", num_steps=50)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = actions(solver="dopri5", rtol=1e-2, atol=1e-2)
+        rounded = actions("dopri5", rtol=1e-2, atol=1e-2)
     assert rounded.dtype == torch.float32
-    one_euler_step = (actions(solver="euler", num_steps=1) - true).square().mean()
+    one_euler_step = (actions("euler", num_steps=1) - true).square().mean()
     assert (rounded - true).square().mean() < one_euler_step / 10
 
 
-def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_time):
+def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_time, nothing_shared):
     noise, time = noise_and_time
     losses = []
-    for shared in (True, False):
-        with attach(policy, teacher) as attachment, torch.autocast("cpu", torch.bfloat16):
-            if not shared:
-                attachment.features = None
+    for shared in (contextlib.nullcontext(), nothing_shared()):
+        with shared, attach(policy, teacher), torch.autocast("cpu", torch.bfloat16):
             losses.append(policy.train().forward(dict(batch), noise=noise, time=time)[0])
     assert torch.equal(*losses)

@@ -13,16 +13,16 @@ from conftest import reflow_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smolvla_reflow import ReflowError, attach, detach, is_attached
-from smolvla_reflow.arguments import complete
-from smolvla_reflow.checkpoint import open_checkpoint
+from smolvla_reflow import Pairs, ReflowError, Solver, attach, detach, is_attached
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.commands.train import parse
-from smolvla_reflow.config import ReflowTrainPipelineConfig
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.migration import plan
-from smolvla_reflow.pairs import Manifest, Pairs, Provenance, read_manifest
-from smolvla_reflow.timesteps import TimeSampling
+from smolvla_reflow.pairs.manifest import Manifest, Provenance, read_manifest
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.times import TimeSampling
+from smolvla_reflow.training.arguments import complete
+from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 
 quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
@@ -84,13 +84,24 @@ def test_mixtures_of_times(names, size):
 @quick
 @given(name=st.text(max_size=12).filter(lambda name: not name.startswith("grid:") and name != "beta"))
 def test_any_other_name_is_refused(name):
-    with pytest.raises(ReflowError, match="is unknown; known are beta"):
+    with pytest.raises(ReflowError, match="is unknown; known are: beta"):
         TimeSampling(name)
 
 
 # --- pair indexing --------------------------------------------------------------------------------------------
 
-PROVENANCE = Provenance("t", "d", 10_000, "s", "euler", 10, None, None, 2, 3, 0, 1, "float32")
+PROVENANCE = Provenance(
+    teacher="t",
+    dataset="d",
+    total_frames=10_000,
+    statistics="s",
+    solver=Solver("euler", num_steps=10),
+    chunk_size=2,
+    max_action_dim=3,
+    seed=0,
+    couplings_per_frame=1,
+    dtype="float32",
+)
 
 
 @st.composite

@@ -8,7 +8,7 @@ from conftest import lerobot_train_main, reflow_train_main
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 
 RECORDING = Path(__file__).parents[2] / "shared" / "data" / "g1_small"
 

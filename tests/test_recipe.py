@@ -1,11 +1,13 @@
 """Recipes: recorded actions in a reflow batch, which get stock LeRobot's loss, and several couplings for each frame."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import Flow, reflow_losses
 
-from smolvla_reflow import Recipe, ReflowError, attach, detach, register_loss_strategy
-from smolvla_reflow.vision import vision_encoder
+from smolvla_reflow import Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
+from smolvla_reflow.smolvla.vision import vision_encoder
 
 
 def per_sample(policy, batch, noise, time):
@@ -43,7 +45,8 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
 
 @pytest.mark.parametrize(("strategy", "time_sampling"), [("reflow", "grid:1"), ("distill", "beta")])
 def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, teacher, batch, strategy, time_sampling):
-    attach(policy, teacher, strategy=strategy, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
+    attach(policy, teacher, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
+    policy.model.training_mode = strategy
     seen = notes(policy)
     policy.train().forward(dict(batch))
     ((actions, noise, time),) = seen
@@ -66,7 +69,8 @@ def test_a_fractional_share_holds_on_average():
 def test_validation_and_other_strategies_are_left_alone(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
     stock, _ = policy.eval().forward(dict(batch), noise=noise, time=time)
-    attach(policy, teacher, strategy="standard", recipe=Recipe(real_data_ratio=0.5))
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5))
+    policy.model.training_mode = "standard"
     assert torch.equal(policy.eval().forward(dict(batch), noise=noise, time=time)[0], stock)
     assert torch.equal(policy.train().forward(dict(batch), noise=noise, time=time)[0], stock)
 
@@ -90,7 +94,7 @@ def repeated(batch):
 def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, solver):
     """Against the loss of a batch in which each frame stands three times, with the same noise and times."""
     recipe = Recipe(time_sampling="beta", couplings_per_frame=PER_FRAME)
-    attach(policy, teacher, solver=solver, num_steps=5, recipe=recipe)
+    attach(policy, teacher, solver=Solver(solver, num_steps=5), recipe=recipe)
     seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     losses.mean().backward()
@@ -102,7 +106,7 @@ def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, so
 
     policy.zero_grad()
     detach(policy)
-    attach(policy, teacher, solver=solver, num_steps=5)
+    attach(policy, teacher, solver=Solver(solver, num_steps=5))
     seen = notes(policy)
     expected, _ = policy.train().forward(repeated(batch), noise=noise, time=time, reduction="none")
     expected.mean().backward()
@@ -150,18 +154,19 @@ def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and
 
 
 def test_a_strategy_need_not_know_of_it(policy, teacher, batch, registry):
-    """A strategy of another package sees a batch in which each frame stands three times."""
+    """A strategy of another package gets three lines for each frame without asking for them."""
 
-    @register_loss_strategy("late", whole_chunk=True)
-    def late(model, observation, actions, noise=None, time=None):
-        coupling = model.generate_reflow_target(*observation, noise=noise)
-        assert len(actions) == len(coupling.noise) == len(observation.state) == len(observation.images[0])
-        return model.forward_standard(*observation, coupling.actions, coupling.noise, torch.full((len(actions),), 0.9))
+    @register_loss_strategy("late")
+    def late(step):
+        coupling = step.coupling()
+        assert len(coupling.noise) == len(coupling.actions) == PER_FRAME * len(step.actions)
+        return step.losses(coupling, times=torch.full((len(coupling.noise),), 0.9))
 
     attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME))
     seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((_, noise, time),) = seen
+    assert (time == 0.9).all()
     detach(policy)
     expected = reflow_losses(policy, teacher, repeated(batch), noise, time, 10).mean(dim=(1, 2))
     torch.testing.assert_close(losses, expected.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
@@ -172,19 +177,24 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, r
     """Here other images than the student's."""
     found = []
 
-    @register_loss_strategy("darkened", whole_chunk=True)
-    def darkened(model, observation, actions, noise=None, time=None):
-        dark = observation._replace(images=[image - 0.5 for image in observation.images])
-        found.append(model.generate_reflow_target(*dark))
-        return model.forward_standard(*dark, found[0].actions, found[0].noise, time)
+    @register_loss_strategy("darkened")
+    def darkened(step):
+        observation = step.observation
+        dark = replace(step, observation=observation._replace(images=[image - 0.5 for image in observation.images]))
+        found.append(dark.coupling())
+        return dark.losses(found[0])
 
     attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame))
-    policy.train().forward(dict(batch))
+    seen = notes(policy)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
     name = "observation.images.top"
     dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}
     with torch.no_grad():  # SmolVLA takes images from [0, 1] to [-1, 1]
         expected = Flow(teacher, dark).midpoint(found[0].noise, 10)
     torch.testing.assert_close(found[0].actions, expected, rtol=1e-4, atol=1e-5)
+    ((_, noise, time),) = seen
+    of_student = reflow_losses(policy, teacher, dark, noise, time, 10).mean(dim=(1, 2))
+    torch.testing.assert_close(losses, of_student.unflatten(0, (4, per_frame)).mean(dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -9,7 +9,7 @@ import torch
 from conftest import reflow_run, torchrun
 from safetensors.torch import load_file
 
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 
 
 def test_two_processes_train_and_only_the_main_one_logs(workshop, tmp_path):
@@ -35,7 +35,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             from safetensors.torch import save_file
             from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
             from smolvla_reflow import attach
-            from smolvla_reflow.teaching import equip
+            from smolvla_reflow.training.accelerator import hook
 
             checkpoint = {str(workshop / "1rf" / LAST)!r}
             policy = SmolVLAPolicy.from_pretrained(checkpoint)
@@ -52,9 +52,9 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
                 "action": torch.randn(n, chunk, 2),
             }}
             noise, time = torch.randn(n, chunk, width), torch.rand(n)
-            teach = functools.partial(attach, teacher=checkpoint)
+            attach_to = functools.partial(attach, teacher=checkpoint)
             ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-            accelerator = equip(Accelerator(cpu=True, kwargs_handlers=[ddp]), teach, lost=str)
+            accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
             wrapped, optimizer = accelerator.prepare(policy, optimizer)
             share = slice(accelerator.process_index, None, accelerator.num_processes)

@@ -10,10 +10,10 @@ from conftest import reflow_run, reflow_train_main
 from lerobot.processor import PolicyProcessorPipeline
 
 from smolvla_reflow import Pairs, ReflowError
-from smolvla_reflow.checkpoint import open_checkpoint
 from smolvla_reflow.commands import pairs as pairs_command
-from smolvla_reflow.demo.recipe import LAST
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 
 class Trap:

@@ -8,7 +8,8 @@ from conftest import SMOOTH
 from oracle import Flow
 
 from smolvla_reflow import ReflowError, Solver, attach
-from smolvla_reflow.flow import encode, observe, solve
+from smolvla_reflow.coupling import solve
+from smolvla_reflow.smolvla.velocity import encode, observe
 from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP
 
 
@@ -106,7 +107,7 @@ def three_eighths(v, x, t, h):
 @pytest.mark.parametrize(("method", "step"), [("midpoint", midpoint), ("heun3", heun3), ("rk4", three_eighths)])
 def test_couplings_equal_an_independent_solution(policy, teacher, batch, noise_and_time, method, step):
     noise, _ = noise_and_time
-    attach(policy, teacher, solver=method, num_steps=3)
+    attach(policy, teacher, solver=Solver(method, num_steps=3))
     coupling = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise)
 
     flow, x = Flow(teacher, batch), noise
@@ -120,7 +121,7 @@ def test_couplings_equal_an_independent_solution(policy, teacher, batch, noise_a
 def test_dopri5_finds_the_solution_that_euler_creeps_up_to(make_policy, batch, noise_and_time):
     noise, _ = noise_and_time
     policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
-    attach(policy, teacher, solver="dopri5", rtol=1e-6, atol=1e-6)
+    attach(policy, teacher, solver=Solver("dopri5", rtol=1e-6, atol=1e-6))
     actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
     flow = Flow(teacher, batch)
     with torch.no_grad():
@@ -135,10 +136,11 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher,
     observation = observe(policy, batch)
     with torch.no_grad():
         stock = teacher.model.sample_actions(*observation, noise=noise)
-    for solver in ({"solver": "euler"}, {"solver": "euler", "num_steps": 7}):
-        with attach(policy, teacher, **solver):
+    for solver in ("euler", Solver("euler", num_steps=7)):
+        with attach(policy, teacher, solver=solver):
             assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
-    by_torchdiffeq = Solver("euler").integrate(encode(teacher, observation), noise, num_steps=7)
+    with torch.no_grad():
+        by_torchdiffeq = Solver("euler").integrate(encode(teacher.model, observation), noise, num_steps=7)
     torch.testing.assert_close(by_torchdiffeq, stock, rtol=1e-4, atol=1e-5)
 
 
@@ -170,5 +172,5 @@ def test_the_prefix_is_encoded_once_per_solve(make_policy, batch, noise_and_time
 def test_a_solver_for_the_teacher_does_not_change_the_policys_own_sampling(policy, teacher, batch, noise_and_time):
     noise, _ = noise_and_time
     expected = policy.predict_action_chunk(dict(batch), noise=noise)
-    attach(policy, teacher, solver="rk4", num_steps=2)
+    attach(policy, teacher, solver=Solver("rk4", num_steps=2))
     assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)

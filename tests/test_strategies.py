@@ -1,6 +1,5 @@
-"""The registry: by decorator, by entry point, and what it refuses."""
+"""Where losses come from: the registry, installed packages, and files that the user names."""
 
-import runpy
 import subprocess
 import sys
 import textwrap
@@ -8,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import reflow_run, reflow_train_main
+from oracle import reflow_losses
 
 from smolvla_reflow import (
+    Recipe,
     ReflowError,
     attach,
     available_loss_strategies,
@@ -25,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 def test_built_in_strategies():
     assert available_loss_strategies() == ("distill", "reflow", "standard")
-    assert get_loss_strategy("reflow").whole_chunk
-    assert not get_loss_strategy("standard").whole_chunk
+    assert get_loss_strategy("reflow").unused == ()
+    assert "time_sampling" in get_loss_strategy("distill").unused
 
 
 def test_unknown_name_lists_the_known():
@@ -38,35 +40,32 @@ def test_unknown_name_lists_the_known():
 
 def test_a_name_is_taken_once():
     with pytest.raises(ReflowError, match="'reflow' is already registered"):
-        register_loss_strategy("reflow")(lambda *args: None)
+        register_loss_strategy("reflow")(lambda step: None)
 
 
 def test_a_registered_loss_is_the_one_computed(policy, teacher, batch, noise_and_time):
     noise, _ = noise_and_time
 
     @register_loss_strategy("at_noise")
-    def at_noise(model, observation, actions, noise=None, time=None):
-        return model.forward_standard(*observation, actions, noise, torch.ones(len(actions)))
+    def at_noise(step):
+        return step.losses(step.recorded(), times=torch.ones(len(step.actions)))
 
     stock, _ = policy.train().forward(dict(batch), noise=noise, time=torch.ones(4))
     attach(policy, teacher, strategy="at_noise")
     assert torch.equal(policy.forward(dict(batch), noise=noise)[0], stock)
 
 
-def test_example_is_short_and_trains(policy, teacher, batch):
-    assert len(EXAMPLE.read_text().splitlines()) < 30
-    runpy.run_path(str(EXAMPLE))
-    attach(policy, teacher, strategy="late")
-    loss, _ = policy.train().forward(dict(batch))
-    loss.backward()
-    assert torch.isfinite(loss)
+def test_a_loss_that_returns_something_else_is_refused(policy, batch):
+    register_loss_strategy("number")(lambda step: torch.zeros(()))
+    attach(policy, strategy="number")
+    with pytest.raises(ReflowError, match=r"'number' returned a Tensor; return what step.losses\(...\) gives"):
+        policy.train().forward(dict(batch))
 
 
 def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
     """A real distribution on the path, in a fresh process."""
     (tmp_path / "their_losses.py").write_text(
-        "def doubled(model, observation, actions, noise=None, time=None):\n"
-        "    return 2 * model.forward_standard(*observation, actions, noise, time)\n"
+        "def doubled(step):\n    return step.losses(step.coupling(), weights=2.0)\n"
     )
     info = tmp_path / "their_losses-1.0.dist-info"
     info.mkdir()
@@ -87,3 +86,134 @@ def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
         ],
         check=True,
     )
+
+
+# --- in a file ------------------------------------------------------------------------------------------------
+
+
+def test_example_is_short_and_trains(policy, teacher, batch):
+    assert len(EXAMPLE.read_text().splitlines()) < 30
+    attach(policy, teacher, strategy=f"{EXAMPLE}:late")
+    loss, _ = policy.train().forward(dict(batch))
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_example_honours_every_option(policy, teacher, batch):
+    """Its loss against the oracle, on the noise and times the student was asked about."""
+    recipe = Recipe(time_sampling="grid:2", couplings_per_frame=3, real_data_ratio=0.5)
+    attach(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe)
+    seen, forward_standard = [], policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-3:]) or forward_standard(*args)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
+    ((actions, noise, time),) = seen
+    assert len(noise) == 4 * 3
+    assert torch.equal(actions[:6], policy.prepare_action(batch).repeat_interleave(3, dim=0)[:6])
+    assert {round(t, 4) for t in time[6:].tolist()} == {0.9, 1.0}  # 0.8 + 0.2 t at the times of grid:2
+    assert not {round(t, 4) for t in time[:6].tolist()} & {0.9, 1.0}
+    repeated = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
+    expected = reflow_losses(policy, teacher, repeated, noise, time, 10).mean(dim=(1, 2)).unflatten(0, (4, 3))
+    torch.testing.assert_close(losses[2:], expected.mean(dim=1)[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_is_found_from_anywhere_and_run_once(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from smolvla_reflow import register_loss_strategy\n"
+        f"with open({str(tmp_path / 'runs')!r}, 'a') as runs: runs.write('.')\n"
+        "@register_loss_strategy('mine', unused=('time_sampling',))\n"
+        "def mine(step):\n    return step.losses(step.coupling(), times='grid:1')\n"
+        "def plain(step):\n    return step.losses(step.coupling())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    by_path = get_loss_strategy("mine.py:mine")
+    assert by_path.unused == ("time_sampling",)
+    assert by_path.function is get_loss_strategy(f"{file}:mine").function
+    assert get_loss_strategy("./mine.py:plain").function.__name__ == "plain"
+    assert (tmp_path / "runs").read_text() == "."
+    assert not any(".py:" in name for name in available_loss_strategies())
+
+
+def test_a_file_may_be_mended_and_tried_again(tmp_path, policy, batch):
+    """Also one with a dataclass, and with imports that its functions need."""
+    file = tmp_path / "mine.py"
+    text = (
+        "from __future__ import annotations\nimport torch\nfrom dataclasses import dataclass\n"
+        "from smolvla_reflow import register_loss_strategy\n"
+        "@register_loss_strategy('mended')\n"
+        "def mended(step):\n    return step.losses(step.coupling(), weights=torch.full((), Weight().value))\n"
+        "@dataclass\nclass Weight:\n    value: float = 0.0\n"
+    )
+    file.write_text(text + "raise RuntimeError('not yet')\n")
+    with pytest.raises(ReflowError, match=r"cannot be run \(RuntimeError: not yet\)"):
+        get_loss_strategy(f"{file}:mended")
+    file.write_text(text)
+    attach(policy, strategy=f"{file}:mended")
+    assert policy.train().forward(dict(batch))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (None, "mine", "strategy=.*mine.py:mine: there is no file"),
+        ("def nine(step): pass", "mine", "has no loss 'mine'; known are: nine. Did you mean 'nine'?"),
+        ("mine = 3", "mine", "has no loss 'mine'"),
+        ("import nothing_of_that_name", "mine", "cannot be run .ModuleNotFoundError: No module named"),
+        ("def mine(", "mine", "cannot be run .SyntaxError"),
+    ],
+)
+def test_files_without_such_a_loss(tmp_path, text, name, message):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ReflowError, match=message):
+        get_loss_strategy(f"{tmp_path / 'mine.py'}:{name}")
+
+
+def refused(capsys, flags):
+    with pytest.raises(SystemExit) as exit:
+        reflow_train_main(flags)
+    assert exit.value.code == 2
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-train: error:")]
+    return line
+
+
+def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_again(
+    workshop, tmp_path, capsys, monkeypatch
+):
+    """A configuration alone makes nothing run: it may have come with somebody else's checkpoint."""
+    monkeypatch.chdir(EXAMPLE.parent)
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=2, reflow__strategy="late_time_loss.py:late"))
+    monkeypatch.chdir(tmp_path)
+    resume = [f"--config_path={run}/checkpoints/last/pretrained_model/train_config.json", "--resume=true", "--steps=3"]
+    named = f"--reflow.strategy={EXAMPLE}:late"
+    line = refused(capsys, resume)
+    assert line.endswith(f"would be run. If you trust that file, name it yourself: {named}")
+    reflow_train_main([*resume, named])
+    assert (run / "checkpoints/000003").is_dir()
+    file = tmp_path / "flags.yaml"
+    file.write_text(f"reflow:\n  strategy: {EXAMPLE}:late\n")
+    line = refused(capsys, [*reflow_run(workshop, tmp_path / "other"), f"--config_path={file}"])
+    assert "name it yourself" in line
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reflow__strategy": "distill", "reflow__time_sampling": "beta"}, "--reflow.time_sampling=beta has no effect"),
+        ({"reflow__strategy": "standard", "reflow__time_sampling": "beta"}, "with --reflow.strategy=standard; leave"),
+        (
+            {"reflow__strategy": "standard", "reflow__real_data_ratio": 0.5},
+            "--reflow.real_data_ratio=0.5 has no effect",
+        ),
+        ({"reflow__strategy": "standard", "reflow__pairs_path": "x"}, "--reflow.pairs_path=x has no effect"),
+        ({"reflow__strategy": "standard", "reflow__solver": "rk4"}, "--reflow.solver=rk4 has no effect"),
+        ({"reflow__augment_pairs": "true"}, "--reflow.augment_pairs=true has no effect without --reflow.pairs_path"),
+        ({"reflow__strategy": "nowhere.py:late"}, "there is no file"),
+    ],
+)
+def test_options_without_effect(workshop, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, reflow_run(workshop, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow import ReflowError, attach
-from smolvla_reflow.checkpoint import StoredTensors, open_checkpoint
-from smolvla_reflow.teacher import frozen_teacher
+from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.smolvla.checkpoint import StoredTensors, open_checkpoint
+from smolvla_reflow.smolvla.teacher import frozen_teacher
 
 
 def storage(parameter):
@@ -114,7 +114,7 @@ def test_num_steps_defaults_to_the_teachers_own(policy, teacher):
     assert frozen_teacher(policy, teacher, num_steps=3).config.num_steps == 3
     assert (policy.config.num_steps, teacher.config.num_steps) == (10, 7)
     with pytest.raises(ReflowError, match="at least one ODE step"):
-        attach(policy, teacher, num_steps=0)
+        attach(policy, teacher, solver=Solver(num_steps=0))
 
 
 def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from smolvla_reflow import Recipe, ReflowError, attach
-from smolvla_reflow.timesteps import KNOWN, TimeSampling
+from smolvla_reflow.times import KNOWN, TimeSampling
 
 
 def no_stock(size, device):
@@ -40,16 +40,16 @@ def test_a_mixture_has_equal_shares():
 
 def test_beta_is_the_policys_own(policy):
     torch.manual_seed(0)
-    ours = TimeSampling("beta").draw(7, torch.device("cpu"), policy.model.sample_time)
+    drawn = TimeSampling("beta").draw(7, torch.device("cpu"), policy.model.sample_time)
     torch.manual_seed(0)
-    assert torch.equal(ours, policy.model.sample_time(7, torch.device("cpu")))
+    assert torch.equal(drawn, policy.model.sample_time(7, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
     "name", ["", "bete", "grid", "grid:0", "grid:-1", "grid:x", "beta+", "beta+nothing", "uniform"]
 )
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(ReflowError, match=r"time_sampling '.*' is unknown; known are " + " and ".join(KNOWN)):
+    with pytest.raises(ReflowError, match=r"time_sampling '.*' is unknown; known are: " + ", ".join(KNOWN)):
         TimeSampling(name)
 
 

@@ -6,8 +6,8 @@
 
 The reference is 200 steps of rk4 in float32; the first line says how far 100 steps are from it. Errors are root
 mean squares over frames, steps and the robot's action dimensions, in normalised units (standard deviations of the
-action); the median is over the samples' own root mean squares, which the few that end in another way of doing the task
-do not sway. NFE, the number of velocity evaluations, is what a coupling costs.
+action). The median is that of each sample's own root mean square, so that the few samples that end in another way of
+doing the task do not sway it. NFE, the number of velocity evaluations, is what a coupling costs.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,9 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch.utils.data import DataLoader, Subset
 
-from smolvla_reflow.flow import Observation, encode, observe, solve
-from smolvla_reflow.solver import Solver
+from smolvla_reflow import Observation, Solver
+from smolvla_reflow.coupling import solve
+from smolvla_reflow.smolvla.velocity import encode, observe
 
 
 @dataclass
@@ -64,16 +65,16 @@ def main() -> None:
     def end(solver: Solver) -> torch.Tensor:
         return solve(policy, observation, noise, solver)[..., :width]
 
+    @torch.no_grad()
     def nfe(solver: Solver) -> int:
-        count, velocity = 0, encode(policy, observation).repeated(cfg.num_noises)
+        count, velocity = 0, encode(policy.model, observation).repeated(cfg.num_noises)
 
         def counting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             nonlocal count
             count += 1
             return velocity(x, t)
 
-        with torch.no_grad():
-            solver.integrate(counting, noise)
+        solver.integrate(counting, noise)
         return count
 
     reference = end(Solver("rk4", num_steps=200))

@@ -1,6 +1,6 @@
 """What stored pairs cost to make, to read and to train on, with SmolVLA at its real size.
 
-python examples/benchmarks/pairs_cost.py
+    python examples/benchmarks/pairs_cost.py
 
 training step      from pairs next to a standard one, taken in turn, and the teacher parameters in memory
 generating         four pairs a frame, the prefix encoded once, next to one `sample_actions` call per pair
@@ -28,12 +28,12 @@ from timing import machine, synchronise, take_step
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_reflow import Pairs, attach, detach
-from smolvla_reflow.flow import observe
-from smolvla_reflow.generation import PairSolver
-from smolvla_reflow.pairs import DTYPES, Manifest, Provenance, shard_path
+from smolvla_reflow import Pairs, Solver, attach, detach
+from smolvla_reflow.pairs.maker import PairMaker
+from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance, shard_path
+from smolvla_reflow.smolvla.velocity import observe
 
-PAIRS_PER_FRAME, FRAMES_PER_SHARD, READS = 4, 128, 10_000
+COUPLINGS_PER_FRAME, FRAMES_PER_SHARD, READS = 4, 128, 10_000
 
 
 @dataclass
@@ -50,24 +50,21 @@ def provenance(policy: SmolVLAPolicy, dtype: str = "float16") -> Provenance:
         dataset="",
         total_frames=1,
         statistics="",
-        solver="euler",
-        num_steps=policy.config.num_steps,
-        rtol=None,
-        atol=None,
+        solver=Solver("euler", policy.config.num_steps),
         chunk_size=policy.config.chunk_size,
         max_action_dim=policy.config.max_action_dim,
         seed=0,
-        pairs_per_frame=PAIRS_PER_FRAME,
+        couplings_per_frame=COUPLINGS_PER_FRAME,
         dtype=dtype,
     )
 
 
 def write_pairs(folder: Path, policy: SmolVLAPolicy, num_pairs: int) -> Pairs:
-    """A set of random actions."""
+    """Write a set of random actions."""
     made = provenance(policy)
-    num_frames = -(-num_pairs // PAIRS_PER_FRAME)
+    num_frames = -(-num_pairs // COUPLINGS_PER_FRAME)
     manifest = Manifest(made, {}, "benchmark", [[0, num_frames]], FRAMES_PER_SHARD)
-    shape = (FRAMES_PER_SHARD, PAIRS_PER_FRAME, made.chunk_size, made.max_action_dim)
+    shape = (FRAMES_PER_SHARD, COUPLINGS_PER_FRAME, made.chunk_size, made.max_action_dim)
     for shard in tqdm(range(manifest.num_shards), desc="writing pairs", unit="file", leave=False):
         save_file({"actions": torch.randn(shape).half()}, shard_path(folder, shard))
     dataclasses.replace(manifest, checksums=dict.fromkeys(range(manifest.num_shards), "")).write(folder)
@@ -96,15 +93,15 @@ def training_step(cfg: BenchmarkConfig, policy: SmolVLAPolicy, pairs: Pairs) -> 
 
 def generating(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
     policy.eval()
-    solver = PairSolver(policy, lambda batch: batch, None, provenance(policy))
+    maker = PairMaker(policy, lambda batch: batch, None, provenance(policy))
     batch = {**make_batch(policy, cfg.batch_size), "index": torch.arange(cfg.batch_size)}
     shape = (cfg.batch_size, policy.config.chunk_size, policy.config.max_action_dim)
     together, separate = [], []
     for _ in range(max(2, cfg.steps // 2) + 1):
         start = time.perf_counter()
-        solver(batch)
+        maker(batch)
         synchronise(batch)
-        together.append((time.perf_counter() - start) / (cfg.batch_size * PAIRS_PER_FRAME))
+        together.append((time.perf_counter() - start) / (cfg.batch_size * COUPLINGS_PER_FRAME))
         start = time.perf_counter()
         with torch.no_grad():
             policy.model.sample_actions(*observe(policy, batch), noise=torch.randn(shape, device=cfg.device))
@@ -123,7 +120,7 @@ def reading(pairs: Pairs) -> None:
     pairs.lookup(0, 0)
     before, milliseconds = resident(), []
     for _ in range(READS):
-        frame, pair = draw.randrange(frames), draw.randrange(PAIRS_PER_FRAME)
+        frame, pair = draw.randrange(frames), draw.randrange(COUPLINGS_PER_FRAME)
         start = time.perf_counter()
         pairs.lookup(frame, pair)
         milliseconds.append((time.perf_counter() - start) * 1e3)

@@ -23,9 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import draccus
 import torch
@@ -34,15 +33,30 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import Attachment, Recipe, Solver, attach, register_loss_strategy
-from smolvla_reflow.flow import observe
+from smolvla_reflow import Attachment, Losses, Recipe, Solver, Step, attach, register_loss_strategy
+from smolvla_reflow.smolvla.velocity import observe
 
-STANDARD, NAIVE, SHARED_WEIGHTS = "standard", "naive", "shared weights"
-REFLOW = {  # the teacher's solver, couplings for each frame
-    SHARED_WEIGHTS: (Solver("euler"), 1),
-    "reflow, euler": (Solver("euler"), 1),
-    "reflow": (Solver(), 1),
-    "reflow, by four": (Solver(), 4),
+
+@dataclass(frozen=True)
+class Attached:
+    """A way to train with an attached teacher."""
+
+    solver: Solver
+    strategy: str = "reflow"
+    couplings_per_frame: int = 1
+
+    def attach(self, student: SmolVLAPolicy, checkpoint: Path) -> Attachment:
+        recipe = Recipe(couplings_per_frame=self.couplings_per_frame)
+        return attach(student, checkpoint, strategy=self.strategy, solver=self.solver, recipe=recipe)
+
+
+TWICE = "reflow, images encoded twice"
+STANDARD, NAIVE = "standard", "naive"
+REFLOW = {
+    "shared weights": Attached(Solver("euler"), TWICE),
+    "reflow, euler": Attached(Solver("euler")),
+    "reflow": Attached(Solver()),
+    "reflow, by four": Attached(Solver(), couplings_per_frame=4),
 }
 VARIANTS = (STANDARD, NAIVE, *REFLOW)
 
@@ -58,49 +72,30 @@ class BenchmarkConfig:
     variant: str = STANDARD
 
 
-@register_loss_strategy("reflow, images encoded twice", whole_chunk=True)
-def images_encoded_twice(model, observation, actions, noise=None, time=None):
+@register_loss_strategy(TWICE)
+def images_encoded_twice(step: Step) -> Losses:
     """Reflow whose teacher is shown copies of the images, which it cannot recognise."""
-    copies = observation._replace(images=[image.clone() for image in observation.images])
-    coupling = model.generate_reflow_target(*copies, noise=noise)
-    return model.forward_standard(*observation, coupling.actions, coupling.noise, time)
+    copies = step.observation._replace(images=[image.clone() for image in step.observation.images])
+    return step.losses(replace(step, observation=copies).coupling())
 
 
-def load_teacher(variant: str, student: SmolVLAPolicy, checkpoint: Path) -> SmolVLAPolicy | Attachment | None:
-    """The teacher as this variant holds it; all of this package's variants can use the same attachment."""
-    if variant == STANDARD:
-        return None
-    if variant == NAIVE:
-        return SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
-    return attach(student, checkpoint)
+def naive_loss(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> Loss:
+    """Reflow as one would write it first: with a second policy."""
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        inputs, config = observe(student, batch), student.config
+        shape = (len(inputs.state), config.chunk_size, config.max_action_dim)
+        with torch.no_grad():
+            noise = torch.randn(shape, device=inputs.state.device)
+            actions = teacher.model.sample_actions(*inputs, noise=noise)
+        return student.model.forward(*inputs, actions, noise).mean()
+
+    return loss
 
 
-def loss_of(variant: str, student: SmolVLAPolicy, teacher: Any) -> Loss:
-    """The loss of one variant."""
-    if variant == STANDARD:
-        return lambda batch: student.forward(dict(batch))[0]
-    if variant == NAIVE:
-
-        def naive(batch: dict[str, Tensor]) -> Tensor:
-            inputs = observe(student, batch)
-            with torch.no_grad():
-                config = student.config
-                noise = torch.randn(
-                    len(inputs.state), config.chunk_size, config.max_action_dim, device=inputs.state.device
-                )
-                actions = teacher.model.sample_actions(*inputs, noise=noise)
-            return student.model.forward(*inputs, actions, noise).mean()
-
-        return naive
-
-    solver, per_frame = REFLOW[variant]
-
-    def attached(batch: dict[str, Tensor]) -> Tensor:
-        student.model.training_mode = "reflow, images encoded twice" if variant == SHARED_WEIGHTS else "reflow"
-        teacher.solver, teacher.recipe = solver, Recipe(couplings_per_frame=per_frame)
-        return student.forward(dict(batch))[0]
-
-    return attached
+def own_loss(student: SmolVLAPolicy) -> Loss:
+    """What the student's forward computes, attached or not."""
+    return lambda batch: student.forward(dict(batch))[0]
 
 
 def load_student(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
@@ -110,22 +105,22 @@ def load_student(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
     return student.train()
 
 
+def load_naive_teacher(checkpoint: Path) -> SmolVLAPolicy:
+    return SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
+
+
 def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[str, float]:
     """Median seconds of each variant's step, taken in turn."""
-    # Two students, since a standard step knows no attachment; one optimizer each.
-    plain, taught = load_student(cfg, checkpoint), load_student(cfg, checkpoint)
-    students = {STANDARD: plain, NAIVE: plain, **dict.fromkeys(REFLOW, taught)}
-    teachers = {
-        NAIVE: load_teacher(NAIVE, plain, checkpoint),
-        **dict.fromkeys(REFLOW, load_teacher(SHARED_WEIGHTS, taught, checkpoint)),
-    }
-    losses = {variant: loss_of(variant, student, teachers.get(variant)) for variant, student in students.items()}
-    optimizers = {policy: torch.optim.AdamW(policy.get_optim_params(), lr=1e-6) for policy in (plain, taught)}
-    batch = make_batch(plain, batch_size)
+    student, teacher = load_student(cfg, checkpoint), load_naive_teacher(checkpoint)
+    optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
+    batch = make_batch(student, batch_size)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for i in range(cfg.steps + 1):
         for variant in VARIANTS:
-            taken = take_step(losses[variant], batch, optimizers[students[variant]])
+            # Attaching is done before a training begins, and is not timed.
+            with REFLOW[variant].attach(student, checkpoint) if variant in REFLOW else contextlib.nullcontext():
+                loss = naive_loss(student, teacher) if variant == NAIVE else own_loss(student)
+                taken = take_step(loss, batch, optimizer)
             if i > 0:  # the first one warms up
                 seconds[variant].append(taken)
     return {variant: statistics.median(values) for variant, values in seconds.items()}
@@ -133,15 +128,18 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
 
 def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
     """Unique parameters, and peak memory in bytes, of one variant in this process."""
-    student = load_student(cfg, checkpoint)
-    teacher = load_teacher(cfg.variant, student, checkpoint)
-    loss = loss_of(cfg.variant, student, teacher)
-    policies = [student, *([teacher] if cfg.variant == NAIVE else [teacher.teacher] if teacher else [])]
+    student, loss, teacher = load_student(cfg, checkpoint), None, None
+    if cfg.variant == NAIVE:
+        teacher = load_naive_teacher(checkpoint)
+        loss = naive_loss(student, teacher)
+    elif cfg.variant in REFLOW:
+        teacher = REFLOW[cfg.variant].attach(student, checkpoint).teacher
+    policies = [student] if teacher is None else [student, teacher]
     unique = {p.untyped_storage().data_ptr(): p.numel() for policy in policies for p in policy.parameters()}
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
     batch = make_batch(student, cfg.batch_sizes[0])
     for _ in range(2):
-        take_step(loss, batch, optimizer)
+        take_step(loss or own_loss(student), batch, optimizer)
     if cfg.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:

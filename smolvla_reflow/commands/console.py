@@ -1,4 +1,4 @@
-"""How the commands speak to their user: one sentence for a user's error, exit code 2, no traceback."""
+"""What all commands do on the console: parse, and report a user's error in one sentence with exit code 2."""
 
 import contextlib
 import io
@@ -96,8 +96,8 @@ def with_values(argv: Sequence[str], switch: str) -> list[str]:
     ]
 
 
-def names(argv: Sequence[str], flag: str) -> bool:
-    """Whether `--flag` is given, with or without `=value`."""
+def is_given(argv: Sequence[str], flag: str) -> bool:
+    """Whether `--flag` stands on the command line, with or without `=value`."""
     return any(word.partition("=")[0] == f"--{flag}" for word in argv)
 
 

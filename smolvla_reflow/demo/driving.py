@@ -1,4 +1,4 @@
-"""Drive one scene many times with a SmolVLA checkpoint, and keep the paths."""
+"""Drives of one scene, repeated many times with a SmolVLA checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,28 @@ from smolvla_reflow.demo.task import CAMERA, TASK, Scene
 
 @dataclass(frozen=True)
 class Drives:
-    """`n` drives of one scene."""
+    """Results of `n` drives of one scene.
 
-    paths: np.ndarray  # (n, MAX_STEPS + 1, 2) positions; where a drive ended it stays
-    success: np.ndarray  # (n,) bool: arrived without touching the obstacle
+    Attributes:
+        paths: (n, MAX_STEPS + 1, 2) positions; after its end a drive stays where it ended.
+        success: (n,) bool, whether it arrived without touching the obstacle.
+    """
+
+    paths: np.ndarray
+    success: np.ndarray
 
 
 @torch.no_grad()
-def drive(checkpoint: Path, scene: Scene, num_steps: int, n: int, seed: int) -> Drives:
-    """The same scene `n` times with `num_steps` Euler steps; the same seed gives the same noise."""
+def repeated_drives(checkpoint: Path, scene: Scene, num_steps: int, n: int, seed: int) -> Drives:
+    """Drive the same scene `n` times, from different noise, with `num_steps` Euler steps.
+
+    Args:
+        checkpoint: folder of the policy.
+        scene: to drive.
+        num_steps: Euler steps for each chunk of waypoints.
+        n: number of drives.
+        seed: of the noise.
+    """
     policy = SmolVLAPolicy.from_pretrained(checkpoint).eval()
     preprocessor, postprocessor = make_pre_post_processors(policy.config, str(checkpoint))
     policy.config.num_steps = num_steps

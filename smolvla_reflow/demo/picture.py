@@ -1,4 +1,4 @@
-"""One picture that makes the point: the same scene, driven many times."""
+"""The demo's picture: many drives of the same scene, by teacher and student."""
 
 from pathlib import Path
 
@@ -14,7 +14,12 @@ ARRIVED, CRASHED = "#0072B2", "#D55E00"  # told apart by colour-blind readers to
 
 
 def draw_paths(panels: dict[str, Drives], file: Path) -> None:
-    """One panel per entry, titled by its key; all drives start at (0, 0) with the obstacle at y = 0."""
+    """Draw the paths of some drives, side by side.
+
+    Args:
+        panels: drives by their title; each starts at (0, 0), with the obstacle at y = 0.
+        file: PNG to write.
+    """
     figure = Figure(figsize=(3.0 * len(panels), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True)

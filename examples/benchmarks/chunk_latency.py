@@ -1,0 +1,77 @@
+"""How long a control loop waits for one chunk of actions, at SmolVLA's real size, by number of ODE steps.
+
+    python examples/benchmarks/chunk_latency.py
+    python examples/benchmarks/chunk_latency.py --device=cuda
+
+One frame with two cameras. Numbers of steps are timed in turn; a line gives the median, how much faster it is than at
+10 steps, and what of it is the prefix (images, language, state), which every number of steps encodes once.
+"""
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import draccus
+import torch
+from architecture import make_batch, make_policy, write_real_size_backbone
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from timing import machine, synchronise
+
+from smolvla_reflow.smolvla.velocity import encode, observe
+
+
+@dataclass
+class BenchmarkConfig:
+    device: str = "cpu"
+    num_steps: list[int] = field(default_factory=lambda: [10, 2, 1])
+    repeats: int = 5
+
+
+def milliseconds(call: Callable[[], object], batch: dict[str, torch.Tensor]) -> float:
+    """Of one call."""
+    synchronise(batch)
+    start = time.perf_counter()
+    call()
+    synchronise(batch)
+    return (time.perf_counter() - start) * 1e3
+
+
+@torch.no_grad()
+def measure(policy: SmolVLAPolicy, cfg: BenchmarkConfig) -> dict[str, float]:
+    """Median milliseconds of a chunk at each number of steps, and of the prefix alone."""
+    policy.eval()
+    batch = make_batch(policy, 1)
+    taken: dict[str, list[float]] = {"prefix": [], **{str(n): [] for n in cfg.num_steps}}
+    for i in range(cfg.repeats + 1):
+        prefix = milliseconds(lambda: encode(policy.model, observe(policy, batch)), batch)
+        chunks = {}
+        for n in cfg.num_steps:
+            policy.config.num_steps = n
+            chunks[str(n)] = milliseconds(lambda: policy.predict_action_chunk(dict(batch)), batch)
+        if i > 0:  # the first one warms up
+            for name, value in {"prefix": prefix, **chunks}.items():
+                taken[name].append(value)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> None:
+    cfg = draccus.parse(BenchmarkConfig)
+    print(machine(cfg.device))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        torch.manual_seed(0)
+        policy = make_policy(write_real_size_backbone(Path(folder) / "backbone"), cfg.device)
+        found = measure(policy, cfg)
+    most = found[str(max(cfg.num_steps))]
+    for n in cfg.num_steps:
+        chunk = found[str(n)]
+        share = found["prefix"] / chunk
+        print(f"{n:>3} steps  {chunk:8.1f} ms a chunk  {most / chunk:5.2f}x as fast  {share:4.0%} of it the prefix")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Success in a simulated environment, at any number of steps, by LeRobot's own evaluation.
+
+MeasuredPolicy, --env.*  ->  the episodes of lerobot-eval  ->  Success, with a 95 % confidence interval
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import draccus
+from lerobot.configs.default import EvalConfig as ClosedLoopConfig
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.factory import make_env, make_env_pre_post_processors
+from lerobot.envs.utils import close_envs, env_to_policy_features
+from lerobot.scripts.lerobot_eval import eval_policy_all
+from lerobot.utils.random_utils import set_seed
+from tqdm import tqdm
+
+from smolvla_reflow.dataset import check_features
+from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.evaluation.measure import Row
+from smolvla_reflow.evaluation.metrics import Success
+from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.smolvla.checkpoint import Checkpoint
+
+
+def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str]) -> None:
+    """Raise ReflowError unless this environment is installed and has the observations and actions of these policies."""
+    features = {name: {"shape": feature.shape} for name, feature in env_to_policy_features(env).items()}
+    for checkpoint in checkpoints:
+        check_features(checkpoint, features, rename_map, where=f"--env.type={env.type}")
+    try:
+        close_envs(make_env(env, n_envs=1))
+    except Exception as error:  # each simulator has errors of its own
+        raise ReflowError(f"--env.type={env.type} cannot be started ({first_line(error).rstrip('.')}).") from error
+
+
+def success_rate(
+    policy: MeasuredPolicy, env: EnvConfig, settings: ClosedLoopConfig, num_steps: int, seed: int
+) -> Success:
+    """Run `settings.n_episodes` episodes of each task, those of `lerobot-eval --seed`, and count the successes.
+
+    Args:
+        policy: to run.
+        env: in which to run it.
+        settings: how many episodes, and how many at once.
+        num_steps: Euler steps of the stock sampler.
+        seed: of the noise and of the first episode; the same seed gives every policy the same episodes.
+    """
+    # New environments each time, so that no episode depends on those that another policy ran before.
+    envs = make_env(env, n_envs=settings.batch_size, use_async_envs=settings.use_async_envs)
+    before, after = make_env_pre_post_processors(env, policy.policy.config)
+    set_seed(seed)
+    try:
+        with policy.inference(num_steps):
+            info = eval_policy_all(
+                envs=envs,
+                policy=policy.policy,
+                env_preprocessor=before,
+                env_postprocessor=after,
+                preprocessor=policy.preprocessor,
+                postprocessor=policy.postprocessor,
+                n_episodes=settings.n_episodes,
+                start_seed=seed,
+                max_parallel_tasks=env.max_parallel_tasks,
+            )
+    finally:
+        close_envs(envs)
+    tasks = sorted(info["per_task"], key=lambda task: (task["task_group"], task["task_id"]))
+    return Success.count({f"{t['task_group']}/{t['task_id']}": t["metrics"]["successes"] for t in tasks})
+
+
+def with_success(
+    rows: Sequence[Row], policies: Sequence[MeasuredPolicy], env: EnvConfig, settings: ClosedLoopConfig, seed: int
+) -> list[Row]:
+    """Add to each row how often its policy succeeds at its number of steps."""
+    by_name = {policy.name: policy for policy in policies}
+    return [
+        replace(row, success=success_rate(by_name[row.policy], env, settings, row.num_steps, seed))
+        for row in tqdm(rows, desc="running episodes", unit="table row")
+    ]
+
+
+def env_settings(env: EnvConfig) -> dict[str, Any]:
+    """What the user can set of an environment; its features are left out, since they follow from its type."""
+    settings = draccus.encode(env)
+    return {"type": env.type, **{name: settings[name] for name in settings if not name.startswith("features")}}

@@ -1,0 +1,52 @@
+"""The flags of `smolvla-reflow-eval`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.configs.default import EvalConfig as ClosedLoopConfig
+from lerobot.envs.configs import EnvConfig
+
+
+# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+@dataclass
+class PolicyConfig:
+    path: str | None = None
+    """Checkpoint to evaluate, a folder or hub id."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device on which all policies run."""
+
+
+@dataclass
+class EvalConfig:
+    dataset: DatasetConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    teacher_path: str | None = None
+    """Checkpoint of the teacher, a folder or hub id. Without it the policy is compared with its own fine solution."""
+    earlier_rounds: list[str] = field(default_factory=list)
+    """Checkpoints of the rounds between the teacher and the policy, oldest first, to be measured as well."""
+    output_dir: Path | None = None
+    """Folder for report.json, report.md and report.png; must not exist yet."""
+    num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
+    """Numbers of Euler steps to measure; the policies' own defaults are measured as well."""
+    num_frames: int = 256
+    """Number of frames to measure on, evenly spaced over the dataset."""
+    num_noises: int = 4
+    """Noises for each frame, at least 2."""
+    reference_steps: int = 100
+    """Steps of rk4 for the fine solutions that errors are measured against."""
+    tolerance: float = 0.0
+    """Flow error, in standard deviations, that is always good enough for the recommendation."""
+    batch_size: int = 16
+    """Frames at once, each with all its noises."""
+    seed: int = 0
+    """Seed of the noise, and of the first episode in the simulator."""
+    env: EnvConfig | None = None
+    """Simulated environment in which to count successes, as for lerobot-eval."""
+    eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
+    """How many episodes of each task, and how many at once, as for lerobot-eval."""
+    rename_map: dict[str, str] = field(default_factory=dict)
+    """Map from the dataset's names to the policy's, as for lerobot-train."""
+    write_num_steps: bool = False
+    """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed."""

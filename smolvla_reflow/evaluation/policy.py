@@ -1,0 +1,58 @@
+"""A policy to be measured, with its processors, and run as plain LeRobot runs it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from torch import Tensor
+
+from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.normalization import Affine, robot_units
+from smolvla_reflow.smolvla.policy import load_policy, load_processors
+
+
+@dataclass(frozen=True)
+class MeasuredPolicy:
+    """A policy and everything needed to run it.
+
+    Attributes:
+        name: how the report calls it: "teacher", "round 1", "student", or "policy" where it is the only one.
+        policy: in eval mode.
+        preprocessor: turns a batch of the dataset into the policy's input.
+        postprocessor: turns a normalised action into the robot's units.
+        robot_units: the same conversion for a whole chunk, (..., chunk_size, action_dim).
+        num_steps: the number of Euler steps it takes by default.
+    """
+
+    name: str
+    policy: SmolVLAPolicy
+    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
+    postprocessor: Callable[[Tensor], Tensor]
+    robot_units: Affine
+    num_steps: int
+
+    @contextlib.contextmanager
+    def inference(self, num_steps: int) -> Iterator[None]:
+        """Run the policy without gradients, with `num_steps` Euler steps, in the autocast LeRobot would use for it."""
+        config = self.policy.config
+        config.num_steps, before = num_steps, config.num_steps
+        device = torch.device(config.device).type
+        try:
+            with torch.no_grad(), torch.autocast(device) if config.use_amp else contextlib.nullcontext():
+                yield
+        finally:
+            config.num_steps = before
+
+
+def load_measured_policy(name: str, checkpoint: Checkpoint, device: str, rename_map: dict[str, str]) -> MeasuredPolicy:
+    """Load a checkpoint's policy and processors; `rename_map` goes from the dataset's names to the policy's.
+
+    Raises:
+        ReflowError: the checkpoint has no saved statistics for its actions.
+    """
+    policy, processors = load_policy(checkpoint, device), load_processors(checkpoint, device, rename_map)
+    units, num_steps = robot_units(checkpoint), checkpoint.config.num_steps
+    return MeasuredPolicy(name, policy, processors.before, processors.after, units, num_steps)

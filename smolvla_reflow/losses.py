@@ -1,0 +1,180 @@
+"""Losses by name: standard, reflow, distill, and how to add another.
+
+    @register_loss_strategy("reflow")
+    def reflow(step):
+        return step.losses(step.coupling())
+
+A loss is a function of a `Step` (step.py). It is found by the name it was registered under, here or by an installed
+package (entry point group `smolvla_reflow.loss_strategies`, name and function), or by the file it stands in,
+`path/to/file.py:name`.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isfunction
+from pathlib import Path
+from types import ModuleType
+
+from smolvla_reflow.errors import ReflowError, first_line, known_are
+from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.step import Losses, Step
+
+ENTRY_POINT_GROUP = "smolvla_reflow.loss_strategies"
+
+LossFunction = Callable[[Step], Losses]
+
+
+@dataclass(frozen=True)
+class LossStrategy:
+    """A registered loss.
+
+    Attributes:
+        name: what `training_mode` and `--reflow.strategy` call it.
+        function: the loss.
+        unused: names of `Recipe` fields and `--reflow.*` options that have no effect on it, and are refused beside it.
+    """
+
+    name: str
+    function: LossFunction
+    unused: tuple[str, ...] = ()
+
+    def __call__(self, step: Step) -> Losses:
+        """The losses of one step. Raises ReflowError if the function returns anything else."""
+        losses = self.function(step)
+        if not isinstance(losses, Losses):
+            raise ReflowError(
+                f"The loss strategy '{self.name}' returned a {type(losses).__name__}; return what "
+                "step.losses(...) gives, or a Losses."
+            )
+        return losses
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise ReflowError if the recipe says something that has no effect on this loss."""
+        for name in self.unused:
+            if name in vars(recipe) and getattr(recipe, name) != getattr(Recipe, name):
+                raise ReflowError(
+                    f"{name}={getattr(recipe, name)} has no effect with strategy={self.name}; leave it out."
+                )
+
+
+_registry: dict[str, LossStrategy] = {}
+
+
+def register_loss_strategy(name: str, *, unused: tuple[str, ...] = ()) -> Callable[[LossFunction], LossFunction]:
+    """Decorator: register a loss, a function from a `Step` to `Losses`, under `name`.
+
+    Args:
+        name: for `attach(strategy=...)`, `model.training_mode` and `--reflow.strategy`.
+        unused: options that have no effect on this loss, see `LossStrategy`.
+
+    Raises:
+        ReflowError: the name is taken by another function.
+    """
+
+    def decorator(function: LossFunction) -> LossFunction:
+        taken = _registry.get(name)
+        if taken is not None and taken.function is not function:
+            raise ReflowError(f"A loss strategy named '{name}' is already registered; choose another name.")
+        _registry[name] = LossStrategy(name, function, unused)
+        return function
+
+    return decorator
+
+
+def get_loss_strategy(name: str) -> LossStrategy:
+    """Find a strategy: a registered one, an installed package's, or one in a file, `path/to/file.py:name`.
+
+    A file that is named is run, with all that it does.
+
+    Raises:
+        ReflowError: there is none; the message lists those there are. Or the file cannot be run.
+    """
+    if name not in _registry:
+        _load_entry_point(name)
+    if name not in _registry and is_file_strategy(name):
+        _registry[name] = _from_file(name)
+    if name not in _registry:
+        raise ReflowError(f"Unknown loss strategy '{name}'; {known_are(available_loss_strategies(), name)}")
+    return _registry[name]
+
+
+def available_loss_strategies() -> tuple[str, ...]:
+    """Names of all strategies, registered or declared by an installed package, in alphabetical order."""
+    names = {*_registry, *entry_points(group=ENTRY_POINT_GROUP).names}
+    return tuple(sorted(name for name in names if not is_file_strategy(name)))
+
+
+def is_file_strategy(name: str) -> bool:
+    """Whether `name` is one of a loss in a file, `path/to/file.py:name`."""
+    return str(name).rpartition(":")[0].endswith(".py")
+
+
+def _load_entry_point(name: str) -> None:
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        function = entry_point.load()
+        # Importing the module may have registered it already, with options only its author knows.
+        if name not in _registry:
+            register_loss_strategy(name)(function)
+
+
+def _from_file(name: str) -> LossStrategy:
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ReflowError(f"strategy={name}: there is no file {path}.")
+    try:
+        found = _run(file.resolve())
+    except Exception as error:  # whatever the file does
+        what = str(error) if isinstance(error, ReflowError) else f"{type(error).__name__}: {first_line(error)}"
+        raise ReflowError(f"strategy={name}: {path} cannot be run ({what}).") from error
+    functions = {key: value for key, value in vars(found).items() if isfunction(value) and not key.startswith("_")}
+    by_function = {strategy.function: strategy for strategy in _registry.values()}
+    here = {strategy.name: strategy for f in functions.values() if (strategy := by_function.get(f)) is not None}
+    if attribute in here:
+        return replace(here[attribute], name=name)
+    if attribute not in functions:
+        known = sorted(here or functions)
+        raise ReflowError(f"strategy={name}: {path} has no loss '{attribute}'; {known_are(known, attribute)}")
+    return replace(by_function.get(functions[attribute], LossStrategy(attribute, functions[attribute])), name=name)
+
+
+@cache
+def _run(file: Path) -> ModuleType:
+    spec = spec_from_file_location(f"loss_in_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module, before = module_from_spec(spec), dict(_registry)
+    sys.modules[spec.name] = module  # where dataclasses, among others, look for the module they stand in
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        for name in _registry.keys() - before.keys():  # so that it can be run again once it is mended
+            del _registry[name]
+        raise
+    return module
+
+
+@register_loss_strategy(
+    "standard", unused=("time_sampling", "real_data_ratio", "pairs_path", *SolverFlags.__dataclass_fields__)
+)
+def standard(step: Step) -> Losses:
+    """Flow matching on recorded actions: what `lerobot-train` trains."""
+    return step.losses(step.recorded())
+
+
+@register_loss_strategy("reflow")
+def reflow(step: Step) -> Losses:
+    """Flow matching on the teacher's couplings (arXiv 2209.03003, equation 1 with (X_0, X_1) = (Z_0, Z_1))."""
+    return step.losses(step.coupling())
+
+
+@register_loss_strategy("distill", unused=("time_sampling",))
+def distill(step: Step) -> Losses:
+    """One-step distillation: reflow at t = 1 alone (arXiv 2209.03003, section 3.2); more steps get worse by it."""
+    return step.losses(step.coupling(), times="grid:1")

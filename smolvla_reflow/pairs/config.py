@@ -1,0 +1,104 @@
+"""What `smolvla-reflow-pairs` can be asked for: the flags of making pairs, and those of verifying some."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from lerobot.configs.default import DatasetConfig
+
+from smolvla_reflow.errors import ReflowError, known_are
+from smolvla_reflow.pairs.manifest import DTYPES
+from smolvla_reflow.smolvla.policy import check_device
+from smolvla_reflow.solver import SolverFlags
+
+
+# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+@dataclass
+class TeacherConfig(SolverFlags):
+    teacher_path: str | None = None
+    """Checkpoint of the teacher, a folder or hub id."""
+
+
+@dataclass
+class DeviceConfig:
+    device: str | None = None
+    """Where the teacher runs, by default the best there is."""
+
+    def this_process(self) -> PartialState:
+        """Which of the processes that were launched together this one is; connects them at the first call."""
+        return PartialState(cpu=self.device == "cpu")
+
+    def on(self, process: PartialState) -> str:
+        """The device of this process. One that is named by its kind alone, "cuda", is each process's own of that kind.
+
+        Raises:
+            ReflowError: there is no such device.
+        """
+        if self.device is not None:
+            check_device(self.device)
+        if self.device not in (None, process.device.type):
+            return str(self.device)
+        return "cpu" if process.device.type == "cpu" else str(process.device)
+
+
+@dataclass
+class PairsConfig:
+    dataset: DatasetConfig
+    reflow: TeacherConfig = field(default_factory=TeacherConfig)
+    policy: DeviceConfig = field(default_factory=DeviceConfig)
+    output_dir: Path | None = None
+    """Folder of the pairs. If a run into it was interrupted, the same command finishes it."""
+    couplings_per_frame: int = 4
+    """Couplings to store for each frame, each with noise of its own."""
+    seed: int = 0
+    """Seed of the noise."""
+    dtype: str = "float16"
+    """Number format of the stored actions, either 'float16', 'bfloat16' or 'float32'."""
+    batch_size: int = 8
+    """Frames solved at once, each with all its couplings."""
+    num_workers: int = 2
+    """Processes that load frames."""
+    frames_per_shard: int = 128
+    """Frames in each file. An interrupted run loses the work on one file at most, per process."""
+    rename_map: dict[str, str] = field(default_factory=dict)
+    """From the dataset's names to the teacher's, as for lerobot-train."""
+    repair: bool = False
+    """Make missing or damaged files again."""
+
+
+@dataclass
+class VerifyConfig:
+    verify: Path
+    """Folder of the pairs to check."""
+    teacher_path: str | None = None
+    """Checkpoint of the teacher that made them, a folder or hub id."""
+    dataset_root: str | None = None
+    """Folder of the dataset, if it is not to come from the hub."""
+    dataset_revision: str | None = None
+    """Revision of a dataset on the hub."""
+    policy: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = 0
+    """Seed of the choice of frames to solve again."""
+
+
+def check_values(cfg: PairsConfig) -> None:
+    """Raise ReflowError for values that make no sense, before anything is opened."""
+    if not cfg.reflow.teacher_path:
+        raise ReflowError("Name the teacher, a SmolVLA checkpoint: --reflow.teacher_path=.../pretrained_model.")
+    if cfg.output_dir is None:
+        raise ReflowError("Name the folder for the pairs: --output_dir=...")
+    for name in ("couplings_per_frame", "batch_size", "frames_per_shard"):
+        if getattr(cfg, name) < 1:
+            raise ReflowError(f"--{name}={getattr(cfg, name)}: at least 1 is needed.")
+    for name in ("seed", "num_workers"):
+        if getattr(cfg, name) < 0:
+            raise ReflowError(f"--{name}={getattr(cfg, name)} is negative.")
+    if cfg.dtype not in DTYPES:
+        raise ReflowError(f"--dtype={cfg.dtype} is unknown; {known_are(DTYPES, cfg.dtype)}")
+    if cfg.dataset.image_transforms.enable:
+        raise ReflowError(
+            "--dataset.image_transforms.enable=true: pairs are made from the images as they were recorded."
+        )
+    if cfg.dataset.streaming:
+        raise ReflowError("--dataset.streaming=true: pairs need a dataset whose frames can be read in order.")
+    cfg.reflow.chosen()

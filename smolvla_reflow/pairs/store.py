@@ -1,0 +1,146 @@
+"""Stored couplings, read from disk as they are asked for: a source of couplings that needs no teacher."""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smolvla_reflow.coupling import Coupling
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.pairs.manifest import TENSOR_NAME, check_shards, not_as_written, read_manifest, shard_path
+from smolvla_reflow.smolvla.normalization import Statistics, fingerprint
+from smolvla_reflow.smolvla.velocity import Observation
+
+
+class Pairs:
+    """A finished set of pairs, read from disk as they are asked for; nothing of it stays in memory.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it holds.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open a folder that `smolvla-reflow-pairs` wrote.
+
+        Raises:
+            ReflowError: it holds no pairs, or not all of them yet.
+        """
+        self.folder = Path(folder).expanduser().resolve()
+        self.manifest = read_manifest(self.folder)
+        unfinished = self.manifest.num_shards - len(self.manifest.checksums)
+        if unfinished:
+            raise ReflowError(
+                f"The pairs in {self.folder} are unfinished: {unfinished} of "
+                f"{self.manifest.num_shards} shards are missing. Run smolvla-reflow-pairs again with the same "
+                "flags."
+            )
+        starts = [start for start, _ in self.manifest.frames]
+        lengths = [stop - start for start, stop in self.manifest.frames]
+        self._starts, self._offsets = starts, [0, *itertools.accumulate(lengths)]
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return self.manifest.num_frames * self.manifest.provenance.couplings_per_frame
+
+    def check(self) -> None:
+        """Raise ReflowError if a shard is missing, damaged or foreign. Reads every byte."""
+        damaged = check_shards(self.folder, self.manifest)
+        if damaged:
+            raise ReflowError(
+                f"The pairs in {self.folder} are damaged: {not_as_written(damaged)}. Run smolvla-reflow-pairs again "
+                "with the same flags and --repair."
+            )
+
+    def missing(self, frames: Iterable[range]) -> int:
+        """How many of these frames have no pairs."""
+        return sum(
+            len(wanted)
+            - sum(len(range(max(wanted.start, start), min(wanted.stop, stop))) for start, stop in self.manifest.frames)
+            for wanted in frames
+        )
+
+    def lookup(self, frame: int, pair: int) -> Coupling:
+        """One coupling, each tensor (chunk_size, max_action_dim) float32 on the CPU.
+
+        Raises:
+            ReflowError: the frame has no pairs, or its shard cannot be read.
+        """
+        provenance = self.manifest.provenance
+        position = self._position(frame)
+        shard, row = divmod(position, self.manifest.frames_per_shard)
+        path = shard_path(self.folder, shard)
+        try:
+            # Opened for this one row: the pages of a mapped file count as memory until it is closed.
+            with safe_open(path, framework="pt") as file:
+                actions = file.get_slice(TENSOR_NAME)[row, pair]
+        except (SafetensorError, OSError, IndexError) as error:
+            raise ReflowError(f"The pairs in {path} cannot be read ({error}).") from None
+        shape = (provenance.chunk_size, provenance.max_action_dim)
+        return Coupling(pair_noise(provenance.seed, frame, pair, shape), actions.to(torch.float32))
+
+    def __call__(
+        self,
+        observation: Observation,
+        *,
+        frames: Tensor | None = None,
+        noise: Tensor | None = None,
+        per_frame: int = 1,
+    ) -> Coupling:
+        """A source of couplings, see `CouplingSource`: of those stored for each frame, `per_frame` at random.
+
+        Raises:
+            ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
+        """
+        if noise is not None:
+            raise ReflowError("Stored pairs have noise of their own; attach a teacher to couple a given noise.")
+        if frames is None:
+            raise ReflowError(
+                "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
+                "and call policy.forward(batch)."
+            )
+        return self.draw(frames.tolist(), observation.state.device, per_frame)
+
+    def check_fits(self, config: SmolVLAConfig, stats: Statistics | None = None) -> None:
+        """Raise ReflowError if a policy of this config, on batches normalised by `stats`, cannot learn from them."""
+        made = self.manifest.provenance
+        for name in ("chunk_size", "max_action_dim"):
+            of_policy, of_pairs = getattr(config, name), getattr(made, name)
+            if of_policy != of_pairs:
+                raise ReflowError(
+                    f"The pairs do not fit the policy: {name} is {of_pairs} in them and {of_policy} in it."
+                )
+        if stats is not None and fingerprint(config, stats) != made.statistics:
+            raise ReflowError(
+                f"The pairs in {self.folder} are in the normalised space of other statistics than dataset_stats; make "
+                "them again from this dataset."
+            )
+
+    def draw(self, frames: Sequence[int], device: torch.device, per_frame: int = 1) -> Coupling:
+        """`per_frame` = K of each frame's pairs at random, (B * K, chunk_size, max_action_dim) float32 on `device`.
+
+        No pair of a frame comes twice before each has come once.
+        """
+        stored = self.manifest.provenance.couplings_per_frame
+        rounds = -(-per_frame // stored)
+        couplings = [
+            self.lookup(frame, pair)
+            for frame in frames
+            for pair in torch.randperm(stored).repeat(rounds)[:per_frame].tolist()
+        ]
+        return Coupling(
+            noise=torch.stack([c.noise for c in couplings]).to(device),
+            actions=torch.stack([c.actions for c in couplings]).to(device),
+        )
+
+    def _position(self, frame: int) -> int:
+        i = bisect.bisect_right(self._starts, frame) - 1
+        if i < 0 or frame >= self.manifest.frames[i][1]:
+            raise ReflowError(f"Frame {frame} has no pairs in {self.folder}.")
+        return self._offsets[i] + frame - self._starts[i]

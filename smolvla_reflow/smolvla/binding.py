@@ -1,0 +1,43 @@
+"""Bind attributes onto one module instance, and take them off again without residue.
+
+The slot is the one LeRobot itself uses when it compiles a policy (`self.forward = ...`): the instance's `vars()`,
+past `nn.Module.__setattr__`, which would turn a module among the attributes into a submodule.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What `bind` changed on one module.
+
+    Attributes:
+        module: the instance.
+        names: the attributes that were bound.
+        displaced: those entries of `vars(module)` that they replaced.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    displaced: dict[str, Any]
+
+    def undo(self) -> None:
+        """Restore `vars(module)`."""
+        for name in self.names:
+            vars(self.module).pop(name, None)
+        vars(self.module).update(self.displaced)
+
+
+def bind(module: nn.Module, **attributes: Any) -> Binding:
+    """Bind `attributes` onto this instance."""
+    present = vars(module)
+    binding = Binding(
+        module=module,
+        names=tuple(attributes),
+        displaced={name: present[name] for name in attributes if name in present},
+    )
+    present.update(attributes)
+    return binding

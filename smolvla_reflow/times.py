@@ -1,0 +1,73 @@
+"""Distributions of t: at which points of a coupling's line the student learns the velocity.
+
+A sampler of few steps looks at the velocity near t = 1 alone, where LeRobot puts the noise: with one step, nowhere
+else. So where t is drawn decides which number of steps the student is best at.
+
+    beta      SmolVLA's own: 0.001 + 0.999 Beta(1.5, 1)
+    grid:K    the K times that K Euler steps visit, 1, (K-1)/K, ..., 1/K; arXiv 2209.03003 (distillation)
+
+Joined by '+' they are mixed at equal shares: `grid:1+beta` has half of the samples at t = 1, the rest as in SmolVLA.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolvla_reflow.errors import ReflowError, known_are
+
+STOCK = "beta"
+KNOWN = (STOCK, "grid:K")
+
+StockTimes = Callable[[int, torch.device], Tensor]  # VLAFlowMatching.sample_time
+
+
+@dataclass(frozen=True)
+class TimeSampling:
+    """A distribution of t on [0, 1], or several at equal shares.
+
+    Attributes:
+        name: as the user wrote it, such as `grid:1+beta`.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        """Raises ReflowError if a part of the name is unknown."""
+        for term in self.terms:
+            if term != STOCK:
+                _grid_steps(term)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return tuple(self.name.split("+"))
+
+    def draw(self, size: int, device: torch.device, stock: StockTimes) -> Tensor:
+        """Times `(size,)`, float32.
+
+        Args:
+            size: how many.
+            device: where.
+            stock: draws SmolVLA's own, `model.sample_time`.
+        """
+        drawn = [
+            stock(size, device) if term == STOCK else _on_grid(_grid_steps(term), size, device) for term in self.terms
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        which = torch.randint(len(drawn), (1, size), device=device)
+        return torch.stack(drawn).gather(0, which)[0]
+
+
+def _on_grid(steps: int, size: int, device: torch.device) -> Tensor:
+    return ((torch.rand(size, device=device) * steps).floor() + 1) / steps
+
+
+def _grid_steps(term: str) -> int:
+    kind, _, steps = term.partition(":")
+    if kind == "grid" and steps.isdecimal() and int(steps) > 0:
+        return int(steps)
+    raise ReflowError(
+        f"time_sampling '{term}' is unknown; {known_are(KNOWN, term)} K is at least 1; several are joined by '+'."
+    )

@@ -1,0 +1,47 @@
+"""The configuration of a reflow run: LeRobot's own, plus one section."""
+
+from dataclasses import dataclass, field
+
+from lerobot.configs.train import TrainPipelineConfig
+
+from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.solver import SolverFlags
+
+# Liu et al. fine-tune at a fraction of the original learning rate; SmolVLA's own preset is 1e-4 over 30 000
+# steps, of which 1 000 are warm-up, down to 2.5e-6. The ratios are kept.
+LEARNING_RATE = 2e-5
+DECAY_LR_RATIO = 2.5e-6 / 1e-4
+WARMUP_RATIO = 1_000 / 30_000
+
+
+# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+@dataclass
+class ReflowConfig(SolverFlags):
+    teacher_path: str | None = None
+    """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
+    strategy: str = "reflow"
+    """The loss, either 'reflow', 'distill' (for one step alone), 'standard', one that an installed package offers, or
+    one in a Python file, which is run, written as the file's path, a colon and the loss's name."""
+    time_sampling: str = Recipe.time_sampling
+    """Distribution of t, 'beta' (SmolVLA's own), 'grid' (with its number of steps, see the README), or several
+    joined by '+'."""
+    couplings_per_frame: int = Recipe.couplings_per_frame
+    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its images encoded,
+    once for all of them."""
+    real_data_ratio: float = Recipe.real_data_ratio
+    """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
+    pairs_path: str | None = None
+    """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, its path says where to start."""
+    augment_pairs: bool = False
+    """Allow image transforms together with pairs, whose actions the teacher chose for the images as recorded."""
+
+    def recipe(self) -> Recipe:
+        """The section's choices of how the student learns. Raises ReflowError if one is unknown or out of range."""
+        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
+
+
+@dataclass
+class ReflowTrainPipelineConfig(TrainPipelineConfig):
+    reflow: ReflowConfig = field(default_factory=ReflowConfig)
+    steps: int = 20_000
+    batch_size: int = 32

@@ -1,0 +1,158 @@
+"""The checks of a training run, before anything is written: its options, dataset, teacher and pairs."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
+from transformers import AutoConfig
+
+from smolvla_reflow.compat import LeRobotDatasetMetadata
+from smolvla_reflow.dataset import check_features, dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.losses import LossStrategy
+from smolvla_reflow.pairs.manifest import differences
+from smolvla_reflow.pairs.store import Pairs
+from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, space_maps
+from smolvla_reflow.smolvla.teacher import check_agreement
+from smolvla_reflow.solver import Solver, SolverFlags
+from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
+
+
+def check_options(reflow: ReflowConfig, strategy: LossStrategy) -> None:
+    """Raise ReflowError if an option is unknown, out of range, or has no effect beside the others."""
+    try:
+        reflow.recipe()
+    except ReflowError as error:
+        raise ReflowError(f"--reflow.{error}") from None
+    reflow.chosen()
+    for name in strategy.unused:
+        if getattr(reflow, name, None) != getattr(ReflowConfig, name, None):
+            raise ReflowError(
+                f"--reflow.{name}={getattr(reflow, name)} has no effect with --reflow.strategy={reflow.strategy}; "
+                "leave it out."
+            )
+    if reflow.augment_pairs and not reflow.pairs_path:
+        raise ReflowError("--reflow.augment_pairs=true has no effect without --reflow.pairs_path; leave it out.")
+
+
+def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, pairs: Pairs | None = None) -> Statistics:
+    """Raise ReflowError if this dataset cannot be trained on with this teacher, or with these pairs.
+
+    Returns:
+        The statistics by which LeRobot will normalise the batches.
+    """
+    check_numbers(cfg)
+    check_writable(Path(cfg.output_dir or "."))
+    check_student(cfg, teacher)
+    metadata = open_metadata(cfg.dataset)
+    check_features(teacher, metadata.features, cfg.rename_map)
+    check_frames(cfg.dataset, metadata, teacher.config.chunk_size)
+    stats = dataset_statistics(metadata, cfg.dataset)
+    check_finite(stats)
+    space_maps(teacher, stats)
+    if pairs is not None:
+        check_pairs(cfg, teacher, pairs, metadata, stats)
+    return stats
+
+
+def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
+    """Raise ReflowError for numbers that LeRobot would stumble over half-way."""
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_freq", 1), ("num_workers", 0)):
+        if getattr(cfg, name) < least:
+            raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ReflowError if no such folder can be made, without making it."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ReflowError(f"--output_dir={folder}: nothing can be written in {there}; name a folder elsewhere.")
+
+
+def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
+    """Raise ReflowError if the student is of another shape than the teacher, or has no backbone to start from."""
+    assert isinstance(cfg.policy, SmolVLAConfig)
+    check_agreement(cfg.policy, teacher.config)
+    backbone = cfg.policy.vlm_model_name
+    try:
+        AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ReflowError(
+            f"--policy.vlm_model_name={backbone}: the backbone's configuration is not there, nor could it be "
+            f"downloaded ({first_line(error)}). If it has moved, say where it is now."
+        ) from None
+
+
+def check_frames(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, chunk_size: int) -> None:
+    """Raise ReflowError unless there are these episodes, and at least one chunk of actions in them."""
+    total = sum(map(len, frame_ranges(metadata, dataset.episodes)))
+    if total < chunk_size:
+        raise ReflowError(
+            f"The episodes of {dataset.repo_id} to train on hold {total} frames, fewer than one chunk of "
+            f"{chunk_size} actions; record more, or choose other --dataset.episodes."
+        )
+
+
+def check_finite(stats: Statistics) -> None:
+    """Raise ReflowError if recorded states or actions hold NaN or infinity, as their statistics then do."""
+    for name in (ACTION, OBS_STATE):
+        for kind, values in (stats.get(name) or {}).items():
+            if not torch.isfinite(torch.as_tensor(values, dtype=torch.float64)).all():
+                raise ReflowError(
+                    f"The dataset's '{name}' holds NaN or infinity (so says '{kind}' in meta/stats.json); leave the "
+                    "episodes out in which it does (lerobot-edit-dataset) or record them again."
+                )
+
+
+def check_pairs(
+    cfg: ReflowTrainPipelineConfig,
+    teacher: Checkpoint,
+    pairs: Pairs,
+    metadata: LeRobotDatasetMetadata,
+    stats: Statistics,
+) -> None:
+    """Raise ReflowError unless the pairs are this teacher's on this dataset, whole, and cover every frame."""
+    made, policy = pairs.manifest.provenance, cfg.policy
+    assert isinstance(policy, SmolVLAConfig)
+    here = replace(
+        made,
+        teacher=teacher.fingerprint(),
+        dataset=cfg.dataset.repo_id,
+        total_frames=metadata.total_frames,
+        statistics=fingerprint(teacher.config, stats),
+        chunk_size=policy.chunk_size,
+        max_action_dim=policy.max_action_dim,
+    )
+    unlike = differences(here, made) + solver_differences(cfg.reflow, made.solver)
+    if unlike:
+        raise ReflowError(f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}.")
+    wanted = frame_ranges(metadata, cfg.dataset.episodes)
+    missing, total = pairs.missing(wanted), sum(map(len, wanted))
+    if missing:
+        raise ReflowError(
+            f"{missing} of the {total} frames to train on have no pairs in {pairs.folder}, which covers "
+            f"{pairs.manifest.num_frames}. Make pairs for them, or choose --dataset.episodes that have some."
+        )
+    if cfg.dataset.image_transforms.enable and not cfg.reflow.augment_pairs:
+        raise ReflowError(
+            "--dataset.image_transforms.enable=true changes the images the student sees, but not the pairs, which "
+            "the teacher made from the images as recorded. If that is what you want, say "
+            "--reflow.augment_pairs=true."
+        )
+    pairs.check()
+
+
+def solver_differences(flags: SolverFlags, of_the_pairs: Solver) -> list[str]:
+    """What the flags say of the teacher's ODE, which was solved when the pairs were made, and is not so."""
+    made = {**vars(of_the_pairs), "solver": of_the_pairs.method}
+    asked = {name: getattr(flags, name) for name in SolverFlags.__dataclass_fields__}
+    return [
+        f"{name} is {made[name]} in the pairs and {value} here"
+        for name, value in asked.items()
+        if value != getattr(SolverFlags, name) and value != made[name]
+    ]

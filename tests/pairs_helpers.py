@@ -1,0 +1,70 @@
+"""What the tests of stored pairs share: a short `smolvla-reflow-pairs`, and looks at what it wrote."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import as_flags
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from safetensors.torch import load_file
+
+from smolvla_reflow.commands import pairs as pairs_command
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import REPO_ID
+
+FRAMES, CHUNK, WIDTH = 48, 6, 4  # of the workshop's dataset and teacher
+
+
+def pairs_flags(workshop: Path, folder: Path, **changes: Any) -> list[str]:
+    """Flags of a short `smolvla-reflow-pairs` of the workshop's teacher into `folder`."""
+    flags = {
+        "reflow.teacher_path": workshop / "1rf" / LAST,
+        "reflow.solver": "euler",  # what stock LeRobot can be asked for, too
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": workshop / "dataset",
+        "output_dir": folder,
+        "policy.device": "cpu",
+        "couplings_per_frame": 3,
+        "batch_size": 5,
+        "num_workers": 0,
+        "frames_per_shard": 16,
+    }
+    return as_flags(flags, **changes)
+
+
+def make_pairs(workshop: Path, folder: Path, **changes: Any) -> Path:
+    """Run the command in this process; returns `folder`."""
+    pairs_command.main(pairs_flags(workshop, folder, **changes))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is in each file of a set, but for the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def observed(workshop: Path, dataset: str = "dataset", frames=(0, 7, 20, 47)):
+    """The teacher, and some frames as plain LeRobot shows them to it."""
+    checkpoint = workshop / "1rf" / LAST
+    teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval()
+    preprocessor, _ = make_pre_post_processors(teacher.config, str(checkpoint))
+    recorded = LeRobotDataset(REPO_ID, root=workshop / dataset)
+    return teacher, preprocessor(torch.utils.data.default_collate([recorded[i] for i in frames]))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of a training run's last checkpoint."""
+    return load_file(run / LAST / "model.safetensors")
+
+
+def refused(capsys, main, flags) -> str:
+    """A command that must fail with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(flags)
+    assert exit.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    return line

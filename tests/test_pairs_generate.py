@@ -1,0 +1,245 @@
+"""Making pairs: whatever interrupts it, nothing is lost; what is damaged is found; users are told what is wrong."""
+
+import copy
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time as clock
+from pathlib import Path
+
+import pytest
+from conftest import reflow_run, reflow_train_main, torchrun
+from filelock import FileLock
+from pairs_helpers import contents, make_pairs, pairs_flags, refused
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow import Pairs, ReflowError
+from smolvla_reflow import files as files_module
+from smolvla_reflow.commands import pairs as pairs_command
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.files import sha256
+from smolvla_reflow.pairs.manifest import read_manifest, shard_path
+
+# --- nothing lost ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_interrupted_at_any_write_the_resumed_files_are_the_same(workshop, stored, tmp_path, monkeypatch, moment):
+    """Seven files are renamed into place: the manifest, and for each of three shards the shard and the manifest."""
+    folder, renames = tmp_path / "pairs", iter(range(1, 100))
+    rename = Path.replace
+
+    def dying(path, target):
+        if next(renames) == moment:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dying)
+        with pytest.raises(Killed):
+            make_pairs(workshop, folder)
+    if moment > 1:
+        assert len(read_manifest(folder).unfinished) == 3 - (moment - 2) // 2
+        with pytest.raises(ReflowError, match=r"unfinished: \d of 3 shards are missing.*again with the same"):
+            Pairs(folder)
+    make_pairs(workshop, folder)
+    assert contents(folder) == contents(stored)
+
+
+def test_kill_9_and_again(workshop, stored, tmp_path):
+    """Killed three times from outside, each time a shard later, then left to finish."""
+    folder = tmp_path / "pairs"
+    command = [sys.executable, "-m", "smolvla_reflow.commands.pairs", *pairs_flags(workshop, folder)]
+    for shard in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        waited_for = folder / ("manifest.json" if shard == 0 else f"pairs-{shard - 1:05d}.safetensors")
+        deadline = clock.monotonic() + 120
+        while not waited_for.exists() and process.poll() is None:
+            assert clock.monotonic() < deadline
+            clock.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(folder) == contents(stored)
+
+
+def test_two_processes_make_the_files_of_one(workshop, stored, tmp_path):
+    torchrun("-m", "smolvla_reflow.commands.pairs", *pairs_flags(workshop, tmp_path / "pairs"))
+    assert contents(tmp_path / "pairs") == contents(stored)
+
+
+def test_a_finished_set_is_left_alone(workshop, copied, capsys):
+    before = {path: path.stat().st_mtime_ns for path in copied.iterdir() if path.name != ".lock"}
+    make_pairs(workshop, copied)
+    assert "Nothing to do: all 3 shards" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def swap(file):
+    file.write_bytes(file.with_name("pairs-00002.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, swap, Path.unlink])
+def test_a_damaged_shard_is_named_and_repaired_alone(workshop, stored, copied, tmp_path, capsys, damage):
+    damage(copied / "pairs-00001.safetensors")
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__pairs_path=copied))
+    assert "pairs-00001.safetensors is not the file that was written" in line
+    assert "with the same flags and --repair." in line
+    assert not (tmp_path / "run").exists()
+    line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
+    assert "pairs-00001.safetensors" in line
+    assert "add --repair to make it again" in line
+    others = {
+        name: (copied / name).stat().st_mtime_ns for name in ("pairs-00000.safetensors", "pairs-00002.safetensors")
+    }
+    pairs_command.main([*pairs_flags(workshop, copied), "--repair"])
+    assert contents(copied) == contents(stored)
+    assert {name: (copied / name).stat().st_mtime_ns for name in others} == others
+
+
+def test_several_damaged_shards_are_named_together(workshop, copied, capsys):
+    for shard in range(3):
+        flip(copied / f"pairs-{shard:05d}.safetensors")
+    line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
+    assert "pairs-00001.safetensors, pairs-00002.safetensors are not the files that were written; add --repair" in line
+
+
+def test_a_full_disk(workshop, stored, tmp_path, capsys, monkeypatch):
+    folder, writes = tmp_path / "pairs", iter(range(1, 100))
+    write = os.fsync
+
+    def full(descriptor):
+        if next(writes) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module.os, "fsync", full)
+        line = refused(capsys, pairs_command.main, pairs_flags(workshop, folder))
+    assert "the disk is full" in line
+    assert "run the same command again to go on" in line
+    assert len(read_manifest(folder).unfinished) == 2
+    make_pairs(workshop, folder)
+    assert contents(folder) == contents(stored)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(workshop, copied, capsys):
+    with FileLock(copied / ".lock"):
+        assert "Another smolvla-reflow-pairs is at work" in refused(
+            capsys, pairs_command.main, pairs_flags(workshop, copied)
+        )
+
+
+# --- user errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reflow__teacher_path": None}, "Name the teacher"),
+        ({"dataset__repo_id": None}, "Name the teacher's dataset"),
+        ({"output_dir": None}, "Name the folder for the pairs"),
+        ({"reflow__teacher_path": "no/such/place"}, "There is no checkpoint at no/such/place"),
+        ({"dataset__root": "{tmp}/none"}, "There is no LeRobotDataset at --dataset.root="),
+        ({"dataset__episodes": "[0,8]"}, "--dataset.episodes: the dataset has 8, and no episode 8"),
+        ({"output_dir": "{workshop}/1rf"}, "1rf exists and holds no pairs"),
+        ({"couplings_per_frame": 0}, "--couplings_per_frame=0: at least 1 is needed"),
+        ({"pairs_per_frame": 2}, "--pairs_per_frame is called --couplings_per_frame now."),
+        ({"seed": -1}, "--seed=-1 is negative"),
+        ({"dtype": "int8"}, "--dtype=int8 is unknown; known are: float32, bfloat16, float16"),
+        ({"reflow__solver": "rk5"}, "--reflow.solver=rk5 is unknown"),
+        ({"repair": "true"}, "there are no pairs in"),
+        ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
+        ({"pair_per_frame": 2}, "unrecognized arguments: --pair_per_frame=2"),
+        ({"dataset__image_transforms__enable": "true"}, "from the images as they were recorded"),
+    ],
+)
+def test_user_errors(workshop, tmp_path, capsys, flags, message):
+    names = {"workshop": workshop, "tmp": tmp_path}
+    flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
+    assert message in refused(capsys, pairs_command.main, pairs_flags(workshop, **{"folder": tmp_path / "p", **flags}))
+    assert not (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_teacher_whose_actions_are_not_finite(workshop, tmp_path, capsys):
+    teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.action_out_proj.bias"][0] = float("nan")
+    save_file(tensors, teacher / "model.safetensors")
+    flags = pairs_flags(workshop, tmp_path / "pairs", reflow__teacher_path=teacher)
+    assert "actions for frames 0 to 4 are not finite" in refused(capsys, pairs_command.main, flags)
+
+
+# --- verify ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def origin(workshop):
+    """What the pairs were made from, as flags of --verify."""
+    return [
+        f"--teacher_path={workshop / '1rf' / LAST}",
+        f"--dataset_root={workshop / 'dataset'}",
+        "--policy.device=cpu",
+    ]
+
+
+def test_verify_solves_a_sample_again(stored, origin, capsys):
+    pairs_command.main(["--verify", str(stored), *origin])
+    report = capsys.readouterr().out
+    assert "every file is the one that was written. Of 96 pairs solved again, the largest difference is" in report
+    assert largest_difference(report) < 2e-3
+
+
+def largest_difference(report: str) -> float:
+    return float(report.split("the largest difference is ")[1].split()[0])
+
+
+def test_verify_sees_pairs_that_are_not_the_teachers(copied, origin, capsys):
+    """Whole files with good checksums, but of other actions."""
+    for shard in range(3):
+        file = copied / f"pairs-{shard:05d}.safetensors"
+        save_file({"actions": load_file(file)["actions"] + 0.25}, file)
+    manifest = read_manifest(copied)
+    checksums = {shard: sha256(shard_path(copied, shard)).hexdigest() for shard in range(3)}
+    dataclasses.replace(manifest, checksums=checksums).write(copied)
+    pairs_command.main([f"--verify={copied}", *origin])
+    assert largest_difference(capsys.readouterr().out) == pytest.approx(0.25, abs=0.01)
+
+
+def test_verify_refuses_another_teacher(workshop, stored, origin, tmp_path, capsys):
+    other = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+    tensors = copy.copy(load_file(other / "model.safetensors"))
+    tensors["model.action_out_proj.bias"] += 0.1
+    save_file(tensors, other / "model.safetensors")
+    line = refused(capsys, pairs_command.main, [f"--verify={stored}", *origin[1:], f"--teacher_path={other}"])
+    assert "is not the teacher of these pairs: its fingerprint is" in line
+    assert "holds no pairs" in refused(capsys, pairs_command.main, [f"--verify={tmp_path}"])
+
+
+def test_verify_opens_only_what_the_user_names(copied, origin, capsys):
+    """A manifest leads nowhere: what it has recorded is said, not followed."""
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["made_from"].update(teacher_path="../../elsewhere", dataset_root="/etc")
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(capsys, pairs_command.main, [f"--verify={copied}"])
+    assert "their manifest has it at --teacher_path=../../elsewhere --dataset_root=/etc" in line
+    assert "--dataset_root=/etc" in refused(capsys, pairs_command.main, [f"--verify={copied}", origin[0]])

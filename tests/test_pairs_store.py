@@ -1,0 +1,284 @@
+"""A set of pairs on disk: its noise, its actions, its manifest, and what reading it costs."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from pairs_helpers import CHUNK, FRAMES, WIDTH, contents, make_pairs, observed, pairs_flags, refused
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow import Pairs, ReflowError, Solver
+from smolvla_reflow.commands import pairs as pairs_command
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import REPO_ID, write_dataset
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.pairs.manifest import differences, read_manifest, shard_path
+from smolvla_reflow.smolvla.velocity import observe
+
+# --- noise ----------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_seed_frame_and_pair_alone():
+    shape = (CHUNK, WIDTH)
+    every = {(s, f, k): pair_noise(s, f, k, shape) for s in (0, 1) for f in (0, 1, 2**40) for k in range(3)}
+    for (seed, frame, pair), noise in reversed(every.items()):
+        assert torch.equal(pair_noise(seed, frame, pair, shape), noise)
+        assert (noise.shape, noise.dtype) == (shape, torch.float32)
+    assert len({tuple(noise.flatten().tolist()) for noise in every.values()}) == len(every)
+
+
+def test_noise_is_standard_normal_and_independent():
+    noise = torch.stack([pair_noise(0, f, k, (50, 4)).flatten() for f in range(300) for k in range(2)]).double()
+    n = noise.numel()
+    assert abs(noise.mean()) < 4 / n**0.5
+    assert abs(noise.square().mean() - 1) < 4 * (2 / n) ** 0.5
+    assert abs(noise.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
+    for other in (noise.roll(1, 0), noise.roll(2, 0), noise.roll(1, 1)):  # next pair, next frame, next number
+        assert abs((noise * other).mean()) < 4 / n**0.5
+
+
+def test_noise_of_old_sets_stays_what_it_was():
+    """Changing these numbers makes every stored set worthless: it needs another format version."""
+    noise = pair_noise(7, 11, 2, (2, 2))
+    torch.testing.assert_close(noise, torch.tensor(GOLDEN), rtol=1e-6, atol=0)
+
+
+GOLDEN = [[0.134004548, 0.436599135], [-0.526899099, -1.149254322]]
+
+
+# --- what is stored -------------------------------------------------------------------------------------------
+
+
+def test_stored_actions_are_the_teachers_stock_samples(workshop, stored):
+    pairs, frames = Pairs(stored), (0, 7, 20, 47)
+    teacher, batch = observed(workshop)
+    for k in range(3):
+        couplings = [pairs.lookup(frame, k) for frame in frames]
+        noise = torch.stack([c.noise for c in couplings])
+        with torch.no_grad():
+            expected = teacher.model.sample_actions(*observe(teacher, batch), noise=noise)
+        actions = torch.stack([c.actions for c in couplings])
+        torch.testing.assert_close(actions, expected, rtol=2**-11, atol=1e-4)  # rounded to float16
+        assert all(
+            torch.equal(c.noise, pair_noise(0, f, k, (CHUNK, WIDTH))) for f, c in zip(frames, couplings, strict=True)
+        )
+
+
+def test_the_prefix_is_encoded_once_for_all_pairs_of_a_frame(workshop, tmp_path, monkeypatch):
+    encoded, solved = [], []
+    embed_prefix, embed_suffix = VLAFlowMatching.embed_prefix, VLAFlowMatching.embed_suffix
+    monkeypatch.setattr(
+        VLAFlowMatching,
+        "embed_prefix",
+        lambda self, images, *a, **k: encoded.append(len(images[0])) or embed_prefix(self, images, *a, **k),
+    )
+    monkeypatch.setattr(
+        VLAFlowMatching, "embed_suffix", lambda self, x, t: solved.append(len(x)) or embed_suffix(self, x, t)
+    )
+    make_pairs(workshop, tmp_path / "pairs", batch_size=16, couplings_per_frame=5, reflow__num_steps=2)
+    assert encoded == [16] * 3
+    assert solved == [16 * 5] * 2 * 3
+
+
+def test_the_set_covers_every_frame_once(stored):
+    pairs = Pairs(stored)
+    assert len(pairs) == FRAMES * 3
+    assert pairs.manifest.num_shards == 3
+    assert [f for shard in range(3) for f in pairs.manifest.frames_of(shard)] == list(range(FRAMES))
+    files = [load_file(stored / f"pairs-{shard:05d}.safetensors")["actions"] for shard in range(3)]
+    assert all(file.shape == (16, 3, CHUNK, WIDTH) and file.dtype == torch.float16 for file in files)
+    for frame in range(FRAMES):
+        for k in range(3):
+            assert torch.equal(pairs.lookup(frame, k).actions, files[frame // 16][frame % 16, k].float())
+    assert pairs.manifest.bytes_per_pair == CHUNK * WIDTH * 2
+    for frame in (-1, FRAMES):
+        with pytest.raises(ReflowError, match=f"Frame {frame} has no pairs"):
+            pairs.lookup(frame, 0)
+
+
+def test_episodes_with_gaps(workshop, tmp_path):
+    """Six frames an episode; 1 and 2 make one range, 5 another."""
+    pairs = Pairs(make_pairs(workshop, tmp_path / "some", dataset__episodes="[5,1,2]", frames_per_shard=4))
+    assert pairs.manifest.frames == [[6, 18], [30, 36]]
+    assert pairs.manifest.frames_of(3) == [30, 31, 32, 33]
+    teacher, batch = observed(workshop, frames=(17, 31))
+    couplings = [pairs.lookup(frame, 1) for frame in (17, 31)]
+    with torch.no_grad():
+        noise = torch.stack([c.noise for c in couplings])
+        expected = teacher.model.sample_actions(*observe(teacher, batch), noise=noise)
+    torch.testing.assert_close(torch.stack([c.actions for c in couplings]), expected, rtol=2**-11, atol=1e-4)
+    for frame in (5, 18, 29, 36):
+        with pytest.raises(ReflowError, match="no pairs"):
+            pairs.lookup(frame, 0)
+    assert pairs.missing([range(0, 48)]) == 30
+    assert pairs.missing([range(7, 10), range(31, 33)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float32", 1e-5), ("bfloat16", 2**-8)])
+def test_other_dtypes(workshop, stored, tmp_path, dtype, eps):
+    other = Pairs(make_pairs(workshop, tmp_path / dtype, dtype=dtype))
+    first, second = Pairs(stored).lookup(3, 2).actions, other.lookup(3, 2).actions
+    torch.testing.assert_close(first, second, rtol=eps + 2**-11, atol=1e-4)
+    assert other.manifest.bytes_per_pair == CHUNK * WIDTH * (4 if dtype == "float32" else 2)
+
+
+def test_neither_batches_nor_workers_change_the_pairs(workshop, stored, tmp_path):
+    other = Pairs(make_pairs(workshop, tmp_path / "other", batch_size=16, num_workers=2, frames_per_shard=10))
+    pairs = Pairs(stored)
+    for frame in range(FRAMES):
+        coupling, other_coupling = pairs.lookup(frame, 1), other.lookup(frame, 1)
+        torch.testing.assert_close(coupling.noise, other_coupling.noise, rtol=2**-10, atol=1e-4)
+        torch.testing.assert_close(coupling.actions, other_coupling.actions, rtol=2**-10, atol=1e-4)
+
+
+def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
+    """The stored actions are in the dataset's normalised space: in robot units, what the teacher would do."""
+    write_dataset(tmp_path / "other", episodes=4, seed=9)
+    pairs = Pairs(make_pairs(workshop, tmp_path / "pairs", dataset__root=tmp_path / "other", dtype="float32"))
+    assert capsys.readouterr().err.count("The dataset's statistics are not the teacher's (most in '") == 1
+    checkpoint = workshop / "1rf" / LAST
+    teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval()
+    preprocessor, postprocessor = make_pre_post_processors(teacher.config, str(checkpoint))
+    recorded = LeRobotDataset(REPO_ID, root=tmp_path / "other")
+    batch = preprocessor(torch.utils.data.default_collate([recorded[3], recorded[20]]))
+    couplings = [pairs.lookup(frame, 0) for frame in (3, 20)]
+    chunk = teacher.predict_action_chunk(batch, noise=torch.stack([c.noise for c in couplings]))
+    expected = torch.stack([postprocessor(chunk[:, i]) for i in range(CHUNK)], dim=1)
+    mean, std = (torch.as_tensor(recorded.meta.stats["action"][name]).float() for name in ("mean", "std"))
+    actions = torch.stack([c.actions for c in couplings])[..., :2] * std + mean
+    torch.testing.assert_close(actions, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(torch.stack([c.actions for c in couplings])[..., :2], chunk, atol=1e-2)
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: "{",
+        lambda m: "[]",
+        lambda m: {**m, "frames": [[10, 5]]},
+        lambda m: {**m, "frames": []},
+        lambda m: {**m, "checksums": [1]},
+        lambda m: {**m, "surprise": 1},
+        lambda m: {**m, "frames_per_shard": 0},
+        lambda m: {k: v for k, v in m.items() if k != "provenance"},
+        lambda m: {**m, "provenance": {**m["provenance"], "dtype": "object"}},
+        lambda m: {**m, "provenance": {**m["provenance"], "chunk_size": "6"}},
+        lambda m: {**m, "provenance": {**m["provenance"], "solver": "euler"}},
+        lambda m: {**m, "provenance": {**m["provenance"], "solver": {"method": "rk5"}}},
+        lambda m: {**m, "provenance": {**m["provenance"], "solver": {"method": "euler", "num_steps": 2.5}}},
+        lambda m: {**m, "format_version": 1},
+        lambda m: {k: v for k, v in m.items() if k != "format_version"},
+    ],
+)
+def test_a_damaged_manifest_is_refused(copied, edit):
+    file = copied / "manifest.json"
+    edited = edit(json.loads(file.read_text()))
+    file.write_text(edited if isinstance(edited, str) else json.dumps(edited))
+    with pytest.raises(ReflowError, match="manifest.json is damaged"):
+        Pairs(copied)
+
+
+def test_a_manifest_of_a_later_version_is_not_called_damaged(copied):
+    file = copied / "manifest.json"
+    for version in (3, "2"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": version}))
+        with pytest.raises(
+            ReflowError, match=f"manifest.json has format version {version}, this package reads 1 and 2;"
+        ):
+            Pairs(copied)
+
+
+def as_version_1(folder: Path) -> None:
+    """Rewrite the manifest as the first version of this package wrote it."""
+    file = folder / "manifest.json"
+    values = json.loads(file.read_text())
+    provenance = values["provenance"]
+    solver, count = provenance.pop("solver"), provenance.pop("couplings_per_frame")
+    flat = {
+        "solver": solver["method"],
+        "num_steps": solver["num_steps"],
+        "rtol": solver["rtol"],
+        "atol": solver["atol"],
+    }
+    values["provenance"] = {**provenance, **flat, "pairs_per_frame": count}
+    file.write_text(json.dumps({**values, "format_version": 1}))
+
+
+def test_a_manifest_of_version_1_reads_as_the_same(stored, copied):
+    as_version_1(copied)
+    assert json.loads((copied / "manifest.json").read_text())["provenance"]["pairs_per_frame"] == 3
+    assert read_manifest(copied) == read_manifest(stored)
+    assert torch.equal(Pairs(copied).lookup(40, 2).actions, Pairs(stored).lookup(40, 2).actions)
+
+
+def test_a_set_of_version_1_is_continued_by_the_same_command(workshop, stored, copied, capsys):
+    """One shard is missing; all are there; other flags are told apart by the names that the flags have."""
+    manifest = read_manifest(copied)
+    dataclasses.replace(manifest, checksums={k: v for k, v in manifest.checksums.items() if k != 1}).write(copied)
+    shard_path(copied, 1).unlink()
+    as_version_1(copied)
+    make_pairs(workshop, copied)
+    assert contents(copied) == contents(stored)
+    as_version_1(copied)
+    make_pairs(workshop, copied)
+    assert "Nothing to do: all 3 shards" in capsys.readouterr().out
+    for change, message in (
+        ({"reflow__solver": "rk4"}, "solver is euler in the pairs and rk4 here"),
+        ({"reflow__num_steps": 5}, "num_steps is 10 in the pairs and 5 here"),
+        ({"couplings_per_frame": 4}, "couplings_per_frame is 3 in the pairs and 4 here"),
+    ):
+        line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied, **change))
+        assert f"holds other pairs: {message}. Name a new folder" in line
+
+
+def test_differences_name_every_value_of_the_solver(stored):
+    here = read_manifest(stored).provenance
+    other = dataclasses.replace(here, solver=Solver("dopri5", rtol=1e-3, atol=1e-4), seed=1)
+    assert differences(here, here) == []
+    assert differences(here, other) == [
+        "seed is 1 in the pairs and 0 here",
+        "solver is dopri5 in the pairs and euler here",
+        "num_steps is None in the pairs and 10 here",
+        "rtol is 0.001 in the pairs and None here",
+        "atol is 0.0001 in the pairs and None here",
+    ]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
+def test_reading_a_large_set_keeps_nothing_in_memory(stored, tmp_path):
+    """200 MB in shards, every frame read once in random order."""
+    manifest = read_manifest(stored)
+    provenance = dataclasses.replace(
+        manifest.provenance, chunk_size=256, max_action_dim=32, couplings_per_frame=2, total_frames=6400
+    )
+    frames, per_shard = 6400, 400
+    for shard in range(frames // per_shard):
+        actions = torch.zeros(per_shard, 2, 256, 32, dtype=torch.float16)
+        actions[:, 0, 0, 0] = torch.arange(per_shard)
+        save_file({"actions": actions}, tmp_path / f"pairs-{shard:05d}.safetensors")
+    checksums = dict.fromkeys(range(frames // per_shard), "")
+    dataclasses.replace(
+        manifest, provenance=provenance, frames=[[0, frames]], frames_per_shard=per_shard, checksums=checksums
+    ).write(tmp_path)
+
+    def in_use() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pairs = Pairs(tmp_path)
+    pairs.lookup(0, 0)
+    before = in_use()
+    for frame in torch.randperm(frames).tolist():
+        assert pairs.lookup(frame, 0).actions[0, 0] == frame % per_shard
+    assert in_use() - before < 20 * 2**20

@@ -1,0 +1,281 @@
+"""Training from couplings that were made before: stored pairs, or a source of the user's own."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from conftest import lerobot_train_main, reflow_run, reflow_train_main
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed, pairs_flags, refused, weights
+
+from smolvla_reflow import Coupling, Pairs, Recipe, ReflowError, Solver, attach, detach, is_attached
+from smolvla_reflow.commands import pairs as pairs_command
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.pairs.manifest import read_manifest
+from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.vision import vision_encoder
+
+# --- the loss -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [Solver("euler"), Solver("midpoint", num_steps=4)], ids=["euler", "midpoint"])
+def test_loss_and_gradient_equal_online_reflow(workshop, tmp_path, solver):
+    flags = {"reflow__solver": solver.method, "reflow__num_steps": solver.num_steps}
+    folder = make_pairs(workshop, tmp_path / "pairs", couplings_per_frame=1, dtype="float32", **flags)
+    policy, batch = observed(workshop)
+    batch["action"] = torch.full((4, CHUNK, 2), 100.0)  # what was recorded has no influence
+    noise = torch.stack([pair_noise(0, frame, 0, (CHUNK, WIDTH)) for frame in (0, 7, 20, 47)])
+    time = torch.tensor([0.1, 0.4, 0.7, 0.99])
+    with torch.no_grad():  # a student that has moved away from its teacher
+        policy.model.action_out_proj.weight.mul_(1.1)
+
+    def loss_and_gradient(noise):
+        policy.zero_grad()
+        loss, _ = policy.train().forward(dict(batch), noise=noise, time=time)
+        loss.backward()
+        return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    with attach(policy, workshop / "1rf" / LAST, solver=solver):
+        expected, expected_gradient = loss_and_gradient(noise)
+    with attach(policy, pairs=folder):
+        loss, gradient = loss_and_gradient(None)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert gradient.keys() == expected_gradient.keys()
+    assert len(gradient) > 10
+    for name in gradient:
+        torch.testing.assert_close(gradient[name], expected_gradient[name], rtol=1e-3, atol=1e-5)
+
+
+def test_no_teacher_is_in_memory(workshop, stored):
+    policy, _ = observed(workshop)
+    before = dict(vars(policy)), dict(vars(policy.model))
+    attachment = attach(policy, pairs=stored)
+    assert policy.model.teacher is attachment.teacher is None
+    detach(policy)
+    assert (vars(policy), vars(policy.model)) == before
+
+
+@pytest.mark.parametrize("per_frame", [2, 5])
+def test_several_of_a_frames_pairs_in_one_step(workshop, stored, per_frame):
+    """Three are stored: no one comes again before all have come, and the frame's image is encoded once."""
+    policy, batch = observed(workshop)
+    encoder = vision_encoder(policy).requires_grad_(False)  # as --policy.freeze_vision_encoder=true has it
+    counts, seen = [], []
+    encoder.encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
+    attach(policy, pairs=stored, recipe=Recipe(couplings_per_frame=per_frame))
+    forward_standard = policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-2]) or forward_standard(*args)
+    policy.train()
+    encoder.eval()
+    policy.forward(dict(batch))[0].backward()
+    assert counts == [4]
+    for noise, frame in zip(seen[0].split(per_frame), (0, 7, 20, 47), strict=True):
+        stored_noises = [pair_noise(0, frame, pair, (CHUNK, WIDTH)) for pair in range(3)]
+        pairs = [[torch.equal(one, other) for other in stored_noises].index(True) for one in noise]
+        assert len(set(pairs)) == min(per_frame, 3)
+        assert max(map(pairs.count, pairs)) == (1 if per_frame <= 3 else 2)
+
+
+def test_each_visit_draws_one_of_the_frames_pairs(stored):
+    pairs = Pairs(stored)
+    torch.manual_seed(0)
+    drawn = [pairs.draw([5, 40], torch.device("cpu")) for _ in range(60)]
+    for i, frame in enumerate((5, 40)):
+        every = [pairs.lookup(frame, k) for k in range(3)]
+        picks = [
+            next(
+                k
+                for k in range(3)
+                if torch.equal(every[k].noise, c.noise[i]) and torch.equal(every[k].actions, c.actions[i])
+            )
+            for c in drawn
+        ]
+        assert all(picks.count(k) > 8 for k in range(3))
+    assert drawn[0].noise.shape == drawn[0].actions.shape == (2, CHUNK, WIDTH)
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def test_training_from_pairs_writes_a_stock_checkpoint_and_resumes(workshop, stored, tmp_path, capsys):
+    flags = {"reflow__pairs_path": os.path.relpath(stored), "steps": 6, "save_freq": 6}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    log = capsys.readouterr().err
+    assert f"Reflow: {FRAMES * 3} pairs from {stored}, no teacher is loaded" in log
+    assert "Teacher shares" not in log
+    assert weights(tmp_path / "run").keys() == weights(workshop / "1rf").keys()
+    config = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
+    assert config["reflow"]["pairs_path"] == str(stored.resolve())
+    reflow_train_main([f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=8"])
+    assert (tmp_path / "run/checkpoints/000008").is_dir()
+    stock = reflow_run(workshop, tmp_path / "stock", steps=1)
+    stock = [f for f in stock if not f.startswith("--reflow.")]
+    lerobot_train_main([*stock, f"--policy.path={tmp_path / 'run' / LAST}", "--policy.push_to_hub=false"])
+
+
+OTHER = {
+    "teacher": "0" * 64,
+    "dataset": "other/name",
+    "total_frames": 49,
+    "statistics": "1" * 64,
+    "chunk_size": 7,
+    "max_action_dim": 5,
+}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_pairs_of_another_run_are_refused_with_both_values(workshop, copied, tmp_path, capsys, field):
+    manifest = read_manifest(copied)
+    value = getattr(manifest.provenance, field)
+    changed = dataclasses.replace(manifest.provenance, **{field: OTHER[field]})
+    dataclasses.replace(manifest, provenance=changed).write(copied)
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__pairs_path=copied))
+    assert f"{field} is {OTHER[field]} in the pairs and {value} here" in line
+    assert f"{field} is" in refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"reflow__num_steps": 5}, "num_steps is 10 in the pairs and 5 here"),
+        ({"reflow__solver": "rk4"}, "solver is euler in the pairs and rk4 here"),
+        ({"dataset__image_transforms__enable": "true"}, "say --reflow.augment_pairs=true"),
+        ({"reflow__pairs_path": "{tmp}/none"}, "holds no pairs: there is no manifest.json"),
+    ],
+)
+def test_flags_that_contradict_the_pairs(workshop, stored, tmp_path, capsys, flags, message):
+    flags = {"reflow__num_steps": None, "reflow__pairs_path": stored, **flags}
+    flags = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in flags.items()}
+    assert message in refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_augmented_images_when_asked_for(workshop, stored, tmp_path):
+    flags = {
+        "dataset__image_transforms__enable": "true",
+        "reflow__augment_pairs": "true",
+        "reflow__pairs_path": stored,
+    }
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **flags))
+
+
+def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
+    some = make_pairs(workshop, tmp_path / "some", dataset__episodes="[0,3]")
+    flags = {"reflow__pairs_path": some, "steps": 1}
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **flags))
+    assert "36 of the 48 frames to train on have no pairs" in line
+    assert "which covers 12" in line
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", dataset__episodes="[3]", **flags))
+
+
+# --- what attach refuses --------------------------------------------------------------------------------------
+
+
+def test_what_attach_refuses(workshop, stored, copied):
+    policy, batch = observed(workshop)
+    batch["action"] = torch.zeros(4, CHUNK, 2)
+    with pytest.raises(ReflowError, match="either a teacher or the pairs"):
+        attach(policy, workshop / "1rf" / LAST, pairs=stored)
+    for solver in ("euler", Solver("euler", num_steps=10)):
+        with pytest.raises(ReflowError, match="solved when the pairs were made, so that solver has no effect"):
+            attach(policy, pairs=stored, solver=solver)
+    attach(policy, pairs=stored)
+    policy.train()
+    with pytest.raises(ReflowError, match="noise of their own"):
+        policy.forward(dict(batch), noise=torch.zeros(4, CHUNK, WIDTH))
+    without = {name: value for name, value in batch.items() if name != "index"}
+    with pytest.raises(ReflowError, match="has no 'index'"):
+        policy.forward(without)
+    with pytest.raises(ReflowError, match="Frame 48 has no pairs"):
+        policy.forward({**batch, "index": batch["index"] + 1})
+    detach(policy)
+    manifest = read_manifest(copied)
+    provenance = dataclasses.replace(manifest.provenance, chunk_size=9)
+    dataclasses.replace(manifest, provenance=provenance).write(copied)
+    with pytest.raises(ReflowError, match="do not fit the policy: chunk_size is 9 in them and 6 in it"):
+        attach(policy, pairs=copied)
+
+
+def test_attach_takes_the_statistics_that_the_manifest_pins_and_no_others(workshop, stored):
+    policy, batch = observed(workshop)
+    batch["action"] = torch.zeros(4, CHUNK, 2)
+    stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
+    with attach(policy, pairs=stored, dataset_stats=stats):
+        policy.train().forward(dict(batch))
+    for feature, statistic in (("action", "std"), ("observation.state", "mean")):
+        others = {**stats, feature: {**stats[feature], statistic: stats[feature][statistic] + 0.1}}
+        with pytest.raises(ReflowError, match="in the normalised space of other statistics than dataset_stats"):
+            attach(policy, pairs=stored, dataset_stats=others)
+        assert not is_attached(policy)
+
+
+# --- a source of one's own ------------------------------------------------------------------------------------
+
+
+def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(workshop):
+    policy, batch = observed(workshop)
+    batch["action"] = torch.full((4, CHUNK, 2), 100.0)
+    drawn, time = torch.randn(4, CHUNK, WIDTH), torch.tensor([0.1, 0.4, 0.7, 0.99])
+    with torch.no_grad():  # a student that has moved away from its teacher
+        policy.model.action_out_proj.weight.mul_(1.1)
+
+    def loss_and_gradient(**fixed):
+        policy.zero_grad()
+        loss, _ = policy.train().forward(dict(batch), time=time, **fixed)
+        loss.backward()
+        return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    with attach(policy, workshop / "1rf" / LAST):
+        actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=drawn).actions
+        expected, expected_gradient = loss_and_gradient(noise=drawn)
+
+    def made_before(observation, *, frames, noise, per_frame):
+        assert frames.tolist() == [0, 7, 20, 47]
+        assert noise is None
+        assert per_frame == 1
+        assert len(observation.state) == 4
+        return Coupling(drawn, actions)
+
+    with attach(policy, pairs=made_before) as attachment:
+        assert attachment.source is made_before
+        assert attachment.teacher is policy.model.teacher is None
+        loss, gradient = loss_and_gradient()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert gradient.keys() == expected_gradient.keys()
+    for name in gradient:
+        torch.testing.assert_close(gradient[name], expected_gradient[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("noise_shape", "actions_shape", "message"),
+    [
+        ((4, CHUNK, WIDTH), (8, CHUNK, WIDTH), r"gave noise of shape \(4, 6, 4\); \(8, 6, 4\) was asked for"),
+        ((8, CHUNK, WIDTH), (8, CHUNK, 2), r"gave actions of shape \(8, 6, 2\); \(8, 6, 4\) was asked for"),
+    ],
+)
+def test_a_source_that_gives_another_shape_is_refused_by_name(workshop, noise_shape, actions_shape, message):
+    policy, batch = observed(workshop)
+    batch["action"] = torch.zeros(4, CHUNK, 2)
+    source = lambda observation, **asked: Coupling(torch.zeros(noise_shape), torch.zeros(actions_shape))  # noqa: E731
+    with attach(policy, pairs=source, recipe=Recipe(couplings_per_frame=2)):
+        policy.train()
+        with pytest.raises(ReflowError, match=message):
+            policy.forward(dict(batch))
+
+
+def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(workshop):
+    policy, _ = observed(workshop)
+    stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
+    source = lambda observation, **asked: None  # noqa: E731
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+        attach(policy, pairs=source, dataset_stats=stats)
+    with pytest.raises(ReflowError, match="solver has no effect"):
+        attach(policy, pairs=source, solver="euler")
+    with pytest.raises(ReflowError, match="either a teacher or the pairs"):
+        attach(policy, policy, pairs=source)
+    assert not is_attached(policy)

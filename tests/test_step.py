@@ -1,0 +1,195 @@
+"""What a loss can ask a step for: velocities, the batch, metrics; and what stands in the way of misuse."""
+
+import pytest
+import torch
+from conftest import CHUNK, WIDTH
+from oracle import Flow
+
+from smolvla_reflow import Coupling, Recipe, ReflowError, attach, detach, register_loss_strategy
+
+pytestmark = pytest.mark.usefixtures("registry")
+
+
+@pytest.fixture
+def steps(policy, teacher, batch, registry):
+    """Call a function with the step of one forward pass; returns what it returns."""
+
+    def run(function, recipe=None, batch=batch, **options):
+        found = []
+        registry.pop("asking", None)
+
+        @register_loss_strategy("asking")
+        def asking(step):
+            found.append(function(step))
+            return step.losses(step.recorded())
+
+        attach(policy, **({"teacher": teacher} | options), strategy="asking", recipe=recipe)
+        result = policy.train().forward({**batch})
+        detach(policy)
+        return (*found, result)
+
+    return run
+
+
+def test_students_velocity_and_its_gradient_equal_an_independent_derivation(policy, batch, steps, noise_and_time):
+    x, t = noise_and_time
+    parameters = dict(policy.named_parameters())
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+
+    def gradients(velocity):
+        found = torch.autograd.grad(velocity.square().sum(), [parameters[n] for n in trained], allow_unused=True)
+        return dict(zip(trained, found, strict=True))
+
+    def ask(step):
+        with torch.no_grad():
+            before = step.student_velocity(x, t)
+        velocity = step.student_velocity(x, t)  # a call without gradient before it takes none away
+        assert not before.requires_grad
+        assert torch.equal(before, velocity)
+        return velocity, gradients(velocity)
+
+    (velocity, found), _ = steps(ask)
+    expected = Flow(policy, batch).velocity(x, t)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+    wanted = gradients(expected)
+    for name in trained:
+        assert (found[name] is None) == (wanted[name] is None), name
+        if found[name] is not None:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-4)
+    assert found["model.state_proj.weight"].abs().max() > 0  # of the prefix
+    assert found["model.action_in_proj.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("per_frame", [1, 3])
+def test_teachers_velocity(teacher, batch, steps, per_frame):
+    x, t = torch.randn(4 * per_frame, CHUNK, WIDTH), torch.rand(4 * per_frame)
+    (velocity, coupling), _ = steps(
+        lambda step: (step.teacher_velocity(x, t), step.coupling()), Recipe(couplings_per_frame=per_frame)
+    )
+    repeated = {name: value.repeat_interleave(per_frame, dim=0) for name, value in batch.items()}
+    with torch.no_grad():
+        expected = Flow(teacher, repeated).velocity(x, t)
+    torch.testing.assert_close(velocity, expected, rtol=1e-4, atol=1e-5)
+    assert not velocity.requires_grad
+    assert coupling.noise.shape == (4 * per_frame, CHUNK, WIDTH)
+
+
+@pytest.mark.parametrize("per_frame", [1, 3])
+def test_students_velocity_of_several_lines_for_each_frame(policy, batch, steps, per_frame):
+    x, t = torch.randn(4 * per_frame, CHUNK, WIDTH), torch.rand(4 * per_frame)
+    velocity, _ = steps(lambda step: step.student_velocity(x, t), Recipe(couplings_per_frame=per_frame))
+    repeated = {name: value.repeat_interleave(per_frame, dim=0) for name, value in batch.items()}
+    torch.testing.assert_close(velocity, Flow(policy, repeated).velocity(x, t), rtol=1e-4, atol=1e-5)
+    assert velocity.requires_grad
+
+
+def test_the_batch_is_at_hand(batch, steps):
+    whole = {**batch, "task": ["push"] * 4, "index": torch.arange(4)}
+    (seen, frames), _ = steps(lambda step: (step.batch, step.frames), batch=whole)
+    assert seen["task"] == ["push"] * 4
+    assert torch.equal(seen["action_is_pad"], batch["action_is_pad"])
+    assert torch.equal(frames, torch.arange(4))
+
+
+def test_logged_metrics_stand_beside_the_loss(policy, steps):
+    def ask(step):
+        step.log("late_error", torch.tensor(0.25, requires_grad=True))
+        step.log("share", 3)
+
+    _, (loss, metrics) = steps(ask)
+    assert metrics["late_error"] == 0.25
+    assert metrics["share"] == 3.0
+    assert isinstance(metrics["late_error"], float)
+    assert metrics["loss"] == pytest.approx(loss.item())
+    _, (_, without) = steps(lambda step: None)
+    assert "late_error" not in without
+
+
+def test_a_metric_is_one_number_with_a_name_of_its_own(steps):
+    with pytest.raises(ReflowError, match="'loss' would stand for the loss itself"):
+        steps(lambda step: step.log("loss", 1.0))
+
+
+def test_several_numbers_are_no_metric(policy, steps):
+    with pytest.raises(ReflowError, match=r"The metric 'errors' has 4 numbers; log one, such as its mean"):
+        steps(lambda step: step.log("errors", torch.zeros(4)))
+
+
+def test_times_are_the_recipes(steps, noise_and_time):
+    times, _ = steps(lambda step: step.times(), Recipe(time_sampling="grid:2", couplings_per_frame=2))
+    assert times.shape == (8,)
+    assert set(times.tolist()) <= {0.5, 1.0}
+
+
+def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher, batch, noise_and_time):
+    noise, time = noise_and_time
+    weight = torch.linspace(0.0, 3.0, WIDTH)
+
+    @register_loss_strategy("weighed")
+    def weighed(step):
+        return step.losses(step.coupling(), weights=weight)
+
+    def per_frame(strategy, **recipe):
+        with attach(policy, teacher, strategy=strategy, recipe=Recipe(**recipe)):
+            return policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")[0]
+
+    with attach(policy, teacher) as attached:
+        inputs = (*policy.prepare_images(batch), batch["observation.language.tokens"])
+        inputs += (batch["observation.language.attention_mask"], policy.prepare_state(batch))
+        unreduced = attached.policy.model.forward_reflow(*inputs, policy.prepare_action(batch), noise, time)
+    weighed_alone = per_frame("weighed")
+    torch.testing.assert_close(weighed_alone, (unreduced * weight).mean(dim=(1, 2)))
+    mixed = per_frame("weighed", real_data_ratio=0.5)
+    torch.testing.assert_close(mixed[2:], weighed_alone[2:])
+    torch.testing.assert_close(mixed[:2], per_frame("reflow", real_data_ratio=0.5)[:2])
+
+
+def test_standard_takes_several_noises_for_each_frame(policy, teacher, batch):
+    """Against LeRobot's own loss of a batch in which each frame stands three times, with the same noise and times."""
+    attach(policy, teacher, strategy="standard", recipe=Recipe(couplings_per_frame=3))
+    seen, forward_standard = [], policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-3:]) or forward_standard(*args)
+    losses, _ = policy.train().forward(dict(batch), reduction="none")
+    ((_, noise, time),) = seen
+    detach(policy)
+    repeated = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
+    stock, _ = policy.train().forward(repeated, noise=noise, time=time, reduction="none")
+    torch.testing.assert_close(losses, stock.unflatten(0, (4, 3)).mean(dim=1))
+
+
+def test_no_teacher_no_velocity(steps):
+    def ask(step):
+        with pytest.raises(ReflowError, match="No teacher is attached whose velocity could be asked for"):
+            step.teacher_velocity(torch.zeros(4, CHUNK, WIDTH), torch.ones(4))
+
+    def source(observation, *, frames, noise, per_frame):
+        raise AssertionError
+
+    steps(ask, teacher=None, pairs=source)
+
+
+def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
+    """Any function that couples: the loss is that of the same couplings made online."""
+    noise, time = noise_and_time
+    with attach(policy, teacher) as attached:
+        expected, _ = policy.train().forward(dict(batch), noise=noise, time=time)
+        online = attached.source
+
+    def source(observation, *, frames, noise, per_frame):
+        asked.append((frames, per_frame))
+        return online(observation, frames=frames, noise=noise, per_frame=per_frame)
+
+    asked = []
+    with attach(policy, pairs=source):
+        loss, _ = policy.train().forward({**batch, "index": torch.arange(4)}, noise=noise, time=time)
+        assert policy.model.teacher is None
+    ((frames, per_frame),) = asked
+    assert torch.equal(frames, torch.arange(4))
+    assert per_frame == 1
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_source_of_another_shape_is_refused(policy, batch):
+    attach(policy, pairs=lambda observation, **_: Coupling(torch.zeros(4, CHUNK, 2), torch.zeros(4, CHUNK, WIDTH)))
+    with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\); \(4, 5, 6\) was asked for"):
+        policy.train().forward(dict(batch))
