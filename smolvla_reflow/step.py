@@ -90,9 +90,9 @@ class Step:
         Raises:
             ReflowError: the source fails, or gives lines of another shape.
         """
-        per_frame = self.couplings_per_frame
+        per_frame, config = self.couplings_per_frame, self.model.config
         coupling = self.source(self.observation, frames=self.frames, noise=self.noise, per_frame=per_frame)
-        expected = (len(self.actions) * per_frame, *self.actions.shape[1:])
+        expected = (len(self.actions) * per_frame, config.chunk_size, config.max_action_dim)
         for name in ("noise", "actions"):
             shape = tuple(getattr(coupling, name).shape)
             if shape != expected:

@@ -59,7 +59,7 @@ def other_backbone(tmp_path_factory):
         ),
         ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=midpoint takes equal steps"),
         ({"reflow__num_steps": -3}, "--reflow.num_steps=-3: the teacher needs at least one ODE step"),
-        ({"reflow__num_stepz": 3}, "--reflow.num_stepz is unknown; did you mean --reflow.num_steps?"),
+        ({"reflow__num_stepz": 3}, "--reflow.num_stepz is unknown; known are: --reflow.solver, --reflow.num_steps,"),
         ({"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": -1}, "--reflow.rtol=-1.0"),
         ({"reflow__real_data_ratio": -0.1}, "--reflow.real_data_ratio=-0.1 is no share"),
         ({"reflow__time_sampling": "grid:0"}, "--reflow.time_sampling"),

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/pairs_cost.py
 
-training step      from pairs next to a standard one, taken in turn, and the teacher parameters in memory
-generating         four pairs a frame, the prefix encoded once, next to one `sample_actions` call per pair
-reading            one pair at random out of a million, and what that leaves in memory
+training step      one from pairs next to a standard one, taken in turn, and the teacher parameters in memory
+generating         four pairs a frame, the prefix encoded once, next to one `sample_actions` call for each pair
+reading            one pair at random out of a million, and the memory that this takes up
 rounding           what storing actions in fewer bits does to them and to the loss
 """
 
@@ -44,25 +44,25 @@ class BenchmarkConfig:
     num_pairs: int = 1_000_000
 
 
-def provenance(policy: SmolVLAPolicy, dtype: str = "float16") -> Provenance:
+def provenance(policy: SmolVLAPolicy, total_frames: int) -> Provenance:
     return Provenance(
         teacher="",
         dataset="",
-        total_frames=1,
+        total_frames=total_frames,
         statistics="",
         solver=Solver("euler", policy.config.num_steps),
         chunk_size=policy.config.chunk_size,
         max_action_dim=policy.config.max_action_dim,
         seed=0,
         couplings_per_frame=COUPLINGS_PER_FRAME,
-        dtype=dtype,
+        dtype="float16",
     )
 
 
 def write_pairs(folder: Path, policy: SmolVLAPolicy, num_pairs: int) -> Pairs:
     """Write a set of random actions."""
-    made = provenance(policy)
     num_frames = -(-num_pairs // COUPLINGS_PER_FRAME)
+    made = provenance(policy, num_frames)
     manifest = Manifest(made, {}, "benchmark", [[0, num_frames]], FRAMES_PER_SHARD)
     shape = (FRAMES_PER_SHARD, COUPLINGS_PER_FRAME, made.chunk_size, made.max_action_dim)
     for shard in tqdm(range(manifest.num_shards), desc="writing pairs", unit="file", leave=False):
@@ -93,7 +93,7 @@ def training_step(cfg: BenchmarkConfig, policy: SmolVLAPolicy, pairs: Pairs) -> 
 
 def generating(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
     policy.eval()
-    maker = PairMaker(policy, lambda batch: batch, None, provenance(policy))
+    maker = PairMaker(policy, lambda batch: batch, None, provenance(policy, cfg.batch_size))
     batch = {**make_batch(policy, cfg.batch_size), "index": torch.arange(cfg.batch_size)}
     shape = (cfg.batch_size, policy.config.chunk_size, policy.config.max_action_dim)
     together, separate = [], []
@@ -146,7 +146,7 @@ def rounding(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
             stored = actions.to(dtype).float()
             error = (stored - actions).square().mean().sqrt().item()
             loss = policy.model.forward(*inputs, stored, noise, time_).mean().item()
-            size = provenance(policy).chunk_size * provenance(policy).max_action_dim * dtype.itemsize
+            size = policy.config.chunk_size * policy.config.max_action_dim * dtype.itemsize
             print(
                 f"rounding        {name:<8} {size:>5} bytes a pair, actions off by {error:.1e} (RMS), "
                 f"loss by {abs(loss - exact) / exact:.1e} of itself"

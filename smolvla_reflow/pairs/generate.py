@@ -1,7 +1,7 @@
 """Make pairs: walk through a dataset, have the teacher solve for each frame's couplings, and write them in shards.
 
-A shard is solved in the same batches by whichever process and whenever, so that the files of an interrupted and resumed
-run are those of an uninterrupted one, to the byte.
+A shard is solved in the same batches whichever process does it and when. So the files of an interrupted and resumed run
+are those of an uninterrupted one, to the byte.
 """
 
 import itertools

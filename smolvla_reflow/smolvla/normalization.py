@@ -97,31 +97,47 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
         config.max_action_dim,
     )
 
-    changes = {OBS_STATE: state.change(), ACTION: actions.change()}
-    feature = max(changes, key=lambda name: changes[name].nan_to_num(torch.inf).max().item())
-    dimension = int(changes[feature].nan_to_num(torch.inf).argmax())
-    largest = changes[feature][dimension].item()
-    if largest <= NEGLIGIBLE:
+    largest = _largest_change(state, actions)
+    if largest.size <= NEGLIGIBLE:
         return None
-    if not largest < HOPELESS:
+    _check_mappable(config, largest)
+    logging.getLogger(__name__).info(
+        "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
+        "state and actions are mapped to the teacher's space and back.",
+        largest.feature,
+        largest.dimension,
+        largest.size,
+    )
+    return SpaceMaps(state, actions)
+
+
+class _Change(NamedTuple):
+    """Where two normalised spaces differ most, and by how much for x in [-1, 1]."""
+
+    feature: str
+    dimension: int
+    size: float
+
+
+def _largest_change(state: Affine, actions: Affine) -> _Change:
+    changes = {OBS_STATE: state.change().nan_to_num(torch.inf), ACTION: actions.change().nan_to_num(torch.inf)}
+    feature = max(changes, key=lambda name: changes[name].max().item())
+    dimension = int(changes[feature].argmax())
+    return _Change(feature, dimension, changes[feature][dimension].item())
+
+
+def _check_mappable(config: SmolVLAConfig, largest: _Change) -> None:
+    if not largest.size < HOPELESS:
         raise ReflowError(
-            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension {dimension} is "
-            "(nearly) constant in the one and not in the other. First fine-tune the teacher on this dataset "
-            "with lerobot-train."
+            f"The dataset's statistics cannot be mapped to the teacher's: '{largest.feature}' dimension "
+            f"{largest.dimension} is (nearly) constant in the one and not in the other. First fine-tune the teacher on "
+            "this dataset with lerobot-train."
         )
     if config.adapt_to_pi_aloha:
         raise ReflowError(
             "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised "
             "space, so they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
         )
-    logging.getLogger(__name__).info(
-        "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
-        "state and actions are mapped to the teacher's space and back.",
-        feature,
-        dimension,
-        largest,
-    )
-    return SpaceMaps(state, actions)
 
 
 def robot_units(checkpoint: Checkpoint) -> Affine:
@@ -137,13 +153,20 @@ def robot_units(checkpoint: Checkpoint) -> Affine:
 
 
 def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
-    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32."""
+    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32.
+
+    Raises:
+        ReflowError: one of them is missing.
+    """
     digest = hashlib.sha256()
     features = {**(config.input_features or {}), **(config.output_features or {})}
     for feature in (OBS_STATE, ACTION):
         mode = config.normalization_mapping.get(features[feature].type.value, NormalizationMode.IDENTITY)
         for statistic in STATISTICS[mode]:
-            digest.update(f"{feature}.{statistic}".encode())
+            name = f"{feature}.{statistic}"
+            if statistic not in stats.get(feature, {}):
+                raise ReflowError(f"There are no statistics '{name}', by which the policy's {feature} is normalised.")
+            digest.update(name.encode())
             digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
     return digest.hexdigest()
 
