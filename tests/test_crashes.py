@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ import torch
 from conftest import reflow_run, reflow_train_main
 from safetensors.torch import load_file, save_file
 
+from smolvla_reflow import Losses, register_loss_strategy
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.losses import register_loss_strategy
 from smolvla_reflow.training.run_folder import how_to_go_on, is_whole, last_good, whole_checkpoints
 
 
@@ -149,8 +148,8 @@ def losing(registry):
 
         @register_loss_strategy("losing")
         def losing(step):
-            losses = step.losses(step.recorded())
-            return replace(losses, values=spoil(losses.values)) if next(calls) >= at else losses
+            values = step.losses(step.recorded()).values
+            return Losses(spoil(values) if next(calls) >= at else values)
 
     return make
 
