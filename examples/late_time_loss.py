@@ -1,14 +1,16 @@
-"""A loss of your own: reflow that learns near the noise end alone, with t in [0.8, 1].
+"""A loss of your own in three lines: reflow that trains only near the noise, at t in [0.8, 1].
 
-It goes by every flag (distribution of t, couplings per frame, share of recorded data, stored pairs). Name the file,
-which is run:
+All flags hold for it: distribution of t, couplings per frame, share of recorded data, stored pairs. There are two ways
+to use it. Name the file, which is then run:
 
     smolvla-reflow-train --reflow.strategy=examples/late_time_loss.py:late ...
 
-or declare it in your package, so that nobody need know where it is:
+Or put it into a package of your own, and declare it in that package's pyproject.toml (the value names the function):
 
     [project.entry-points."smolvla_reflow.loss_strategies"]
     late = "your_package.late_time_loss:late"
+
+    smolvla-reflow-train --reflow.strategy=late ...
 """
 
 from smolvla_reflow import register_loss_strategy

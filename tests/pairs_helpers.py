@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import as_flags
+from helpers import as_flags
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -58,13 +57,3 @@ def observed(workshop: Path, dataset: str = "dataset", frames=(0, 7, 20, 47)):
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Of a training run's last checkpoint."""
     return load_file(run / LAST / "model.safetensors")
-
-
-def refused(capsys, main, flags) -> str:
-    """A command that must fail with exit code 2 and one line; return the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main(flags)
-    assert exit.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    return line

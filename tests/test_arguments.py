@@ -119,7 +119,10 @@ def test_the_student_never_overwrites_the_teachers_repository():
         (["--resume=true"], "needs --config_path"),
         (["--resume=true", "--config_path=nowhere.json"], "nowhere.json does not exist"),
         ([TEACHER, "--config_path=nowhere.yaml"], "nowhere.yaml does not exist"),
-        ([TEACHER, "--reflow.num_stepz=3"], r"--reflow.num_stepz is unknown; known are: .*Did you mean '--reflow.num_steps'\?"),
+        (
+            [TEACHER, "--reflow.num_stepz=3"],
+            r"--reflow.num_stepz is unknown; known are: .*Did you mean '--reflow.num_steps'\?",
+        ),
         ([TEACHER, "--policy.use_reflow=true", "--reflow.strategy=distill"], r"use_reflow .*contradicts"),
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import lerobot
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main, stock_flags
+from helpers import lerobot_train_main, reflow_run, reflow_train_main, stock_flags
 from packaging.version import Version
 from safetensors.torch import load_file
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reflow_run, reflow_train_main
+from helpers import reflow_run, reflow_train_main, refused
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Losses, register_loss_strategy
@@ -40,14 +40,6 @@ def run(finished, tmp_path):
 
 def resume_flags(folder, step="last"):
     return [f"--config_path={folder}/checkpoints/{step}/pretrained_model/train_config.json", "--resume=true"]
-
-
-def refused(flags, capsys):
-    with pytest.raises(SystemExit) as exit:
-        reflow_train_main(flags)
-    assert exit.value.code == 2
-    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-train: error:")]
-    return line
 
 
 # --- killed ---------------------------------------------------------------------------------------------------
@@ -126,13 +118,13 @@ def test_resuming_last_takes_the_newest_whole_checkpoint(run, broken):
 def test_a_torn_checkpoint_is_refused_and_the_whole_one_named(run, capsys):
     weights = run / "checkpoints/000004/pretrained_model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    line = refused(resume_flags(run, "000004"), capsys)
+    line = refused(capsys, reflow_train_main, resume_flags(run, "000004"))
     assert "does not belong to a whole checkpoint" in line
     assert f"The newest whole one of that run is --config_path={run}/checkpoints/000003/" in line
     shutil.rmtree(run / "checkpoints/000003")
     for step in ("000001", "000002"):
         (run / f"checkpoints/{step}/training_state/training_step.json").write_text("{")
-    assert "That run has none." in refused(resume_flags(run, "000004"), capsys)
+    assert "That run has none." in refused(capsys, reflow_train_main, resume_flags(run, "000004"))
 
 
 # --- a loss that is lost --------------------------------------------------------------------------------------
@@ -166,18 +158,18 @@ def losing(registry):
 def test_a_lost_loss_stops_the_run(workshop, tmp_path, capsys, losing, spoil, said):
     losing(at=3, spoil=spoil)
     run = tmp_path / "run"
-    line = refused(reflow_run(workshop, run, save_freq=1, reflow__strategy="losing"), capsys)
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, run, save_freq=1, reflow__strategy="losing"))
     assert said in line.partition(" in step 3, so the run was stopped")[0]
     hint = f"Go on from the last good checkpoint with --config_path={run}/checkpoints/000002/pretrained_model/train_config.json --resume=true"
     assert hint in line
     losing(at=2, spoil=spoil)
-    assert "in step 4, so the run was stopped" in refused(hint.partition("with ")[2].split(), capsys)
+    assert "in step 4, so the run was stopped" in refused(capsys, reflow_train_main, hint.partition("with ")[2].split())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"000001", "000002", "000003", "last"}
 
 
 def test_an_absurd_learning_rate(workshop, tmp_path, capsys):
     rates = {"policy__optimizer_lr": 1e6, "policy__scheduler_warmup_steps": 0}
-    line = refused(reflow_run(workshop, tmp_path / "run", steps=20, save_freq=1, **rates), capsys)
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", steps=20, save_freq=1, **rates))
     assert "A lower --policy.optimizer_lr helps" in line
     assert "in step 2, so" in line
 
@@ -203,7 +195,7 @@ def test_a_full_disk(workshop, tmp_path, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        line = refused(reflow_run(workshop, tmp_path / "run"), capsys)
+        line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"--output_dir={tmp_path}/run: " in line

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ACTION_DIM, CHUNK, WIDTH, make_batch
+from helpers import ACTION_DIM, CHUNK, WIDTH, make_batch
 from oracle import Flow, reflow_losses
 
 from smolvla_reflow import Coupling, Recipe, Solver, attach

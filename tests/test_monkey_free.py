@@ -4,7 +4,7 @@ import subprocess
 import sys
 import textwrap
 
-from conftest import reflow_run
+from helpers import reflow_run
 
 
 def test_every_attribute_is_the_object_it_was(workshop, tmp_path):

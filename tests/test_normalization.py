@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ACTION_DIM, STATE_DIM
+from helpers import ACTION_DIM, STATE_DIM
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags, torchrun
+from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags, torchrun
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig

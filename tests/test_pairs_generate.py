@@ -13,9 +13,9 @@ import time as clock
 from pathlib import Path
 
 import pytest
-from conftest import reflow_run, reflow_train_main, torchrun
 from filelock import FileLock
-from pairs_helpers import contents, make_pairs, pairs_flags, refused
+from helpers import reflow_run, reflow_train_main, refused, torchrun
+from pairs_helpers import contents, make_pairs, pairs_flags
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
-from pairs_helpers import CHUNK, FRAMES, WIDTH, contents, make_pairs, observed, pairs_flags, refused
+from pairs_helpers import CHUNK, FRAMES, WIDTH, contents, make_pairs, observed, pairs_flags
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError, Solver

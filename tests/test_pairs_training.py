@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_run, reflow_train_main
+from helpers import lerobot_train_main, reflow_run, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed, pairs_flags, refused, weights
+from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed, pairs_flags, weights
 
 from smolvla_reflow import Coupling, Pairs, Recipe, ReflowError, Solver, attach, detach, is_attached
 from smolvla_reflow.commands import pairs as pairs_command

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import SMOOTH
+from helpers import SMOOTH
 
 from smolvla_reflow import Solver, attach
 from smolvla_reflow.smolvla.velocity import observe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reflow_run
+from helpers import reflow_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

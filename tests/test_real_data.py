@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lerobot_train_main, reflow_train_main
+from helpers import lerobot_train_main, reflow_train_main
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
 from smolvla_reflow.demo.backbone import write_backbone

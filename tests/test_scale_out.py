@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import torch
-from conftest import reflow_run, torchrun
+from helpers import reflow_run, torchrun
 from safetensors.torch import load_file
 
 from smolvla_reflow.demo.flags import LAST

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import reflow_run, reflow_train_main
+from helpers import reflow_run, reflow_train_main
 from lerobot.processor import PolicyProcessorPipeline
 
 from smolvla_reflow import Pairs, ReflowError

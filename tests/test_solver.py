@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMOOTH
+from helpers import SMOOTH
 from oracle import Flow
 
 from smolvla_reflow import ReflowError, Solver, attach

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHUNK, WIDTH
+from helpers import CHUNK, WIDTH
 from oracle import Flow
 
 from smolvla_reflow import Coupling, Recipe, ReflowError, attach, detach, register_loss_strategy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reflow_run, reflow_train_main
+from helpers import reflow_run, reflow_train_main, refused
 from oracle import reflow_losses
 
 from smolvla_reflow import (
@@ -170,14 +170,6 @@ def test_files_without_such_a_loss(tmp_path, text, name, message):
         get_loss_strategy(f"{tmp_path / 'mine.py'}:{name}")
 
 
-def refused(capsys, flags):
-    with pytest.raises(SystemExit) as exit:
-        reflow_train_main(flags)
-    assert exit.value.code == 2
-    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if ln.startswith("smolvla-reflow-train: error:")]
-    return line
-
-
 def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_again(
     workshop, tmp_path, capsys, monkeypatch
 ):
@@ -188,13 +180,13 @@ def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_agai
     monkeypatch.chdir(tmp_path)
     resume = [f"--config_path={run}/checkpoints/last/pretrained_model/train_config.json", "--resume=true", "--steps=3"]
     named = f"--reflow.strategy={EXAMPLE}:late"
-    line = refused(capsys, resume)
+    line = refused(capsys, reflow_train_main, resume)
     assert line.endswith(f"would be run. If you trust that file, name it yourself: {named}")
     reflow_train_main([*resume, named])
     assert (run / "checkpoints/000003").is_dir()
     file = tmp_path / "flags.yaml"
     file.write_text(f"reflow:\n  strategy: {EXAMPLE}:late\n")
-    line = refused(capsys, [*reflow_run(workshop, tmp_path / "other"), f"--config_path={file}"])
+    line = refused(capsys, reflow_train_main, [*reflow_run(workshop, tmp_path / "other"), f"--config_path={file}"])
     assert "name it yourself" in line
     assert not (tmp_path / "other").exists()
 
@@ -215,5 +207,5 @@ def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_agai
     ],
 )
 def test_options_without_effect(workshop, tmp_path, capsys, flags, message):
-    assert message in refused(capsys, reflow_run(workshop, tmp_path / "run", **flags))
+    assert message in refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()

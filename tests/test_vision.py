@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
 from smolvla_reflow import attach, detach

@@ -1,7 +1,7 @@
-"""What a study trains on and measures: frames in memory, the policy's configuration, and where it can be driven.
+"""A study's tasks: frames in memory, the policy's configuration, and a simulator where there is one.
 
-demo_task     the demo's: past an obstacle, with unseen scenes to measure on and to drive
-recorded_task any LeRobotDataset of one task, every fifth of its episodes held out
+demo_task      the demo's task of driving past an obstacle, measured on unseen scenes and in its simulator
+recorded_task  any LeRobotDataset with a single task, measured on every fifth episode, which is not trained on
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,16 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 from tqdm import tqdm
 
-from smolvla_reflow.closed_loop import drive
 from smolvla_reflow.commands.demo import DEMONSTRATIONS
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.demo import recipe as demo
+from smolvla_reflow.demo import flags as demo
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.environment import DrivePastConfig
 from smolvla_reflow.demo.task import IMAGE_SIZE, write_dataset
-from smolvla_reflow.evaluation import Contestant
-from smolvla_reflow.metrics import Success
-from smolvla_reflow.normalization import Affine
+from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.metrics import Success
+from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.smolvla.normalization import Affine
 
 UNSEEN_EPISODES, UNSEEN_SEED = 40, 1
 HELD_OUT = 5
@@ -43,9 +43,9 @@ class Task:
         seen: frames to train on, each tensor (N, ...).
         unseen: frames to measure on.
         config: keyword arguments of the policy's SmolVLAConfig.
-        num_steps: at which to measure.
-        stats: the dataset's, to drive with.
-        env: where to drive, if anywhere.
+        num_steps: numbers of steps to measure.
+        stats: the dataset's statistics, by which the policy is run in the simulator.
+        env: the simulator, if there is one.
     """
 
     seen: Batch
@@ -56,28 +56,28 @@ class Task:
     env: EnvConfig | None = None
 
     def policy(self, train_expert_only: bool = False) -> SmolVLAPolicy:
-        """A new SmolVLA for these frames, of random weights."""
+        """A new SmolVLA for these frames, with random weights."""
         frozen = {"train_expert_only": train_expert_only, "freeze_vision_encoder": train_expert_only}
         return SmolVLAPolicy(SmolVLAConfig(**self.config, **frozen))
 
-    def on_frames(self, name: str, policy: SmolVLAPolicy) -> Contestant:
-        """For frames that are normalised already."""
+    def on_frames(self, name: str, policy: SmolVLAPolicy) -> MeasuredPolicy:
+        """A policy to be measured on these frames, which are normalised already."""
         width = self.unseen["action"].shape[-1]
         units = Affine(torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-        return Contestant(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
+        return MeasuredPolicy(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
 
     def success(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Success | None:
-        """In closed loop; None where there is nowhere to drive."""
+        """How often the policy succeeds in the simulator; None if there is none."""
         if self.env is None:
             return None
         before, after = make_smolvla_pre_post_processors(policy.config, self.stats)
-        contestant = Contestant("policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps)
+        measured = MeasuredPolicy("policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps)
         settings = EvalConfig(n_episodes=episodes, batch_size=episodes, use_async_envs=False)
-        return drive(contestant, self.env, settings, num_steps, seed)
+        return success_rate(measured, self.env, settings, num_steps, seed)
 
 
 def demo_task(folder: Path) -> Task:
-    """The demo's task and policy; `folder` keeps the recordings."""
+    """The demo's task and policy, with the recordings in `folder`, made if they are not there."""
     for name, episodes, seed in (("seen", DEMONSTRATIONS, 0), ("unseen", UNSEEN_EPISODES, UNSEEN_SEED)):
         if not (folder / name).exists():
             write_dataset(folder / name, episodes, seed)
@@ -89,7 +89,13 @@ def demo_task(folder: Path) -> Task:
 
 
 def recorded_task(root: Path, folder: Path, action_dims: Sequence[int] | None = None) -> Task:
-    """A recorded dataset, a small SmolVLA padded to its stock 32 dimensions; `action_dims` takes some of them alone."""
+    """A recorded dataset, for a small SmolVLA that pads its actions to the stock 32 dimensions.
+
+    Args:
+        root: of the dataset.
+        folder: for the backbone.
+        action_dims: indices of the action dimensions to learn; None for all.
+    """
     chunk, image = 16, 64
     stats = LeRobotDatasetMetadata("study/recorded", root=root).stats
     config = _config(root, write_backbone(folder / "backbone", image_size=image), chunk, image)

@@ -23,8 +23,8 @@ class ReflowConfig(SolverFlags):
     """The loss, either 'reflow', 'distill' (for one step alone), 'standard', one that an installed package offers, or
     one in a Python file, which is run, written as the file's path, a colon and the loss's name."""
     time_sampling: str = Recipe.time_sampling
-    """Distribution of t, 'beta' (SmolVLA's own), 'grid' (with its number of steps, see the README), or several
-    joined by '+'."""
+    """Distribution of t, 'beta' (SmolVLA's own), 'grid' with a colon and K (the K times that K Euler steps visit), or
+    several joined by '+'."""
     couplings_per_frame: int = Recipe.couplings_per_frame
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its images encoded,
     once for all of them."""

@@ -1,0 +1,114 @@
+"""What many tests call: a batch, the commands in this process, and the flags of short runs in the workshop."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.scripts import lerobot_train
+
+from smolvla_reflow.commands import train as reflow_train
+from smolvla_reflow.commands.console import command_line
+from smolvla_reflow.demo.flags import LAST, reflow_flags
+from smolvla_reflow.demo.task import REPO_ID
+
+# Of the tests' small policy and its batches.
+STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
+# Periods of the time embedding for which even random weights make a velocity that is smooth in time.
+SMOOTH = {"min_period": 1.0, "max_period": 4.0}
+
+
+def make_batch(size: int, seed: int = 2) -> dict[str, torch.Tensor]:
+    """A preprocessed batch whose second half has padded steps at the end of the chunk."""
+    generator = torch.Generator().manual_seed(seed)
+    is_pad = torch.zeros(size, CHUNK, dtype=torch.bool)
+    is_pad[size // 2 :, -2:] = True
+    return {
+        "observation.state": torch.randn(size, STATE_DIM, generator=generator),
+        "observation.images.top": torch.rand(size, 3, 32, 32, generator=generator),
+        "observation.language.tokens": torch.randint(0, 200, (size, 6), generator=generator),
+        "observation.language.attention_mask": torch.ones(size, 6, dtype=torch.bool),
+        "action": torch.randn(size, CHUNK, ACTION_DIM, generator=generator),
+        "action_is_pad": is_pad,
+    }
+
+
+def lerobot_train_main(flags: Sequence[str]) -> None:
+    """`lerobot-train` in this process."""
+    with command_line("lerobot-train", flags):
+        lerobot_train.train()
+
+
+def short(flags: Sequence[str], **changes: Any) -> list[str]:
+    """Flags of a small, single-process run, with some changed: `short(flags, steps=3)`."""
+    changes = {"batch_size": 8, "num_workers": 0, **changes}
+    names = {name.replace("__", "."): value for name, value in changes.items()}
+    kept = [flag for flag in flags if flag[2:].partition("=")[0] not in names]
+    return [*kept, *(f"--{name}={value}" for name, value in names.items() if value is not None)]
+
+
+def as_flags(defaults: dict[str, Any], **changes: Any) -> list[str]:
+    """`--name=value` for each of `defaults`, with some changed (`a__b` means `a.b`) or, by None, left out."""
+    flags = {**defaults, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def eval_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """Flags of a short `smolvla-reflow-eval` of the workshop's policy."""
+    flags = {
+        "policy.path": workshop / "1rf" / LAST,
+        "policy.device": "cpu",
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": workshop / "dataset",
+        "output_dir": output_dir,
+        "num_steps": "[1,2]",
+        "num_frames": 6,
+        "num_noises": 3,
+        "reference_steps": 20,
+        "batch_size": 4,
+    }
+    return as_flags(flags, **changes)
+
+
+def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """Flags of a short `smolvla-reflow-train` in the workshop."""
+    return short(reflow_flags(workshop, steps=4), output_dir=output_dir, **changes)
+
+
+def reflow_train_main(flags: Sequence[str]) -> None:
+    """`smolvla-reflow-train` in this process."""
+    reflow_train.main(list(flags))
+
+
+def stock_flags(workshop: Path, flags: Sequence[str], ours: Path, theirs: Path) -> list[str]:
+    """The flags with which `lerobot-train` does into `theirs` what our command, given `flags`, did into `ours`."""
+    saved = json.loads((ours / LAST / "train_config.json").read_text())["policy"]
+    fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
+    stock = [f for f in flags if not f.startswith("--reflow.")]
+    stock += [f"--policy.{name}={saved[name]}" for name in fields]
+    stock += [f"--policy.path={workshop / '1rf' / LAST}", "--policy.push_to_hub=false"]
+    return [*stock, f"--output_dir={theirs}"]
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def refused(capsys, main, flags) -> str:
+    """A command that must fail with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(flags)
+    assert exit.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    return line
