@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Meta-World from end to end: record, train a small SmolVLA, reflow it, and see in closed loop what each number of steps gives.
 #
-#     pip install 'smolvla-reflow' 'metaworld==3.0.0' 'mujoco<3.4'
+#     pip install . 'metaworld==3.0.0' 'mujoco<3.4'
 #     bash examples/metaworld/run.sh outputs/metaworld
 #
 # On 2 CPU cores: 15 minutes to record, 10 to train, 15 to reflow, 45 to evaluate, mostly rendering. With a

@@ -109,7 +109,9 @@ def train(program: str, flags: Sequence[str], log_file: Path) -> None:
         bar.update(total - bar.n if code == 0 else 0)
     if code != 0:
         lines = [line for line in re.split(r"[\r\n]+", log_file.read_text(errors="replace")) if line.strip()]
-        raise ReflowError(f"{program} failed: {lines[-1] if lines else 'no output'} (its whole output is in {log_file})")
+        raise ReflowError(
+            f"{program} failed: {lines[-1] if lines else 'no output'} (its whole output is in {log_file})"
+        )
 
 
 def picture(folder: Path, seed: int) -> None:
