@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from smolvla_reflow.commands import demo
+from smolvla_reflow.demo import run as demo_run
 from smolvla_reflow.demo import task
 from smolvla_reflow.demo.environment import DrivePast
 from smolvla_reflow.demo.flags import evaluation_flags, one_rectified_flow_flags, reflow_flags
@@ -104,11 +105,11 @@ def test_both_trainings_read_the_same_data(tmp_path):
 
 def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
     """The command itself, every stage of it, with trainings too short to learn anything."""
-    monkeypatch.setattr(demo, "DEMONSTRATIONS", 4)
-    monkeypatch.setattr(demo, "evaluation_flags", lambda folder: evaluation_flags(folder, episodes=6, frames=2))
-    monkeypatch.setattr(demo, "PICTURED", 3)
-    monkeypatch.setattr(demo, "one_rectified_flow_flags", lambda folder: one_rectified_flow_flags(folder, steps=3))
-    monkeypatch.setattr(demo, "reflow_flags", lambda folder: reflow_flags(folder, steps=2))
+    monkeypatch.setattr(demo_run, "DEMONSTRATIONS", 4)
+    monkeypatch.setattr(demo_run, "evaluation_flags", lambda folder: evaluation_flags(folder, episodes=6, frames=2))
+    monkeypatch.setattr(demo_run, "PICTURED", 3)
+    monkeypatch.setattr(demo_run, "one_rectified_flow_flags", lambda folder: one_rectified_flow_flags(folder, steps=3))
+    monkeypatch.setattr(demo_run, "reflow_flags", lambda folder: reflow_flags(folder, steps=2))
     folder = tmp_path / "demo"
     demo.main([f"--output_dir={folder}"])
 
@@ -136,4 +137,4 @@ def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
 def test_a_failing_training_is_quoted(tmp_path):
     flags = ["--steps=1", "--dataset.repo_id=a/b", "--reflow.teacher_path=nowhere"]
     with pytest.raises(Exception, match=r"smolvla-reflow-train failed: .*There is no checkpoint at nowhere"):
-        demo.train("smolvla-reflow-train", flags, tmp_path / "log")
+        demo_run.run_training("smolvla-reflow-train", flags, tmp_path / "log")

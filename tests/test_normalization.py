@@ -181,7 +181,7 @@ def test_what_lacks_statistics_is_refused(make_config):
     with pytest.raises(ReflowError, match=r"'action.mean' have shape \(3,\) in the dataset and \(2,\) in the"):
         space_maps(teacher, wide)
     without = fake_checkpoint(make_config, NormalizationMode.QUANTILES, {"action": own["action"]})
-    with pytest.raises(ReflowError, match="The teacher T has no saved statistics 'observation.state.q01'"):
+    with pytest.raises(ReflowError, match="The checkpoint T has no saved statistics 'observation.state.q01'"):
         space_maps(without, own)
 
 

@@ -18,12 +18,11 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 from tqdm import tqdm
 
-from smolvla_reflow.commands.demo import DEMONSTRATIONS
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.demo import flags as demo
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.environment import DrivePastConfig
-from smolvla_reflow.demo.task import IMAGE_SIZE, write_dataset
+from smolvla_reflow.demo.task import DEMONSTRATIONS, IMAGE_SIZE, write_dataset
 from smolvla_reflow.evaluation.closed_loop import success_rate
 from smolvla_reflow.evaluation.metrics import Success
 from smolvla_reflow.evaluation.policy import MeasuredPolicy

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 TASK = "drive past"
 REPO_ID = "smolvla-reflow/demo"
+DEMONSTRATIONS = 200
 CAMERA = "observation.images.top"
 FPS = 10
 

@@ -236,7 +236,7 @@ def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Stati
                 continue
             if of_teacher is None:
                 raise ReflowError(
-                    f"The teacher {source} has no saved statistics '{name}', so the space of its actions is "
+                    f"The checkpoint {source} has no saved statistics '{name}', so the space of its actions is "
                     "unknown; use a checkpoint saved by lerobot-train."
                 )
             if of_dataset is None:

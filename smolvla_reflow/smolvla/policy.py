@@ -51,5 +51,6 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ReflowError(
-            f"--policy.device={device} cannot be used ({first_line(error)}); leave the flag out."
+            f"--policy.device={device} cannot be used ({first_line(error)}); name another one, such as "
+            "--policy.device=cpu."
         ) from None
