@@ -1,6 +1,7 @@
 """attach and detach: what they add, what they leave alone, and what they refuse."""
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -63,6 +64,13 @@ def test_context_manager_detaches_even_after_an_error(policy, teacher):
     with pytest.raises(RuntimeError), attach(policy, teacher):
         raise RuntimeError
     assert snapshot(policy) == before
+
+
+def test_an_attachment_is_frozen(policy, teacher):
+    attachment = attach(policy, teacher)
+    for field in dataclasses.fields(attachment):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(attachment, field.name, None)
 
 
 def test_training_mode_is_assignable(policy, teacher, batch, noise_and_time):
