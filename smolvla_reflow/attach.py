@@ -113,7 +113,9 @@ class PolicyMixin:
     training: bool
     model: VLAFlowMatching
 
-    def forward(self, batch, noise=None, time=None, reduction="mean") -> tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self, batch: dict[str, Any], noise: Tensor | None = None, time: Tensor | None = None, reduction: str = "mean"
+    ) -> tuple[Tensor, dict[str, Any]]:
         """In train mode the loss of `model.training_mode`, otherwise the stock one.
 
         Returns:
@@ -173,11 +175,11 @@ def reduce(attachment: Attachment, step: Step, losses: Losses, reduction: str) -
         return lerobot_loss(attachment, step, losses.values, reduction)
     if losses.recorded is False:
         loss = losses.values.mean(dim=(1, 2)) if reduction == "none" else losses.values.mean()
-        return loss, {"loss": loss.mean().item()}
-    by_lerobot, metrics = lerobot_loss(attachment, step, losses.values, "none")
-    loss = torch.where(losses.recorded, by_lerobot, losses.values.mean(dim=(1, 2)))
-    loss = loss if reduction == "none" else loss.mean()
-    return loss, metrics | {"loss": loss.mean().item()}
+    else:
+        by_lerobot, _ = lerobot_loss(attachment, step, losses.values, "none")
+        loss = torch.where(losses.recorded, by_lerobot, losses.values.mean(dim=(1, 2)))
+        loss = loss if reduction == "none" else loss.mean()
+    return loss, {"loss": loss.mean().item()}
 
 
 def lerobot_loss(attachment: Attachment, step: Step, values: Tensor, reduction: str) -> tuple[Tensor, dict[str, Any]]:
@@ -206,13 +208,13 @@ def attach(
     solver: Solver | str | None = None,
     dataset_stats: Statistics | None = None,
 ) -> Attachment:
-    """Let `policy.forward` compute the loss of a strategy, on couplings of a frozen teacher or made before.
+    """Make `policy.forward` compute a strategy's loss, on couplings of a frozen teacher or stored pairs.
 
     After this `policy.model` has `training_mode` (assignable), `teacher`, `forward_standard` (the forward it
     had, compiled or not), `forward_reflow` and `generate_reflow_target`. The teacher is no submodule: it is
     in no `state_dict()`, `parameters()` or checkpoint, and shares the memory of every parameter that is frozen
-    in the policy and equal in both, so load the policy's weights before. Where the vision encoder is such,
-    each image goes through it once per training step for the two together.
+    in the policy and equal in both, so load the policy's weights before; and compile or wrap `model.forward` before,
+    or it will not be asked. Where the vision encoder is shared, each image goes through it once per training step.
 
     Args:
         policy: a SmolVLAPolicy, or one wrapped by PEFT.
@@ -237,11 +239,21 @@ def attach(
     if is_attached(base):
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     check_signatures(base)
-    recipe = recipe or Recipe()
-    get_loss_strategy(strategy).check_recipe(recipe)
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise ReflowError(f"recipe is a {type(recipe).__name__}; give a Recipe.")
+    loss = get_loss_strategy(strategy)
+    loss.check_recipe(recipe)
+    if not loss.couples and (solver is not None or pairs is not None):
+        name = "pairs" if solver is None else "solver"
+        raise ReflowError(f"{name} has no effect with strategy={strategy}, which asks for no couplings; leave it out.")
     source: CouplingSource
     if pairs is not None:
-        source = _stored(pairs, base, teacher=teacher, solver=solver, dataset_stats=dataset_stats)
+        if teacher is not None:
+            raise ReflowError("Attach either a teacher or the pairs it made, not both.")
+        if solver is not None:
+            raise ReflowError("The teacher's ODE was solved when the pairs were made, so that solver has no effect.")
+        source = _stored(pairs, base, dataset_stats)
         features = share_features(base) if recipe.couplings_per_frame > 1 else None
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
@@ -286,14 +298,14 @@ def attachment_of(module: object) -> Attachment:
     """The attachment of an attached policy, or of its model.
 
     Raises:
-        ReflowError: another teacher was assigned, which PyTorch has made a submodule of the student. That is undone.
+        ReflowError: `model.teacher` was replaced, which is undone.
     """
     attachment: Attachment = vars(module)[_STATE]
     if vars(attachment.policy.model).get("teacher", attachment) is not attachment.teacher:
         _take_back_teacher(attachment.policy.model, attachment)
         raise ReflowError(
-            "Assigning policy.model.teacher makes the teacher a submodule of the student, saved and trained with it. "
-            "The assignment was undone; call detach(policy) and attach(policy, teacher=...) instead."
+            "policy.model.teacher was replaced, where a policy would be a submodule of the student, saved and trained "
+            "with it. That is undone; call detach(policy) and attach(policy, teacher=...) instead."
         )
     return attachment
 
@@ -321,17 +333,16 @@ def _frozen(
     return FrozenTeacher(frozen_teacher(student, origin, solver.num_steps), solver, space)
 
 
-def _stored(pairs: str | Path | CouplingSource, policy: SmolVLAPolicy, **of_a_teacher: Any) -> CouplingSource:
-    """Open couplings made before, beside which no teacher, solver or other statistics have an effect."""
-    if of_a_teacher["teacher"] is not None:
-        raise ReflowError("Attach either a teacher or the pairs it made, not both.")
-    if of_a_teacher["solver"] is not None:
-        raise ReflowError("The teacher's ODE was solved when the pairs were made, so that solver has no effect.")
+def _stored(
+    pairs: str | Path | CouplingSource, policy: SmolVLAPolicy, dataset_stats: Statistics | None
+) -> CouplingSource:
+    """Open the couplings that stand in for a teacher, and check that they fit."""
     source = Pairs(pairs) if isinstance(pairs, str | Path) else pairs
-    stats = of_a_teacher["dataset_stats"]
+    if not callable(source):
+        raise ReflowError(f"pairs is a {type(pairs).__name__}; give a folder of pairs, or a function that couples.")
     if isinstance(source, Pairs):
-        source.check_fits(policy.config, stats)
-    elif stats is not None:
+        source.check_fits(policy.config, dataset_stats)
+    elif dataset_stats is not None:
         raise ReflowError("dataset_stats has no effect on couplings of another source than a teacher or stored pairs.")
     return source
 

@@ -34,7 +34,9 @@ __all__ = [
 
 
 def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]) -> None:
-    """LeRobot's `train()`, past the parser that recognises only its own config class, with a hooked Accelerator.
+    """Run LeRobot's `train()` on this configuration, with a hooked Accelerator.
+
+    It is called past its parser, which recognises only its own config class.
 
     Until 0.6.1 `train()` takes an Accelerator; from 0.6.2 on it has the config build one.
 
@@ -61,7 +63,7 @@ def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]
 
 
 def check_signatures(policy: SmolVLAPolicy) -> None:
-    """Raise ReflowError if what `attach` takes the place of is not what this package knows.
+    """Raise ReflowError unless SmolVLA's forwards take the arguments that this package knows.
 
     The functions of the classes are looked at; an instance's own may be compiled or wrapped.
     """

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.smolvla.normalization import SpaceMaps
-from smolvla_reflow.smolvla.velocity import Observation, encode
+from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode
 from smolvla_reflow.solver import Solver
 
 
@@ -32,13 +32,13 @@ class Coupling:
     Attributes:
         noise: (N, chunk_size, max_action_dim) float32, at t = 1.
         actions: (N, chunk_size, max_action_dim) float32, at t = 0.
-        recorded: whether the actions are recorded ones, of all lines or, as (N,) bool, of some. LeRobot trains on
-            recorded actions in its own way: with SmolVLA's times, and not where the chunk is padded.
+        recorded: whether the actions are recorded ones. LeRobot trains on those in its own way: with SmolVLA's times,
+            and not where the chunk is padded.
     """
 
     noise: Tensor
     actions: Tensor
-    recorded: bool | Tensor = False
+    recorded: bool = False
 
 
 class CouplingSource(Protocol):
@@ -61,7 +61,7 @@ class CouplingSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrozenTeacher:
     """A source of couplings: noise, and the end of its path along a teacher's flow.
 
@@ -99,6 +99,16 @@ class FrozenTeacher:
         follow(self.policy, device)
         actions = solve(self.policy, self.sees(observation), noise, self.solver)
         return Coupling(noise, actions if self.space is None else self.space.actions(actions))
+
+    def velocity(self, observation: Observation) -> Velocity:
+        """The teacher's v(x, t) for the student's observations, in the teacher's own normalised space.
+
+        Raises:
+            ReflowError: the student has begun to train what it shares with the teacher.
+        """
+        follow(self.policy, observation.state.device)
+        with torch.no_grad():
+            return encode(self.policy.model, self.sees(observation))
 
     def sees(self, observation: Observation) -> Observation:
         """The student's observation in the teacher's normalised space."""

@@ -71,7 +71,8 @@ def frame_ranges(metadata: LeRobotDatasetMetadata, episodes: Sequence[int] | Non
     unknown = [episode for episode in chosen if not 0 <= episode < metadata.total_episodes]
     if unknown:
         raise ReflowError(
-            f"--dataset.episodes: the dataset has {metadata.total_episodes}, and no episode {unknown[0]}."
+            f"--dataset.episodes: the dataset has {metadata.total_episodes}, and no episode {unknown[0]}; they are "
+            "counted from 0."
         )
     ranges: list[range] = []
     for episode in chosen:
@@ -107,5 +108,6 @@ def check_features(
         shape = tuple(names[name]["shape"])
         if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
             raise ReflowError(
-                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}."
+                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}; use "
+                "one that the policy was trained for."
             )

@@ -8,9 +8,9 @@ class ReflowError(ValueError):
     """Something the user can put right; the message says what is wrong and what to do."""
 
 
-def known_are(known: Collection[str], instead_of: str) -> str:
+def known_are(known: Collection[str], instead_of: object) -> str:
     """The end of a message about an unknown name: those there are, and the one that was probably meant."""
-    close = difflib.get_close_matches(instead_of, known, n=1)
+    close = difflib.get_close_matches(str(instead_of), known, n=1)
     return f"known are: {', '.join(known)}." + (f" Did you mean '{close[0]}'?" if close else "")
 
 

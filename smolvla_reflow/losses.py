@@ -17,11 +17,9 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
 from pathlib import Path
-from types import ModuleType
 
 from smolvla_reflow.errors import ReflowError, first_line, known_are
 from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.step import Losses, Step
 
 ENTRY_POINT_GROUP = "smolvla_reflow.loss_strategies"
@@ -36,11 +34,13 @@ class LossStrategy:
     Attributes:
         name: what `training_mode` and `--reflow.strategy` call it.
         function: the loss.
-        unused: names of `Recipe` fields and `--reflow.*` options that have no effect on it, and are refused beside it.
+        couples: whether it asks for couplings. Beside one that does not, a solver or stored pairs are refused.
+        unused: names of `Recipe` fields that have no effect on it, and are refused beside it.
     """
 
     name: str
     function: LossFunction
+    couples: bool = True
     unused: tuple[str, ...] = ()
 
     def __call__(self, step: Step) -> Losses:
@@ -51,12 +51,17 @@ class LossStrategy:
                 f"The loss strategy '{self.name}' returned a {type(losses).__name__}; return what "
                 "step.losses(...) gives, or a Losses."
             )
+        if losses.values.ndim != 3 or len(losses.values) != len(step.actions):
+            raise ReflowError(
+                f"The loss strategy '{self.name}' returned values of shape {tuple(losses.values.shape)}; they have to "
+                f"be unreduced, ({len(step.actions)}, chunk_size, max_action_dim)."
+            )
         return losses
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise ReflowError if the recipe says something that has no effect on this loss."""
         for name in self.unused:
-            if name in vars(recipe) and getattr(recipe, name) != getattr(Recipe, name):
+            if getattr(recipe, name) != getattr(Recipe, name):
                 raise ReflowError(
                     f"{name}={getattr(recipe, name)} has no effect with strategy={self.name}; leave it out."
                 )
@@ -65,22 +70,29 @@ class LossStrategy:
 _registry: dict[str, LossStrategy] = {}
 
 
-def register_loss_strategy(name: str, *, unused: tuple[str, ...] = ()) -> Callable[[LossFunction], LossFunction]:
+def register_loss_strategy(
+    name: str, *, couples: bool = True, unused: tuple[str, ...] = ()
+) -> Callable[[LossFunction], LossFunction]:
     """Decorator: register a loss, a function from a `Step` to `Losses`, under `name`.
 
     Args:
         name: for `attach(strategy=...)`, `model.training_mode` and `--reflow.strategy`.
-        unused: options that have no effect on this loss, see `LossStrategy`.
+        couples, unused: what has no effect on this loss, see `LossStrategy`.
 
     Raises:
-        ReflowError: the name is taken by another function.
+        ReflowError: the name is taken by another function, or `unused` names no field of a recipe.
     """
+    for field in unused:
+        if field not in Recipe.__dataclass_fields__:
+            raise ReflowError(
+                f"unused={field} is no field of a Recipe; {known_are(Recipe.__dataclass_fields__, field)}"
+            )
 
     def decorator(function: LossFunction) -> LossFunction:
         taken = _registry.get(name)
         if taken is not None and taken.function is not function:
             raise ReflowError(f"A loss strategy named '{name}' is already registered; choose another name.")
-        _registry[name] = LossStrategy(name, function, unused)
+        _registry[name] = LossStrategy(name, function, couples, unused)
         return function
 
     return decorator
@@ -89,7 +101,7 @@ def register_loss_strategy(name: str, *, unused: tuple[str, ...] = ()) -> Callab
 def get_loss_strategy(name: str) -> LossStrategy:
     """Find a strategy: a registered one, an installed package's, or one in a file, `path/to/file.py:name`.
 
-    A file that is named is run, with all that it does.
+    A file that is named is run, with all that it does, and once in a process.
 
     Raises:
         ReflowError: there is none; the message lists those there are. Or the file cannot be run.
@@ -98,6 +110,8 @@ def get_loss_strategy(name: str) -> LossStrategy:
         _load_entry_point(name)
     if name not in _registry and is_file_strategy(name):
         _registry[name] = _from_file(name)
+    if str(name).endswith(".py"):
+        raise ReflowError(f"strategy={name}: add the name of the loss in that file, strategy={name}:NAME.")
     if name not in _registry:
         raise ReflowError(f"Unknown loss strategy '{name}'; {known_are(available_loss_strategies(), name)}")
     return _registry[name]
@@ -129,22 +143,17 @@ def _from_file(name: str) -> LossStrategy:
         raise ReflowError(f"strategy={name}: there is no file {path}.")
     try:
         found = _run(file.resolve())
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         what = str(error) if isinstance(error, ReflowError) else f"{type(error).__name__}: {first_line(error)}"
         raise ReflowError(f"strategy={name}: {path} cannot be run ({what}).") from error
-    functions = {key: value for key, value in vars(found).items() if isfunction(value) and not key.startswith("_")}
-    by_function = {strategy.function: strategy for strategy in _registry.values()}
-    here = {strategy.name: strategy for f in functions.values() if (strategy := by_function.get(f)) is not None}
-    if attribute in here:
-        return replace(here[attribute], name=name)
-    if attribute not in functions:
-        known = sorted(here or functions)
-        raise ReflowError(f"strategy={name}: {path} has no loss '{attribute}'; {known_are(known, attribute)}")
-    return replace(by_function.get(functions[attribute], LossStrategy(attribute, functions[attribute])), name=name)
+    if attribute not in found:
+        raise ReflowError(f"strategy={name}: {path} has no loss '{attribute}'; {known_are(sorted(found), attribute)}")
+    return replace(found[attribute], name=name)
 
 
 @cache
-def _run(file: Path) -> ModuleType:
+def _run(file: Path) -> dict[str, LossStrategy]:
+    """The losses of a file: what it registers, by its name there, and its other functions, by theirs."""
     spec = spec_from_file_location(f"loss_in_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -157,12 +166,17 @@ def _run(file: Path) -> ModuleType:
         for name in _registry.keys() - before.keys():  # so that it can be run again once it is mended
             del _registry[name]
         raise
-    return module
+    registered = {name: _registry[name] for name in _registry.keys() - before.keys()}
+    by_function = {strategy.function: strategy for strategy in registered.values()}
+    functions = {
+        name: by_function.get(value, LossStrategy(name, value))
+        for name, value in vars(module).items()
+        if isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+    return {**functions, **registered}
 
 
-@register_loss_strategy(
-    "standard", unused=("time_sampling", "real_data_ratio", "pairs_path", *SolverFlags.__dataclass_fields__)
-)
+@register_loss_strategy("standard", couples=False, unused=("time_sampling", "real_data_ratio"))
 def standard(step: Step) -> Losses:
     """Flow matching on recorded actions: what `lerobot-train` trains."""
     return step.losses(step.recorded())
@@ -176,5 +190,5 @@ def reflow(step: Step) -> Losses:
 
 @register_loss_strategy("distill", unused=("time_sampling",))
 def distill(step: Step) -> Losses:
-    """One-step distillation: reflow at t = 1 alone (arXiv 2209.03003, section 3.2); more steps get worse by it."""
+    """One-step distillation: reflow at t = 1 only (arXiv 2209.03003, section 3.2); more steps get worse by it."""
     return step.losses(step.coupling(), times="grid:1")

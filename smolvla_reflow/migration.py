@@ -59,7 +59,7 @@ def rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Migration:
-    """What a stock checkpoint takes.
+    """What has to change to get a stock checkpoint.
 
     Attributes:
         old: the fork's checkpoint.

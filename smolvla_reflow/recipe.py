@@ -11,7 +11,7 @@ from smolvla_reflow.times import TimeSampling
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student learns; `examples/studies/recipes.py` compares some.
+    """How a student learns.
 
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
@@ -33,7 +33,7 @@ class Recipe:
             raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
 
     def recorded(self, batch_size: int, device: torch.device) -> Tensor:
-        """Which samples train on recorded actions, `(batch_size,)` bool; a fractional number of them by chance."""
+        """Which samples train on recorded actions, `(batch_size,)` bool, their number rounded up or down at random."""
         share = self.real_data_ratio * batch_size
         if share != int(share):
             share = share + torch.rand(()).item()

@@ -54,7 +54,7 @@ class Solver:
     def __post_init__(self) -> None:
         known = (*FIXED_STEP, *ADAPTIVE)
         if self.method not in known:
-            raise ReflowError(f"solver={self.method} is unknown; {known_are(known, str(self.method))}")
+            raise ReflowError(f"solver={self.method} is unknown; {known_are(known, self.method)}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ReflowError(f"num_steps={self.num_steps}: the teacher needs at least one ODE step.")
         tolerances = {"rtol": self.rtol, "atol": self.atol}
@@ -83,7 +83,7 @@ class Solver:
         return self.path(velocity, noise, num_steps).points[-1]
 
     def path(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Path:
-        """Solve the ODE and keep x after each step; an adaptive method keeps the two ends alone."""
+        """Solve the ODE and keep x after each step; an adaptive method keeps only the two ends."""
         steps = 1 if self.method in ADAPTIVE else self.num_steps or num_steps
         if steps is None:
             raise ReflowError(f"{self.method} needs num_steps.")
@@ -116,7 +116,7 @@ class SolverFlags:
     atol: float | None = None
     """Absolute tolerance of dopri5 in normalised units, by default 1e-5."""
 
-    def chosen(self) -> Solver:
+    def to_solver(self) -> Solver:
         """The solver that the flags name. Raises ReflowError, naming the flag, if something is wrong with them."""
         try:
             return Solver(self.solver, self.num_steps, self.rtol, self.atol)

@@ -24,6 +24,14 @@ from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode
 from smolvla_reflow.smolvla.vision import SharedFeatures
 from smolvla_reflow.times import STOCK, TimeSampling
 
+# What LeRobot's training logs under names of its own, in one version or another.
+REPORTED_BY_LEROBOT = frozenset(
+    {
+        *("loss", "grad_norm", "lr", "update_s", "dataloading_s", "gpu_mem_gb", "samples_per_s"),
+        *("steps", "samples", "episodes", "epochs"),
+    }
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Losses:
@@ -49,7 +57,7 @@ class Step:
 
     Attributes:
         model: the student's VLAFlowMatching.
-        forward: the student's own training forward: (observation, actions, noise, t) to squared errors of the velocity.
+        forward: the student's own training forward, from (*observation, actions, noise, t) to squared errors of v.
         observation: what student and teacher see of the B frames.
         actions: (B, chunk_size, max_action_dim) float32, the recorded ones, normalised and padded.
         source: of couplings.
@@ -88,15 +96,13 @@ class Step:
         """Noise and the actions it is carried to by the attached source: B * K lines, K in a row for each frame.
 
         Raises:
-            ReflowError: the source fails, or gives lines of another shape.
+            ReflowError: the source fails, or gives something else than such lines.
         """
-        per_frame, config = self.couplings_per_frame, self.model.config
+        per_frame = self.couplings_per_frame
         coupling = self.source(self.observation, frames=self.frames, noise=self.noise, per_frame=per_frame)
-        expected = (len(self.actions) * per_frame, config.chunk_size, config.max_action_dim)
-        for name in ("noise", "actions"):
-            shape = tuple(getattr(coupling, name).shape)
-            if shape != expected:
-                raise ReflowError(f"The source of couplings gave {name} of shape {shape}; {expected} was asked for.")
+        if not isinstance(coupling, Coupling):
+            raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
+        self._check(coupling, len(self.actions) * per_frame)
         return coupling
 
     def recorded(self) -> Coupling:
@@ -109,7 +115,11 @@ class Step:
         return self._times(len(self.actions) * self.couplings_per_frame, self.recipe.time_sampling)
 
     def losses(
-        self, coupling: Coupling, *, times: Tensor | str | None = None, weights: Tensor | float | None = None
+        self,
+        coupling: Coupling,
+        *,
+        times: Tensor | float | str | None = None,
+        weights: Tensor | float | None = None,
     ) -> Losses:
         """Squared errors of the student's velocity on these lines, `|| (noise - actions) - v(x_t, t) ||^2` unreduced.
 
@@ -117,26 +127,31 @@ class Step:
         SmolVLA's times, and unweighed.
 
         Args:
-            coupling: B * K lines.
-            times: t of each line, (B * K,), or the name of a distribution (`smolvla_reflow.times`). By default the
-                recipe's, and SmolVLA's own for recorded actions. A time that the caller of forward fixed comes first.
-            weights: factors on the squared errors, which broadcast to (B * K, chunk_size, max_action_dim).
+            coupling: N lines, as many in a row for each frame: B * K of `coupling()` and `recorded()`.
+            times: t of each line, (N,), one t for all, or the name of a distribution (`smolvla_reflow.times`). By
+                default the recipe's, and SmolVLA's own for recorded actions. A time that the caller of forward fixed
+                comes first.
+            weights: factors on the squared errors: one for all, (N,) for each line, or three dimensions that broadcast
+                to (N, chunk_size, max_action_dim).
+
+        Raises:
+            ReflowError: something has another shape.
         """
         count = len(coupling.noise)
+        self._check(coupling, count)
         if times is None:
-            times = STOCK if coupling.recorded is True else self.recipe.time_sampling
-        t = self._times(count, times)
-        lines = _Lines(coupling, t, None if weights is None else torch.as_tensor(weights, device=t.device))
-        if self.recipe.real_data_ratio and coupling.recorded is False:
+            times = STOCK if coupling.recorded else self.recipe.time_sampling
+        lines = _Lines(coupling, self._times(count, times), self._weights(count, weights))
+        if self.recipe.real_data_ratio and not coupling.recorded:
             lines = self._with_recorded(lines)
 
-        frames, per_frame, recorded = len(self.actions), count // len(self.actions), lines.coupling.recorded
+        frames, per_frame = len(self.actions), count // len(self.actions)
         observation = self._repeated(per_frame)
         values = self.forward(*observation, lines.coupling.actions, lines.coupling.noise, lines.times)
         if lines.weights is not None:
             values = values * lines.weights
         values = values.unflatten(0, (frames, per_frame)).mean(dim=1)
-        return Losses(values, recorded if isinstance(recorded, bool) else recorded[::per_frame])
+        return Losses(values, coupling.recorded if lines.recorded is None else lines.recorded[::per_frame])
 
     def student_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The student's v(x, t), with gradient unless under `torch.no_grad()`.
@@ -148,24 +163,24 @@ class Step:
         return self._student_prefix.repeated(len(x) // len(self.actions))(x, t)
 
     def teacher_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """The teacher's v(x, t), without gradient; arguments as of `student_velocity`.
+        """The teacher's v(x, t), whose only gradient is the one to `x`, if that has one; arguments as above.
 
         Raises:
             ReflowError: no teacher is attached, or its normalised space is not that of the batches, in which `x` is.
         """
-        with torch.no_grad():
-            return self._teacher_prefix.repeated(len(x) // len(self.actions))(x, t)
+        return self._teacher_prefix.repeated(len(x) // len(self.actions))(x, t)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Report a number with the loss, which LeRobot sends to W&B and, from 0.6 on, prints.
+        """Report a number beside the loss, which LeRobot sends to W&B and, from 0.6 on, prints.
 
-        LeRobot averages over processes: log the same names in each, at every step.
+        From 0.6 on LeRobot averages it over the steps since its last line and over processes, so log the same names in
+        every step and process.
 
         Raises:
-            ReflowError: the name is taken by the loss itself, or there are several numbers.
+            ReflowError: LeRobot reports something else under that name, or there are several numbers.
         """
-        if name == "loss":
-            raise ReflowError("A metric named 'loss' would stand for the loss itself; choose another name.")
+        if name in REPORTED_BY_LEROBOT:
+            raise ReflowError(f"LeRobot reports '{name}' itself; choose another name for the metric.")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ReflowError(f"The metric '{name}' has {value.numel()} numbers; log one, such as its mean.")
         self.metrics[name] = value.detach() if isinstance(value, Tensor) else value
@@ -173,12 +188,43 @@ class Step:
     def _noise_like(self, actions: Tensor) -> Tensor:
         return self.model.sample_noise(actions.shape, actions.device) if self.noise is None else self.noise
 
-    def _times(self, count: int, times: Tensor | str) -> Tensor:
+    def _times(self, count: int, times: Tensor | float | str) -> Tensor:
         if self.time is not None:
             return self.time
-        if isinstance(times, Tensor):
-            return times
-        return TimeSampling(times).draw(count, self.actions.device, self.model.sample_time)
+        if isinstance(times, str):
+            return TimeSampling(times).draw(count, self.actions.device, self.model.sample_time)
+        t = torch.as_tensor(times, dtype=torch.float32, device=self.actions.device)
+        if t.ndim and t.shape != (count,):
+            raise ReflowError(
+                f"times of shape {tuple(t.shape)} were given for {count} lines; give one, or one for each."
+            )
+        return t.expand(count)
+
+    def _weights(self, count: int, weights: Tensor | float | None) -> Tensor | None:
+        if weights is None:
+            return None
+        weights = torch.as_tensor(weights, device=self.actions.device)
+        if weights.shape == (count,):
+            return weights[:, None, None]
+        if weights.ndim not in (0, 3):
+            raise ReflowError(
+                f"weights of shape {tuple(weights.shape)} were given for {count} lines; give one, one for each, or "
+                "three dimensions (lines, steps of the chunk, action dimensions), any of which may be 1."
+            )
+        return weights
+
+    def _check(self, coupling: Coupling, count: int) -> None:
+        config = self.model.config
+        expected = (count, config.chunk_size, config.max_action_dim)
+        for name in ("noise", "actions"):
+            found: Tensor = getattr(coupling, name)
+            if found.shape != expected or found.dtype != torch.float32:
+                raise ReflowError(
+                    f"The source of couplings gave {name} of shape {tuple(found.shape)} in {found.dtype}; {expected} "
+                    "in torch.float32 was asked for."
+                )
+        if not count or count % len(self.actions):
+            raise ReflowError(f"{count} lines for {len(self.actions)} frames: each frame needs as many, in a row.")
 
     def _with_recorded(self, lines: "_Lines") -> "_Lines":
         """The recipe's share of the frames with recorded actions in all of their lines."""
@@ -194,8 +240,8 @@ class Step:
             coupling=Coupling(
                 noise=torch.where(in_chunks, noise, lines.coupling.noise),
                 actions=torch.where(in_chunks, recorded, lines.coupling.actions),
-                recorded=chosen,
             ),
+            recorded=chosen,
             times=torch.where(chosen, self._times(count, STOCK), lines.times),
             weights=None if weights is None else torch.where(in_chunks, torch.ones_like(weights), weights),
         )
@@ -221,12 +267,13 @@ class Step:
                 "The teacher's velocity is defined in its own normalised space, which is not that of these batches; "
                 "fine-tune the teacher on this dataset first."
             )
-        return encode(self.source.policy.model, self.observation)
+        return self.source.velocity(self.observation)
 
 
 class _Lines(NamedTuple):
-    """What the student is asked about: lines, a time and a weight on each."""
+    """What the student is asked about: N lines, a time and a weight on each, and which of them are recorded ones."""
 
     coupling: Coupling
     times: Tensor  # (N,)
     weights: Tensor | None
+    recorded: Tensor | None = None  # (N,) bool, where some are and others are not

@@ -1,6 +1,6 @@
 """Distributions of t: at which points of a coupling's line the student learns the velocity.
 
-A sampler of few steps looks at the velocity near t = 1 alone, where LeRobot puts the noise: with one step, nowhere
+A sampler of few steps looks at the velocity only near t = 1, where LeRobot puts the noise: with one step, nowhere
 else. So where t is drawn decides which number of steps the student is best at.
 
     beta      SmolVLA's own: 0.001 + 0.999 Beta(1.5, 1)

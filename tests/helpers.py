@@ -85,14 +85,14 @@ def reflow_train_main(flags: Sequence[str]) -> None:
     reflow_train.main(list(flags))
 
 
-def stock_flags(workshop: Path, flags: Sequence[str], ours: Path, theirs: Path) -> list[str]:
-    """The flags with which `lerobot-train` does into `theirs` what our command, given `flags`, did into `ours`."""
-    saved = json.loads((ours / LAST / "train_config.json").read_text())["policy"]
+def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path) -> list[str]:
+    """The flags with which `lerobot-train` does into `stock_run` what our command, given `flags`, did into `run`."""
+    saved = json.loads((run / LAST / "train_config.json").read_text())["policy"]
     fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
     stock = [f for f in flags if not f.startswith("--reflow.")]
     stock += [f"--policy.{name}={saved[name]}" for name in fields]
     stock += [f"--policy.path={workshop / '1rf' / LAST}", "--policy.push_to_hub=false"]
-    return [*stock, f"--output_dir={theirs}"]
+    return [*stock, f"--output_dir={stock_run}"]
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:

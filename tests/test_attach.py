@@ -179,6 +179,9 @@ def test_what_has_no_effect_is_refused(policy, teacher):
             attach(policy, teacher, strategy=strategy, recipe=Recipe(time_sampling="beta"))
     with pytest.raises(ReflowError, match="real_data_ratio=0.5 has no effect with strategy=standard; leave it out"):
         attach(policy, teacher, strategy="standard", recipe=Recipe(real_data_ratio=0.5))
+    for name, value in (("solver", "rk4"), ("pairs", lambda observation, **_: None)):
+        with pytest.raises(ReflowError, match=f"{name} has no effect with strategy=standard, which asks for no"):
+            attach(policy, strategy="standard", **{name: value})
     assert snapshot(policy) == before
 
 
@@ -294,6 +297,13 @@ def test_attaching_twice_is_refused(policy):
     attach(policy)
     with pytest.raises(ReflowError, match=r"already has a teacher attached; call detach\(policy\)"):
         attach(policy)
+
+
+def test_arguments_of_another_kind_are_refused(policy):
+    with pytest.raises(ReflowError, match="pairs is a int; give a folder of pairs, or a function that couples"):
+        attach(policy, pairs=5)
+    with pytest.raises(ReflowError, match="recipe is a dict; give a Recipe"):
+        attach(policy, recipe={"couplings_per_frame": 2})
 
 
 def test_detaching_nothing_is_refused(policy):

@@ -54,9 +54,9 @@ def student(workshop, tmp_path_factory):
 
 def test_checkpoint_is_stock(workshop, student):
     teacher_folder = workshop / "1rf" / LAST
-    ours, theirs = weights(student), load_file(teacher_folder / "model.safetensors")
-    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
-    assert not equal(ours, theirs)
+    saved, stock = weights(student), load_file(teacher_folder / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {n: (t.shape, t.dtype) for n, t in stock.items()}
+    assert not equal(saved, stock)
     config, stock = (json.loads((f / "config.json").read_text()) for f in (student / LAST, teacher_folder))
     assert config.keys() == stock.keys()
     assert sorted(p.name for p in (student / LAST).iterdir()) == sorted(p.name for p in teacher_folder.iterdir())
@@ -130,10 +130,10 @@ def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
 
 def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
     """Nothing but the loss differs: same data order, same random numbers, same optimizer, same result."""
-    flags = reflow_run(workshop, tmp_path / "ours", reflow__strategy="standard")
+    flags = reflow_run(workshop, tmp_path / "run", reflow__strategy="standard")
     reflow_train_main(flags)
-    lerobot_train_main(stock_flags(workshop, flags, tmp_path / "ours", tmp_path / "stock"))
-    assert equal(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
+    lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "stock"))
 
 
 def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):

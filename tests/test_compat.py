@@ -47,8 +47,8 @@ def test_a_lerobot_whose_config_builds_the_accelerator(monkeypatch):
             return args, cpu
 
     cfg = SimpleNamespace(accelerator=Settings())
-    compat.train(cfg, lambda accelerator: ("equipped", accelerator))
-    assert trained_with == [("equipped", (("p",), True))]
+    compat.train(cfg, lambda accelerator: ("hooked", accelerator))
+    assert trained_with == [("hooked", (("p",), True))]
     assert not vars(cfg.accelerator)
 
 

@@ -182,6 +182,7 @@ def test_the_last_good_checkpoint_has_finite_weights(run):
     save_file(weights, file)
     assert last_good(run).name == "000003"
     assert "/000003/pretrained_model/train_config.json --resume=true" in how_to_go_on(run)
+    assert how_to_go_on(run, ["--reflow.strategy=f.py:x"]).endswith(" --resume=true --reflow.strategy=f.py:x")
     shutil.rmtree(run / "checkpoints")
     assert last_good(run) is None
     assert "No checkpoint was saved yet" in how_to_go_on(run)

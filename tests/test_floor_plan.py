@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "smolvla_reflow"
 
-# From the top down. A module may import from its own line and from those below it; two wings on one line know nothing
-# of each other.
+# From the top down. A module may import from its own room and from the floors below it; two rooms on one floor know
+# nothing of each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("training", "evaluation", "demo", "migration"),

@@ -159,11 +159,11 @@ def test_gradient_accumulation(workshop, tmp_path):
     flags = reflow_run(workshop, tmp_path / "run", **options, reflow__strategy="standard")
     reflow_train_main(flags)
     lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
-    ours, theirs = tensors(tmp_path / "run" / LAST), tensors(tmp_path / "stock" / LAST)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    trained, stock = tensors(tmp_path / "run" / LAST), tensors(tmp_path / "stock" / LAST)
+    assert all(torch.equal(trained[name], stock[name]) for name in trained)
     reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **options))
     reflowed = tensors(tmp_path / "reflow" / LAST)
-    assert any(not torch.equal(ours[name], reflowed[name]) for name in ours)
+    assert any(not torch.equal(trained[name], reflowed[name]) for name in trained)
 
 
 @since_0_6_2

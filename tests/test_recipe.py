@@ -28,7 +28,7 @@ def notes(policy):
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.25, 1), (0.5, 2), (1.0, 4)])
 def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_time, ratio, count):
-    """The batch has padded steps and dimensions, which LeRobot's versions treat differently: theirs holds."""
+    """The batch has padded steps and dimensions, which LeRobot's versions treat differently; LeRobot's way holds."""
     noise, time = noise_and_time
     stock = per_sample(policy, batch, noise, time)
     with attach(policy, teacher):

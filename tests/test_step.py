@@ -105,9 +105,9 @@ def test_logged_metrics_stand_beside_the_loss(policy, steps):
     assert "late_error" not in without
 
 
-def test_a_metric_is_one_number_with_a_name_of_its_own(steps):
-    with pytest.raises(ReflowError, match="'loss' would stand for the loss itself"):
-        steps(lambda step: step.log("loss", 1.0))
+def test_a_metric_has_a_name_of_its_own(steps):
+    with pytest.raises(ReflowError, match="LeRobot reports 'grad_norm' itself; choose another name"):
+        steps(lambda step: step.log("grad_norm", 1.0))
 
 
 def test_several_numbers_are_no_metric(policy, steps):
@@ -115,15 +115,15 @@ def test_several_numbers_are_no_metric(policy, steps):
         steps(lambda step: step.log("errors", torch.zeros(4)))
 
 
-def test_times_are_the_recipes(steps, noise_and_time):
-    times, _ = steps(lambda step: step.times(), Recipe(time_sampling="grid:2", couplings_per_frame=2))
-    assert times.shape == (8,)
-    assert set(times.tolist()) <= {0.5, 1.0}
+def test_times_are_the_recipes(steps):
+    times, _ = steps(lambda step: step.times(), Recipe(time_sampling="grid:2", couplings_per_frame=20))
+    assert times.shape == (80,)
+    assert set(times.tolist()) == {0.5, 1.0}
 
 
 def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    weight = torch.linspace(0.0, 3.0, WIDTH)
+    weight = torch.linspace(0.0, 3.0, WIDTH)[None, None, :]
 
     @register_loss_strategy("weighed")
     def weighed(step):
@@ -191,5 +191,83 @@ def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
 
 def test_a_source_of_another_shape_is_refused(policy, batch):
     attach(policy, pairs=lambda observation, **_: Coupling(torch.zeros(4, CHUNK, 2), torch.zeros(4, CHUNK, WIDTH)))
-    with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\); \(4, 5, 6\) was asked for"):
+    with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\) in torch.float32; \(4, 5, 6\) in torch.f"):
+        policy.train().forward(dict(batch))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((torch.zeros(4, CHUNK, WIDTH),) * 2, "gave a tuple; return a Coupling"),
+        (
+            Coupling(*(torch.zeros(4, CHUNK, WIDTH).double(),) * 2),
+            "gave noise of shape .* in torch.float64; .* in torch.float32 was asked for",
+        ),
+    ],
+)
+def test_a_source_of_something_else_is_refused(policy, batch, made, message):
+    attach(policy, pairs=lambda observation, **_: made)
+    with pytest.raises(ReflowError, match=message):
+        policy.train().forward(dict(batch))
+
+
+def three(coupling):
+    return Coupling(coupling.noise[:3], coupling.actions[:3])
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (
+            lambda step: step.losses(step.coupling(), times=torch.ones(4)),
+            r"times of shape \(4,\) were given for 8 lines",
+        ),
+        (lambda step: step.losses(step.coupling(), times="betta"), "time_sampling 'betta' is unknown"),
+        (
+            lambda step: step.losses(step.coupling(), weights=torch.ones(WIDTH)),
+            r"weights of shape \(6,\) were given for 8",
+        ),
+        (lambda step: step.losses(step.coupling(), weights=torch.ones(8, 5)), "three dimensions"),
+        (lambda step: step.losses(three(step.coupling())), "3 lines for 4 frames: each frame needs as many"),
+    ],
+)
+def test_times_weights_and_lines_of_another_shape_are_refused(steps, ask, message):
+    with pytest.raises(ReflowError, match=message):
+        steps(ask, Recipe(couplings_per_frame=2))
+
+
+def test_one_time_for_all_and_one_weight_for_each_line(policy, teacher, batch, noise_and_time, registry):
+    """Against the unweighed losses of each line at that time."""
+    weights = torch.tensor([0.0, 1.0, 2.0, 3.0])
+
+    @register_loss_strategy("each")
+    def each(step):
+        return step.losses(step.coupling(), times=0.75, weights=weights)
+
+    fixed = {"noise": noise_and_time[0], "reduction": "none"}
+    with attach(policy, teacher):
+        plain, _ = policy.train().forward(dict(batch), time=torch.full((4,), 0.75), **fixed)
+    with attach(policy, teacher, strategy="each"):
+        weighed, _ = policy.train().forward(dict(batch), **fixed)
+    torch.testing.assert_close(weighed, weights * plain)
+
+
+def test_the_teachers_velocity_follows_the_student_and_is_never_trained(
+    policy, teacher, batch, noise_and_time, registry
+):
+    x, t = noise_and_time
+
+    @register_loss_strategy("asking")
+    def asking(step):
+        inner = x.clone().requires_grad_()
+        velocity = step.teacher_velocity(inner, t)
+        (gradient,) = torch.autograd.grad(velocity.sum(), inner)
+        assert gradient.abs().max() > 0
+        assert not step.teacher_velocity(x, t).requires_grad
+        return step.losses(step.recorded())
+
+    attach(policy, teacher, strategy="asking")
+    policy.train().forward(dict(batch))
+    policy.requires_grad_(True)
+    with pytest.raises(ReflowError, match="unfrozen after attach"):
         policy.train().forward(dict(batch))

@@ -11,6 +11,7 @@ from helpers import reflow_run, reflow_train_main, refused
 from oracle import reflow_losses
 
 from smolvla_reflow import (
+    Losses,
     Recipe,
     ReflowError,
     attach,
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("registry")
 def test_built_in_strategies():
     assert available_loss_strategies() == ("distill", "reflow", "standard")
     assert get_loss_strategy("reflow").unused == ()
-    assert "time_sampling" in get_loss_strategy("distill").unused
+    assert get_loss_strategy("distill").unused == ("time_sampling",)
+    assert [name for name in available_loss_strategies() if not get_loss_strategy(name).couples] == ["standard"]
 
 
 def test_unknown_name_lists_the_known():
@@ -59,6 +61,28 @@ def test_a_loss_that_returns_something_else_is_refused(policy, batch):
     register_loss_strategy("number")(lambda step: torch.zeros(()))
     attach(policy, strategy="number")
     with pytest.raises(ReflowError, match=r"'number' returned a Tensor; return what step.losses\(...\) gives"):
+        policy.train().forward(dict(batch))
+
+
+def test_values_that_are_reduced_already_are_refused(policy, batch):
+    register_loss_strategy("reduced")(lambda step: Losses(step.losses(step.recorded()).values.mean()))
+    attach(policy, strategy="reduced")
+    with pytest.raises(ReflowError, match=r"'reduced' returned values of shape \(\); they have to be unreduced"):
+        policy.train().forward(dict(batch))
+
+
+def test_what_a_loss_has_no_use_for_is_named_by_fields_of_the_recipe():
+    with pytest.raises(ReflowError, match="unused=time_samplin is no field of a Recipe; known are: time_sampling"):
+        register_loss_strategy("mine", unused=("time_samplin",))
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_name_that_is_no_text(policy, batch, name):
+    with pytest.raises(ReflowError, match=f"Unknown loss strategy '{name}'"):
+        attach(policy, strategy=name)
+    attach(policy)
+    policy.model.training_mode = name
+    with pytest.raises(ReflowError, match=f"Unknown loss strategy '{name}'"):
         policy.train().forward(dict(batch))
 
 
@@ -125,12 +149,20 @@ def test_a_file_is_found_from_anywhere_and_run_once(tmp_path, monkeypatch):
         "@register_loss_strategy('mine', unused=('time_sampling',))\n"
         "def mine(step):\n    return step.losses(step.coupling(), times='grid:1')\n"
         "def plain(step):\n    return step.losses(step.coupling())\n"
+        "@register_loss_strategy('by_another_name')\ndef nine(step):\n    return step.losses(step.coupling())\n"
+        "register_loss_strategy('in_one_line')(lambda step: step.losses(step.coupling()))\n"
     )
     monkeypatch.chdir(tmp_path)
     by_path = get_loss_strategy("mine.py:mine")
     assert by_path.unused == ("time_sampling",)
     assert by_path.function is get_loss_strategy(f"{file}:mine").function
     assert get_loss_strategy("./mine.py:plain").function.__name__ == "plain"
+    assert (
+        get_loss_strategy("mine.py:by_another_name").function is get_loss_strategy(f"{file}:by_another_name").function
+    )
+    assert get_loss_strategy("mine.py:in_one_line")
+    with pytest.raises(ReflowError, match="known are: by_another_name, in_one_line, mine, nine, plain.$"):
+        get_loss_strategy("mine.py:register_loss_strategy")
     assert (tmp_path / "runs").read_text() == "."
     assert not any(".py:" in name for name in available_loss_strategies())
 
@@ -159,6 +191,7 @@ def test_a_file_may_be_mended_and_tried_again(tmp_path, policy, batch):
         (None, "mine", "strategy=.*mine.py:mine: there is no file"),
         ("def nine(step): pass", "mine", "has no loss 'mine'; known are: nine. Did you mean 'nine'?"),
         ("mine = 3", "mine", "has no loss 'mine'"),
+        ("import sys; sys.exit(0)", "mine", "cannot be run .SystemExit: 0"),
         ("import nothing_of_that_name", "mine", "cannot be run .ModuleNotFoundError: No module named"),
         ("def mine(", "mine", "cannot be run .SyntaxError"),
     ],
@@ -204,6 +237,7 @@ def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_agai
         ({"reflow__strategy": "standard", "reflow__solver": "rk4"}, "--reflow.solver=rk4 has no effect"),
         ({"reflow__augment_pairs": "true"}, "--reflow.augment_pairs=true has no effect without --reflow.pairs_path"),
         ({"reflow__strategy": "nowhere.py:late"}, "there is no file"),
+        ({"reflow__strategy": EXAMPLE}, "late_time_loss.py:NAME"),
     ],
 )
 def test_options_without_effect(workshop, tmp_path, capsys, flags, message):

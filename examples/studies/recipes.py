@@ -26,10 +26,9 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tasks import Batch, Task, demo_task, recorded_task
 from tqdm import tqdm
 
-from smolvla_reflow import Coupling, Recipe, Solver, attach, register_loss_strategy
+from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, register_loss_strategy
 from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
-from smolvla_reflow.losses import Losses, Step
 from smolvla_reflow.smolvla.velocity import observe
 from smolvla_reflow.solver import SolverFlags
 
@@ -91,8 +90,8 @@ def without_padding(step: Step) -> Losses:
     """Reflow on the robot's own action dimensions, without the padded ones."""
     width, padded_width = step.model.config.action_feature.shape[0], step.actions.shape[-1]
     # The loss is a mean over the padded width, so the dimensions that count are weighed up.
-    weights = torch.zeros(padded_width)
-    weights[:width] = padded_width / width
+    weights = torch.zeros(1, 1, padded_width)
+    weights[..., :width] = padded_width / width
     return step.losses(step.coupling(), weights=weights)
 
 
@@ -134,7 +133,7 @@ def new_student(
     options = draccus.parse(Student, args=[f"--{word}" for word in words.split()])
     student = task.policy(train_expert_only=True)
     student.load_state_dict(teacher.state_dict())
-    given = couplings_of(teacher, options.chosen(), options.steps, options.batch_size, options.couplings_per_frame)
+    given = couplings_of(teacher, options.to_solver(), options.steps, options.batch_size, options.couplings_per_frame)
     batches = (select(task.seen, frames) for frames in given.frames)
     with attach(student, pairs=given.source(), strategy=options.strategy, recipe=options.recipe()):
         train(student, batches, options.steps, options.lr, seed, words or "default")

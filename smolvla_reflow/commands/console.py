@@ -38,7 +38,7 @@ def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[s
 
 
 def asks_for_help(argv: Sequence[str], about: str | None) -> bool:
-    """Whether `--help` is given; if so, what the command is about is printed, for its flags to follow."""
+    """Print what the command is about if `--help` is given; returns whether it is."""
     asked = "-h" in argv or "--help" in argv
     if asked:
         print(f"{about}\n{DEBUG} shows the traceback of an error.\n")

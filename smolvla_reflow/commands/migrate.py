@@ -36,16 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command's own few arguments."""
+    """The parser of the command's arguments."""
     result = argparse.ArgumentParser(PROGRAM, allow_abbrev=False)
     result.add_argument("old", metavar="OLD", help="checkpoint of the earlier fork, a folder or hub id")
     result.add_argument("new", metavar="NEW", type=Path, help="folder of the stock checkpoint; must not exist yet")
-    result.add_argument("--write", action="store_true", help="write it; without this it is only said what would change")
+    result.add_argument("--write", action="store_true", help="write it; without this, only show what would change")
     return result
 
 
 def in_words(migration: Migration) -> str:
-    """What goes and what stays, a line each."""
+    """The planned changes, one line for each file."""
     lines = [
         f"{file}: without {name} (which is {value!r})"
         for file, fields in migration.fields.items()

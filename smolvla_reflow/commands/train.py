@@ -46,12 +46,12 @@ def run(arguments: Arguments) -> None:
         refuse_remote_job(cfg)
         inputs = open_inputs(cfg, arguments)
         validate(cfg)
-        stats = check_run(cfg, inputs.teacher, inputs.pairs)
+        stats = check_run(cfg, inputs.teacher, inputs.pairs, arguments.typed)
         train(cfg, inputs, stats, arguments)
 
 
 def parsed(arguments: Arguments) -> ReflowTrainPipelineConfig:
-    """The configuration; the temporary file that the arguments name is gone afterwards."""
+    """Parse the configuration, and delete the temporary file that the arguments name."""
     try:
         with parse_errors():
             return parse()

@@ -101,4 +101,4 @@ def check_values(cfg: PairsConfig) -> None:
         )
     if cfg.dataset.streaming:
         raise ReflowError("--dataset.streaming=true: pairs need a dataset whose frames can be read in order.")
-    cfg.reflow.chosen()
+    cfg.reflow.to_solver()

@@ -1,4 +1,4 @@
-"""The folder that pairs are made in: one run at a time, each going on from what the earlier ones finished.
+"""The folder that pairs are made in: one run at a time, each continuing what the earlier ones finished.
 
 A shard, and the manifest that says it is finished, appear under their names only when they are complete. So a run can
 be killed at any moment.
@@ -38,7 +38,7 @@ def reserved(folder: Path, process: PartialState) -> Iterator[None]:
     """Make the folder, and keep other runs out of it. The operating system releases the lock of a killed run.
 
     Raises:
-        ReflowError: it holds something else than pairs, another run is at work in it, or it cannot be written.
+        ReflowError: it holds something else than pairs, another run is using it, or it cannot be written.
     """
     lock = None
     if process.is_main_process:

@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 TENSOR_NAME = "actions"
-SOLVER_VALUES = ("num_steps", "rtol", "atol")  # of a Solver, besides its method
+SOLVER_VALUES = tuple(field.name for field in dataclasses.fields(Solver) if field.name != "method")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -57,7 +57,7 @@ def _provenance(
         dataset=cfg.dataset.repo_id,
         total_frames=metadata.total_frames,
         statistics=fingerprint(teacher.config, stats),
-        solver=cfg.reflow.chosen().resolved(teacher.config.num_steps),
+        solver=cfg.reflow.to_solver().resolved(teacher.config.num_steps),
         chunk_size=teacher.config.chunk_size,
         max_action_dim=teacher.config.max_action_dim,
         seed=cfg.seed,

@@ -20,7 +20,7 @@ class ReflowConfig(SolverFlags):
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     strategy: str = "reflow"
-    """The loss, either 'reflow', 'distill' (for one step alone), 'standard', one that an installed package offers, or
+    """The loss, either 'reflow', 'distill' (for one step only), 'standard', one that an installed package offers, or
     one in a Python file, which is run, written as the file's path, a colon and the loss's name."""
     time_sampling: str = Recipe.time_sampling
     """Distribution of t, 'beta' (SmolVLA's own), 'grid' with a colon and K (the K times that K Euler steps visit), or
@@ -31,7 +31,8 @@ class ReflowConfig(SolverFlags):
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     pairs_path: str | None = None
-    """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, its path says where to start."""
+    """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then; --reflow.teacher_path still says where
+    the student starts."""
     augment_pairs: bool = False
     """Allow image transforms together with pairs, whose actions the teacher chose for the images as recorded."""
 

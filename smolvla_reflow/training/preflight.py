@@ -1,6 +1,7 @@
 """The checks of a training run, before anything is written: its options, dataset, teacher and pairs."""
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, space_maps
 from smolvla_reflow.smolvla.teacher import check_agreement
-from smolvla_reflow.solver import Solver, SolverFlags
+from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
 
 
@@ -29,9 +30,10 @@ def check_options(reflow: ReflowConfig, strategy: LossStrategy) -> None:
         reflow.recipe()
     except ReflowError as error:
         raise ReflowError(f"--reflow.{error}") from None
-    reflow.chosen()
-    for name in strategy.unused:
-        if getattr(reflow, name, None) != getattr(ReflowConfig, name, None):
+    reflow.to_solver()
+    of_couplings = () if strategy.couples else ("pairs_path", *SolverFlags.__dataclass_fields__)
+    for name in (*strategy.unused, *of_couplings):
+        if getattr(reflow, name) != getattr(ReflowConfig, name):
             raise ReflowError(
                 f"--reflow.{name}={getattr(reflow, name)} has no effect with --reflow.strategy={reflow.strategy}; "
                 "leave it out."
@@ -40,8 +42,19 @@ def check_options(reflow: ReflowConfig, strategy: LossStrategy) -> None:
         raise ReflowError("--reflow.augment_pairs=true has no effect without --reflow.pairs_path; leave it out.")
 
 
-def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, pairs: Pairs | None = None) -> Statistics:
+def check_run(
+    cfg: ReflowTrainPipelineConfig,
+    teacher: Checkpoint,
+    pairs: Pairs | None = None,
+    typed: Collection[str] = (),
+) -> Statistics:
     """Raise ReflowError if this dataset cannot be trained on with this teacher, or with these pairs.
+
+    Args:
+        cfg: validated.
+        teacher: of the run.
+        pairs: that it made, if they are used.
+        typed: names of the flags on the command line, which hold also where they say what is the default.
 
     Returns:
         The statistics by which LeRobot will normalise the batches.
@@ -57,6 +70,7 @@ def check_run(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, pairs: Pairs 
     space_maps(teacher, stats)
     if pairs is not None:
         check_pairs(cfg, teacher, pairs, metadata, stats)
+        check_solver(cfg.reflow, pairs, typed)
     return stats
 
 
@@ -128,9 +142,12 @@ def check_pairs(
         chunk_size=policy.chunk_size,
         max_action_dim=policy.max_action_dim,
     )
-    unlike = differences(here, made) + solver_differences(cfg.reflow, made.solver)
+    unlike = differences(here, made)
     if unlike:
-        raise ReflowError(f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}.")
+        raise ReflowError(
+            f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Name what they were made of, or "
+            "make other pairs."
+        )
     wanted = frame_ranges(metadata, cfg.dataset.episodes)
     missing, total = pairs.missing(wanted), sum(map(len, wanted))
     if missing:
@@ -147,12 +164,18 @@ def check_pairs(
     pairs.check()
 
 
-def solver_differences(flags: SolverFlags, of_the_pairs: Solver) -> list[str]:
-    """What the flags say of the teacher's ODE, which was solved when the pairs were made, and is not so."""
-    made = {**vars(of_the_pairs), "solver": of_the_pairs.method}
+def check_solver(flags: SolverFlags, pairs: Pairs, typed: Collection[str]) -> None:
+    """Raise ReflowError if the flags contradict how the teacher's ODE was solved for the pairs."""
+    solver = pairs.manifest.provenance.solver
+    made = {**vars(solver), "solver": solver.method}
     asked = {name: getattr(flags, name) for name in SolverFlags.__dataclass_fields__}
-    return [
+    unlike = [
         f"{name} is {made[name]} in the pairs and {value} here"
         for name, value in asked.items()
-        if value != getattr(SolverFlags, name) and value != made[name]
+        if value != made[name] and (value != getattr(SolverFlags, name) or f"reflow.{name}" in typed)
     ]
+    if unlike:
+        raise ReflowError(
+            f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Leave those flags out, or make "
+            "other pairs."
+        )

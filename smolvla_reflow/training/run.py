@@ -97,18 +97,18 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         if inputs.pairs is not None:
             attach(policy, pairs=inputs.pairs, strategy=strategy, recipe=recipe, dataset_stats=stats)
         else:
-            solver = cfg.reflow.chosen()
+            solver = cfg.reflow.to_solver() if get_loss_strategy(strategy).couples else None
             attach(policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats)
 
-    output_dir = Path(cfg.output_dir or ".")
+    output_dir, again = Path(cfg.output_dir or "."), how_to_go_on_with(cfg)
     try:
         lerobot_train(cfg, partial(hook, on_policy=attach_to, on_loss=loss_check(cfg)))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(output_dir)) from None
+        raise KeyboardInterrupt(again()) from None
     except (OSError, SafetensorError) as error:
         if not cannot_write(error):
             raise
-        raise ReflowError(f"--output_dir={output_dir}: {error}. {how_to_go_on(output_dir)}") from None
+        raise ReflowError(f"--output_dir={output_dir}: {error}. {again()}") from None
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
@@ -147,13 +147,19 @@ def loss_check(cfg: ReflowTrainPipelineConfig) -> Callable[[float], None]:
             raise ReflowError(
                 f"The loss is {loss:g} in step {step + passes // accumulation + 1}, so the run was stopped. A lower "
                 "--policy.optimizer_lr helps where training has diverged; otherwise look for NaN in the dataset. "
-                + how_to_go_on(Path(cfg.output_dir or "."))
+                + how_to_go_on_with(cfg)()
             )
         passes += 1
 
     return check
 
 
+def how_to_go_on_with(cfg: ReflowTrainPipelineConfig) -> Callable[[], str]:
+    """A function that says how to continue this run, whenever it breaks off."""
+    typed = [f"--reflow.strategy={cfg.reflow.strategy}"] if is_file_strategy(cfg.reflow.strategy) else []
+    return partial(how_to_go_on, Path(cfg.output_dir or "."), typed)
+
+
 def cannot_write(error: OSError | SafetensorError) -> bool:
-    """Whether it is about a full or read-only disk rather than about this program."""
+    """Whether an error comes from a full or read-only disk."""
     return getattr(error, "errno", None) in UNWRITABLE or "os error" in str(error)

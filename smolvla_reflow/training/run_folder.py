@@ -5,7 +5,7 @@ leaves a checkpoint that is not whole, or a moment without `last`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -76,9 +76,10 @@ def training_step(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "training_state/training_step.json").read_text())["step"])
 
 
-def how_to_go_on(output_dir: Path) -> str:
-    """What to do about a run that was cut short."""
+def how_to_go_on(output_dir: Path, typed: Sequence[str] = ()) -> str:
+    """What to do about a run that was cut short; `typed` are flags that have to be given again."""
     checkpoint = last_good(output_dir)
     if checkpoint is None:
         return f"No checkpoint was saved yet; start again with another --output_dir than {output_dir}."
-    return f"Go on from the last good checkpoint with --config_path={checkpoint / CONFIG} --resume=true"
+    flags = " ".join([f"--config_path={checkpoint / CONFIG}", "--resume=true", *typed])
+    return f"Go on from the last good checkpoint with {flags}"
