@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from torch import Tensor, nn
 from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.losses import get_loss_strategy
+from smolvla_reflow.losses import LossStrategy, get_loss_strategy
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.reduction import PolicyForward, reduce
 from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.normalization import Statistics, space_maps
@@ -40,8 +40,6 @@ from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
-
-PolicyForward = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +125,7 @@ class PolicyMixin:
         observation, actions = observe(attachment.policy, batch), recorded_actions(attachment.policy, batch)
         step = attachment.step(observation, actions, noise, time, batch)
         losses = attachment.losses(step, self.model.training_mode)
-        loss, metrics = reduce(attachment, step, losses, reduction)
+        loss, metrics = reduce(losses, step, attachment.policy, attachment.policy_forward, reduction)
         return loss, metrics | {name: float(value) for name, value in step.metrics.items()}
 
 
@@ -163,39 +161,6 @@ class ModelMixin:
         """
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         return attachment_of(self).source(observation, frames=None, noise=noise, per_frame=1)
-
-
-def reduce(attachment: Attachment, step: Step, losses: Losses, reduction: str) -> tuple[Tensor, dict[str, Any]]:
-    """The loss: LeRobot's own reduction of losses on recorded actions, the mean over the whole chunk of all others.
-
-    A teacher's actions fill the chunk at full width. From LeRobot 0.5 on its reduction leaves out padded dimensions
-    and steps past the episode's end, which is right for recorded actions, since they do not exist there.
-    """
-    if losses.recorded is True:
-        return lerobot_loss(attachment, step, losses.values, reduction)
-    if losses.recorded is False:
-        loss = losses.values.mean(dim=(1, 2)) if reduction == "none" else losses.values.mean()
-    else:
-        by_lerobot, _ = lerobot_loss(attachment, step, losses.values, "none")
-        loss = torch.where(losses.recorded, by_lerobot, losses.values.mean(dim=(1, 2)))
-        loss = loss if reduction == "none" else loss.mean()
-    return loss, {"loss": loss.mean().item()}
-
-
-def lerobot_loss(attachment: Attachment, step: Step, values: Tensor, reduction: str) -> tuple[Tensor, dict[str, Any]]:
-    """Reduce unreduced losses by LeRobot's own forward, which also gives its metrics.
-
-    Its reduction differs between versions and stands in the middle of its forward. So that forward runs, with its two
-    expensive parts, preparing the images and asking the model, bound to what is prepared and known already.
-    """
-    policy, seen = attachment.policy, step.observation
-    prepared = bind(policy, prepare_images=lambda batch: (seen.images, seen.img_masks))
-    asked = bind(policy.model, forward=lambda *inputs: values)
-    try:
-        return attachment.policy_forward(dict(step.batch), None, None, reduction)
-    finally:
-        asked.undo()
-        prepared.undo()
 
 
 def attach(
@@ -240,19 +205,9 @@ def attach(
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     check_signatures(base)
     recipe = Recipe() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise ReflowError(f"recipe is a {type(recipe).__name__}; give a Recipe.")
-    loss = get_loss_strategy(strategy)
-    loss.check_recipe(recipe)
-    if not loss.couples and (solver is not None or pairs is not None):
-        name = "pairs" if solver is None else "solver"
-        raise ReflowError(f"{name} has no effect with strategy={strategy}, which asks for no couplings; leave it out.")
+    _check_effect(get_loss_strategy(strategy), recipe, teacher=teacher, pairs=pairs, solver=solver)
     source: CouplingSource
     if pairs is not None:
-        if teacher is not None:
-            raise ReflowError("Attach either a teacher or the pairs it made, not both.")
-        if solver is not None:
-            raise ReflowError("The teacher's ODE was solved when the pairs were made, so that solver has no effect.")
         source = _stored(pairs, base, dataset_stats)
         features = share_features(base) if recipe.couplings_per_frame > 1 else None
     else:
@@ -315,6 +270,27 @@ def _take_back_teacher(model: nn.Module, attachment: Attachment) -> None:
     if "teacher" in dict(model.named_children()):
         del model.teacher
     vars(model)["teacher"] = attachment.teacher
+
+
+def _check_effect(
+    loss: LossStrategy,
+    recipe: Recipe,
+    *,
+    teacher: str | Path | Checkpoint | SmolVLAPolicy | None,
+    pairs: str | Path | CouplingSource | None,
+    solver: Solver | str | None,
+) -> None:
+    """Raise ReflowError if an argument of `attach` has no effect beside the others."""
+    if not isinstance(recipe, Recipe):
+        raise ReflowError(f"recipe is a {type(recipe).__name__}; give a Recipe.")
+    loss.check_recipe(recipe)
+    if not loss.couples and (solver is not None or pairs is not None):
+        name = "pairs" if solver is None else "solver"
+        raise ReflowError(f"{name} has no effect with strategy={loss.name}, which asks for no couplings; leave it out.")
+    if pairs is not None and teacher is not None:
+        raise ReflowError("Attach either a teacher or the pairs it made, not both.")
+    if pairs is not None and solver is not None:
+        raise ReflowError("The teacher's ODE was solved when the pairs were made, so that solver has no effect.")
 
 
 def _frozen(
