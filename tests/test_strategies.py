@@ -236,8 +236,8 @@ def test_the_command_trains_with_a_file_and_resumes_where_the_user_names_it_agai
         ({"reflow__strategy": "standard", "reflow__pairs_path": "x"}, "--reflow.pairs_path=x has no effect"),
         ({"reflow__strategy": "standard", "reflow__solver": "rk4"}, "--reflow.solver=rk4 has no effect"),
         ({"reflow__augment_pairs": "true"}, "--reflow.augment_pairs=true has no effect without --reflow.pairs_path"),
-        ({"reflow__strategy": "nowhere.py:late"}, "there is no file"),
-        ({"reflow__strategy": EXAMPLE}, "late_time_loss.py:NAME"),
+        ({"reflow__strategy": "nowhere.py:late"}, "error: --reflow.strategy="),
+        ({"reflow__strategy": EXAMPLE}, "add the name of the loss in that file, strategy="),
     ],
 )
 def test_options_without_effect(workshop, tmp_path, capsys, flags, message):

@@ -1,6 +1,7 @@
 """The checks of a training run, before anything is written: its options, dataset, teacher and pairs."""
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset import check_features, dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError, first_line
-from smolvla_reflow.losses import LossStrategy
+from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
@@ -24,12 +25,14 @@ from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
 
 
-def check_options(reflow: ReflowConfig, strategy: LossStrategy) -> None:
+def check_options(reflow: ReflowConfig) -> None:
     """Raise ReflowError if an option is unknown, out of range, or has no effect beside the others."""
     try:
+        strategy = get_loss_strategy(reflow.strategy)
         reflow.recipe()
     except ReflowError as error:
-        raise ReflowError(f"--reflow.{error}") from None
+        begins_with_an_option = re.split(r"\W", str(error))[0] in ReflowConfig.__dataclass_fields__
+        raise ReflowError(f"--reflow.{error}" if begins_with_an_option else str(error)) from error
     reflow.to_solver()
     of_couplings = () if strategy.couples else ("pairs_path", *SolverFlags.__dataclass_fields__)
     for name in (*strategy.unused, *of_couplings):

@@ -68,7 +68,7 @@ def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
             )
         path, _, name = reflow.strategy.rpartition(":")
         reflow.strategy = f"{Path(path).expanduser().resolve()}:{name}"
-    check_options(reflow, get_loss_strategy(reflow.strategy))
+    check_options(reflow)
     teacher = open_checkpoint(reflow.teacher_path)
     reflow.teacher_path = teacher.source
     pairs = Pairs(reflow.pairs_path) if reflow.pairs_path else None
