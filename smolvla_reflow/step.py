@@ -218,11 +218,11 @@ class Step:
         expected = (count, config.chunk_size, config.max_action_dim)
         for name in ("noise", "actions"):
             found: Tensor = getattr(coupling, name)
-            if found.shape != expected or found.dtype != torch.float32:
-                raise ReflowError(
-                    f"The source of couplings gave {name} of shape {tuple(found.shape)} in {found.dtype}; {expected} "
-                    "in torch.float32 was asked for."
-                )
+            shape = tuple(found.shape)
+            if shape != expected:
+                raise ReflowError(f"The source of couplings gave {name} of shape {shape}; {expected} was asked for.")
+            if found.dtype != torch.float32:
+                raise ReflowError(f"The source of couplings gave {name} in {found.dtype}; torch.float32 was asked for.")
         if not count or count % len(self.actions):
             raise ReflowError(f"{count} lines for {len(self.actions)} frames: each frame needs as many, in a row.")
 

@@ -191,7 +191,7 @@ def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
 
 def test_a_source_of_another_shape_is_refused(policy, batch):
     attach(policy, pairs=lambda observation, **_: Coupling(torch.zeros(4, CHUNK, 2), torch.zeros(4, CHUNK, WIDTH)))
-    with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\) in torch.float32; \(4, 5, 6\) in torch.f"):
+    with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\); \(4, 5, 6\) was asked for"):
         policy.train().forward(dict(batch))
 
 
@@ -201,7 +201,7 @@ def test_a_source_of_another_shape_is_refused(policy, batch):
         ((torch.zeros(4, CHUNK, WIDTH),) * 2, "gave a tuple; return a Coupling"),
         (
             Coupling(*(torch.zeros(4, CHUNK, WIDTH).double(),) * 2),
-            "gave noise of shape .* in torch.float64; .* in torch.float32 was asked for",
+            "gave noise in torch.float64; torch.float32 was asked for",
         ),
     ],
 )
