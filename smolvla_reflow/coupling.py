@@ -77,12 +77,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(
-        self,
-        observation: Observation,
-        *,
-        frames: Tensor | None = None,
-        noise: Tensor | None = None,
-        per_frame: int = 1,
+        self, observation: Observation, *, frames: Tensor | None, noise: Tensor | None, per_frame: int
     ) -> Coupling:
         """See `CouplingSource`. Runs under whatever autocast is active, as the teacher's stock sampler would.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.normalization import Affine, robot_units
-from smolvla_reflow.smolvla.policy import load_policy, load_processors
+from smolvla_reflow.smolvla.policy import load_policy, load_processors, stock_autocast
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class MeasuredPolicy:
         """Run the policy without gradients, with `num_steps` Euler steps, in the autocast LeRobot would use for it."""
         config = self.policy.config
         config.num_steps, before = num_steps, config.num_steps
-        device = torch.device(config.device).type
         try:
-            with torch.no_grad(), torch.autocast(device) if config.use_amp else contextlib.nullcontext():
+            with torch.no_grad(), stock_autocast(self.policy):
                 yield
         finally:
             config.num_steps = before

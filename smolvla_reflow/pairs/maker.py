@@ -1,6 +1,5 @@
 """The teacher as a maker of pairs: it encodes each frame's prefix once and solves for all its couplings together."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.pairs.manifest import DTYPES, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.normalization import SpaceMaps
-from smolvla_reflow.smolvla.policy import load_policy, load_processors
+from smolvla_reflow.smolvla.policy import load_policy, load_processors, stock_autocast
 from smolvla_reflow.smolvla.velocity import encode, observe
 
 
@@ -45,10 +44,9 @@ class PairMaker:
         frames = batch["index"].tolist()
         noise = frames_noise(made.seed, frames, made.couplings_per_frame, (made.chunk_size, made.max_action_dim))
         observation = observe(self.policy, self.preprocessor(dict(batch)))
-        device = observation.state.device
-        with torch.autocast(device.type) if self.policy.config.use_amp else contextlib.nullcontext():
+        with stock_autocast(self.policy):
             velocity = encode(self.policy.model, observation).repeated(made.couplings_per_frame)
-            actions = made.solver.integrate(velocity, noise.to(device))
+            actions = made.solver.integrate(velocity, noise.to(observation.state.device))
         if self.space is not None:
             actions = self.space.actions(actions)
         if not (actions.abs() < torch.finfo(DTYPES[made.dtype]).max).all():

@@ -86,12 +86,7 @@ class Pairs:
         return Coupling(pair_noise(provenance.seed, frame, pair, shape), actions.to(torch.float32))
 
     def __call__(
-        self,
-        observation: Observation,
-        *,
-        frames: Tensor | None = None,
-        noise: Tensor | None = None,
-        per_frame: int = 1,
+        self, observation: Observation, *, frames: Tensor | None, noise: Tensor | None, per_frame: int
     ) -> Coupling:
         """A source of couplings, see `CouplingSource`: of those stored for each frame, `per_frame` at random.
 

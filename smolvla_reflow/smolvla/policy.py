@@ -1,5 +1,6 @@
 """A checkpoint's policy and processors, loaded as plain LeRobot loads them."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     config.device, config.compile_model, config.rtc_config = device, False, None
     policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config)
     return policy.to(device).eval().requires_grad_(False)
+
+
+def stock_autocast(policy: SmolVLAPolicy) -> contextlib.AbstractContextManager[object]:
+    """The autocast in which LeRobot would run this policy: that of its device if `use_amp` is set, or none."""
+    config = policy.config
+    return torch.autocast(torch.device(config.device).type) if config.use_amp else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,14 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
             solver = cfg.reflow.to_solver() if get_loss_strategy(strategy).couples else None
             attach(policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats)
 
-    output_dir, again = Path(cfg.output_dir or "."), how_to_go_on_with(cfg)
     try:
         lerobot_train(cfg, partial(hook, on_policy=attach_to, on_loss=loss_check(cfg)))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(again()) from None
+        raise KeyboardInterrupt(how_to_continue(cfg)) from None
     except (OSError, SafetensorError) as error:
         if not cannot_write(error):
             raise
-        raise ReflowError(f"--output_dir={output_dir}: {error}. {again()}") from None
+        raise ReflowError(f"--output_dir={cfg.output_dir or '.'}: {error}. {how_to_continue(cfg)}") from None
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
@@ -147,17 +146,17 @@ def loss_check(cfg: ReflowTrainPipelineConfig) -> Callable[[float], None]:
             raise ReflowError(
                 f"The loss is {loss:g} in step {step + passes // accumulation + 1}, so the run was stopped. A lower "
                 "--policy.optimizer_lr helps where training has diverged; otherwise look for NaN in the dataset. "
-                + how_to_go_on_with(cfg)()
+                + how_to_continue(cfg)
             )
         passes += 1
 
     return check
 
 
-def how_to_go_on_with(cfg: ReflowTrainPipelineConfig) -> Callable[[], str]:
-    """A function that says how to continue this run, whenever it breaks off."""
+def how_to_continue(cfg: ReflowTrainPipelineConfig) -> str:
+    """What to do about this run, which has broken off."""
     typed = [f"--reflow.strategy={cfg.reflow.strategy}"] if is_file_strategy(cfg.reflow.strategy) else []
-    return partial(how_to_go_on, Path(cfg.output_dir or "."), typed)
+    return how_to_go_on(Path(cfg.output_dir or "."), typed)
 
 
 def cannot_write(error: OSError | SafetensorError) -> bool:
