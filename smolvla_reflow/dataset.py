@@ -108,6 +108,5 @@ def check_features(
         shape = tuple(names[name]["shape"])
         if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
             raise ReflowError(
-                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}; use "
-                "one that the policy was trained for."
+                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}."
             )
