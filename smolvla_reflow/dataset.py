@@ -1,18 +1,17 @@
-"""A LeRobotDataset as LeRobot itself opens it: metadata, frames, statistics, and whether a policy can use them."""
+"""A LeRobotDataset as LeRobot itself opens it: metadata, frames and statistics."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lerobot.configs.default import DatasetConfig
-from lerobot.configs.types import FeatureType
 from lerobot.datasets.factory import IMAGENET_STATS
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import INFO_PATH
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.errors import ReflowError, first_line
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, read_json
+from smolvla_reflow.smolvla.checkpoint import read_json
 from smolvla_reflow.smolvla.normalization import Statistics
 
 
@@ -82,31 +81,3 @@ def frame_ranges(metadata: LeRobotDatasetMetadata, episodes: Sequence[int] | Non
             start = ranges.pop().start
         ranges.append(range(start, stop))
     return ranges
-
-
-def check_features(
-    checkpoint: Checkpoint, features: dict[str, Any], rename_map: dict[str, str], where: str = "the dataset"
-) -> None:
-    """Raise ReflowError unless the features include the policy's state, action and cameras, in the policy's widths.
-
-    Args:
-        checkpoint: of the policy.
-        features: by name, each with its "shape".
-        rename_map: from names of `features` to the policy's.
-        where: the features are found, for the message.
-    """
-    names = {rename_map.get(name, name): feature for name, feature in features.items()}
-    expected = {**(checkpoint.config.input_features or {}), **(checkpoint.config.output_features or {})}
-    for name, feature in expected.items():
-        if name not in names:
-            if feature.type is FeatureType.VISUAL and ".empty_camera_" in name:
-                continue
-            raise ReflowError(
-                f"{checkpoint.source} needs '{name}', which {where} lacks (it has {', '.join(sorted(names))}); "
-                "if it is there under another name, map it with --rename_map."
-            )
-        shape = tuple(names[name]["shape"])
-        if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
-            raise ReflowError(
-                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}."
-            )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from smolvla_reflow import ReflowError
-from smolvla_reflow.dataset import check_features
+from smolvla_reflow.smolvla.features import check_features
 
 
 def test_cameras_may_be_renamed_and_empty_ones_missing(make_config):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smolvla_reflow.dataset import check_features
+from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.smolvla.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from lerobot.scripts.lerobot_eval import eval_policy_all
 from lerobot.utils.random_utils import set_seed
 from tqdm import tqdm
 
-from smolvla_reflow.dataset import check_features
+from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.evaluation.measure import Row
 from smolvla_reflow.evaluation.metrics import Success

@@ -8,10 +8,11 @@ from typing import Any
 from lerobot.configs.default import DatasetConfig
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import check_features, dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.smolvla.normalization import SpaceMaps, Statistics, fingerprint, space_maps
 
 

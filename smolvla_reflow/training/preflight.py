@@ -13,12 +13,13 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import AutoConfig
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import check_features, dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, space_maps
 from smolvla_reflow.smolvla.teacher import check_agreement
 from smolvla_reflow.solver import SolverFlags
