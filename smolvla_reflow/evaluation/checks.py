@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.smolvla.policy import check_device
 
 

@@ -16,12 +16,12 @@ from lerobot.scripts.lerobot_eval import eval_policy_all
 from lerobot.utils.random_utils import set_seed
 from tqdm import tqdm
 
-from smolvla_reflow.smolvla.features import check_features
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.evaluation.measure import Row
 from smolvla_reflow.evaluation.metrics import Success
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.features import check_features
 
 
 def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str]) -> None:
