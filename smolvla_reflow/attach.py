@@ -76,10 +76,12 @@ class Attachment:
         batch: Mapping[str, Any] | None = None,
     ) -> Step:
         """What a loss sees of one forward pass."""
+        seen = self.in_encoder_dtype(observation)
         return Step(
             model=self.policy.model,
             forward=self.policy.model.forward_standard,
-            observation=observation if self.features is None else self.features.in_dtype(observation),
+            observation=seen,
+            teachers_observation=self.teachers(seen, batch or {}),
             actions=actions,
             source=self.source,
             recipe=self.recipe,
@@ -88,6 +90,16 @@ class Attachment:
             time=time,
             features=self.features,
         )
+
+    def teachers(self, seen: Observation, batch: Mapping[str, Any]) -> Observation:
+        """What the teacher sees of the batch of which the student sees this; see `FrozenTeacher.observe`."""
+        if not isinstance(self.source, FrozenTeacher):
+            return seen
+        by_teacher = self.source.observe(batch, self.policy, seen)
+        return seen if by_teacher is seen else self.in_encoder_dtype(by_teacher)
+
+    def in_encoder_dtype(self, observation: Observation) -> Observation:
+        return observation if self.features is None else self.features.in_dtype(observation)
 
     def losses(self, step: Step, strategy: str) -> Losses:
         """The losses of one step, in which each image is encoded once."""
@@ -159,8 +171,9 @@ class ModelMixin:
 
         `noise` is drawn as the stock sampler draws it unless it is given.
         """
-        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
-        return attachment_of(self).source(observation, frames=None, noise=noise, per_frame=1)
+        attachment = attachment_of(self)
+        seen = attachment.teachers(Observation(images, img_masks, lang_tokens, lang_masks, state), batch={})
+        return attachment.source(seen, frames=None, noise=noise, per_frame=1)
 
 
 def attach(

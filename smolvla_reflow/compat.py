@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lerobot
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+from lerobot.policies.factory import dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 from packaging.version import Version
@@ -27,8 +28,11 @@ __all__ = [
     "accelerator_arguments",
     "check_signatures",
     "copy_prefix",
+    "dataset_to_policy_features",
     "gradient_accumulation",
     "refuse_remote_job",
+    "renamed_statistics",
+    "resuming_keeps_statistics",
     "train",
 ]
 
@@ -130,6 +134,20 @@ def copy_prefix(prefix: dict[str, Any], times: int = 1) -> dict[str, Any]:
         return value
 
     return {key: copied(value) for key, value in prefix.items()}
+
+
+def resuming_keeps_statistics() -> bool:
+    """Whether a resumed run normalises by the statistics saved in its checkpoint, and not by the dataset's.
+
+    LeRobot does from 0.6.1 on.
+    """
+    return Version(lerobot.__version__) >= Version("0.6.1")
+
+
+def renamed_statistics(stats: Mapping[str, Any], rename_map: dict[str, str]) -> Mapping[str, Any]:
+    """The dataset's statistics under the names that training looks them up by; LeRobot renames them from 0.6.2 on."""
+    rename = getattr(lerobot_train, "rename_stats", None)
+    return stats if rename is None else rename(dict(stats), rename_map)
 
 
 def refuse_remote_job(cfg: TrainPipelineConfig) -> None:

@@ -12,16 +12,18 @@ A source of couplings is anything that can be called like `FrozenTeacher`. The o
 `smolvla_reflow.pairs.store.Pairs`, which reads from disk what a teacher made before.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.smolvla.features import cameras_seen
 from smolvla_reflow.smolvla.normalization import SpaceMaps
-from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode
+from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode, observe
 from smolvla_reflow.solver import Solver
 
 
@@ -50,7 +52,7 @@ class CouplingSource(Protocol):
         """Couplings of a batch of `B` frames, `per_frame` in a row for each.
 
         Args:
-            observation: what student and teacher see, prepared once for both.
+            observation: what the teacher sees; the student's own, unless its cameras are others.
             frames: (B,) int64, the frames' indices in the dataset; None if the batch does not hold any.
             noise: (B * per_frame, chunk_size, max_action_dim) float32 where the caller fixed it; None to draw some.
             per_frame: couplings for each frame.
@@ -104,6 +106,29 @@ class FrozenTeacher:
         follow(self.policy, observation.state.device)
         with torch.no_grad():
             return encode(self.policy.model, self.sees(observation))
+
+    def observe(self, batch: Mapping[str, Any], student: SmolVLAPolicy, seen: Observation) -> Observation:
+        """A batch as stock inference of the teacher's checkpoint sees it, still in the student's normalised space.
+
+        Args:
+            batch: as it came to the policy; empty where the model was called without its policy.
+            student: whose batch it is.
+            seen: what the student sees of it. The same is returned unless the two list other cameras in their configs,
+                or in another order.
+
+        Raises:
+            ReflowError: they do, and which images the student was given is not known.
+        """
+        teachers, students = self.policy.config, student.config
+        names = batch or {*teachers.image_features, *students.image_features}
+        if cameras_seen(teachers, names) == cameras_seen(students, names):
+            return seen
+        if not batch:
+            raise ReflowError(
+                "Teacher and student list other cameras in their configs, or in another order, so that images without "
+                "names do not do for both; call policy.forward(batch)."
+            )
+        return observe(self.policy, batch)
 
     def sees(self, observation: Observation) -> Observation:
         """The student's observation in the teacher's normalised space."""

@@ -58,7 +58,8 @@ class Step:
     Attributes:
         model: the student's VLAFlowMatching.
         forward: the student's own training forward, from (*observation, actions, noise, t) to squared errors of v.
-        observation: what student and teacher see of the B frames.
+        observation: what the student sees of the B frames.
+        teachers_observation: what the teacher sees of them; the same object, unless its cameras are others.
         actions: (B, chunk_size, max_action_dim) float32, the recorded ones, normalised and padded.
         source: of couplings.
         recipe: the user's choices of times, couplings per frame and share of recorded data.
@@ -73,6 +74,7 @@ class Step:
     model: VLAFlowMatching
     forward: Callable[..., Tensor]
     observation: Observation
+    teachers_observation: Observation
     actions: Tensor
     source: CouplingSource
     recipe: Recipe
@@ -99,7 +101,7 @@ class Step:
             ReflowError: the source fails, or gives something else than such lines.
         """
         per_frame = self.couplings_per_frame
-        coupling = self.source(self.observation, frames=self.frames, noise=self.noise, per_frame=per_frame)
+        coupling = self.source(self.teachers_observation, frames=self.frames, noise=self.noise, per_frame=per_frame)
         if not isinstance(coupling, Coupling):
             raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
         self._check(coupling, len(self.actions) * per_frame)
@@ -267,7 +269,7 @@ class Step:
                 "The teacher's velocity is defined in its own normalised space, which is not that of these batches; "
                 "fine-tune the teacher on this dataset first."
             )
-        return self.source.velocity(self.observation)
+        return self.source.velocity(self.teachers_observation)
 
 
 class _Lines(NamedTuple):

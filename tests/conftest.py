@@ -20,6 +20,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from pairs_helpers import make_pairs
+from people import People, fine_tune, write_base, write_robot_dataset
 
 from smolvla_reflow import losses
 from smolvla_reflow.demo.backbone import write_backbone
@@ -150,3 +151,12 @@ def stored(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(stored: Path, tmp_path: Path) -> Path:
     """A copy of `stored`."""
     return Path(shutil.copytree(stored, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="session")
+def people(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> People:
+    """A base like `lerobot/smolvla_base`, a robot's dataset, and the base fine-tuned on it by `lerobot-train`."""
+    folder = tmp_path_factory.mktemp("people")
+    base = write_base(folder / "base", backbone)
+    dataset = write_robot_dataset(folder / "dataset")
+    return People(base, dataset, fine_tune(base, dataset, folder / "1rf"))

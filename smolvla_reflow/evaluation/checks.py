@@ -1,13 +1,13 @@
 """Everything that can be refused before anything is loaded or measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import check_features
+from smolvla_reflow.smolvla.features import fitted
 from smolvla_reflow.smolvla.policy import check_device
 
 
@@ -33,19 +33,24 @@ def check_values(cfg: EvalConfig) -> None:
     check_device(cfg.policy.device)
 
 
-def check_checkpoints(checkpoints: Sequence[Checkpoint], features: dict[str, Any], rename_map: dict[str, str]) -> None:
-    """Raise ReflowError unless all policies can use this dataset and can be compared with the first.
+def fit_to_dataset(
+    checkpoints: Mapping[str, Checkpoint], metadata: LeRobotDatasetMetadata, rename_map: dict[str, str]
+) -> dict[str, Checkpoint]:
+    """The checkpoints as LeRobot would run them on this dataset.
 
     Args:
-        checkpoints: of the policies.
-        features: of the dataset, by name, each with its "shape".
-        rename_map: from the dataset's names to the policies'.
+        checkpoints: of the policies, the reference first.
+        metadata: of the dataset.
+        rename_map: from the dataset's names to the policies'; if it is empty, each checkpoint's own holds.
+
+    Raises:
+        ReflowError: one of them cannot use this dataset, or cannot be compared with the first.
     """
-    for checkpoint in checkpoints:
-        check_features(checkpoint, features, rename_map)
-        if checkpoint.config.adapt_to_pi_aloha:
-            raise ReflowError(f"{checkpoint.source} has adapt_to_pi_aloha=true, whose units cannot be compared yet.")
-        check_comparable(checkpoint, checkpoints[0])
+    features = dataset_to_policy_features(metadata.features)
+    reference = next(iter(checkpoints.values()))
+    for checkpoint in checkpoints.values():
+        check_comparable(checkpoint, reference)
+    return {name: fitted(checkpoint, features, rename_map) for name, checkpoint in checkpoints.items()}
 
 
 def check_comparable(checkpoint: Checkpoint, teacher: Checkpoint) -> None:

@@ -21,14 +21,13 @@ from smolvla_reflow.evaluation.measure import Row
 from smolvla_reflow.evaluation.metrics import Success
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import check_features
+from smolvla_reflow.smolvla.features import fitted
 
 
 def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str]) -> None:
     """Raise ReflowError unless this environment is installed and has the observations and actions of these policies."""
-    features = {name: {"shape": feature.shape} for name, feature in env_to_policy_features(env).items()}
     for checkpoint in checkpoints:
-        check_features(checkpoint, features, rename_map, where=f"--env.type={env.type}")
+        fitted(checkpoint, env_to_policy_features(env), rename_map, where=f"--env.type={env.type}")
     try:
         close_envs(make_env(env, n_envs=1))
     except Exception as error:  # each simulator has errors of its own

@@ -53,5 +53,5 @@ def load_measured_policy(name: str, checkpoint: Checkpoint, device: str, rename_
         ReflowError: the checkpoint has no saved statistics for its actions.
     """
     policy, processors = load_policy(checkpoint, device), load_processors(checkpoint, device, rename_map)
-    units, num_steps = robot_units(checkpoint), checkpoint.config.num_steps
+    units, num_steps = robot_units(checkpoint, policy), checkpoint.config.num_steps
     return MeasuredPolicy(name, policy, processors.before, processors.after, units, num_steps)

@@ -5,13 +5,12 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset import frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.evaluation.checks import check_checkpoints, check_values
+from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings, with_success
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import evenly_spaced, load_frames
@@ -20,6 +19,7 @@ from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_polic
 from smolvla_reflow.evaluation.recommendation import in_words, recommend, write_num_steps
 from smolvla_reflow.evaluation.report import WHY_FLOW_ERROR_LEADS, Report, table
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.normalization import moving_deviations
 
 
 def run(cfg: EvalConfig) -> None:
@@ -31,7 +31,7 @@ def run(cfg: EvalConfig) -> None:
     check_values(cfg)
     checkpoints = open_checkpoints(cfg)
     metadata = open_metadata(cfg.dataset)
-    check_checkpoints(list(checkpoints.values()), metadata.features, cfg.rename_map)
+    checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
     if cfg.env is not None:
         check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
     positions = evenly_spaced(sum(map(len, frame_ranges(metadata, cfg.dataset.episodes))), cfg.num_frames)
@@ -68,7 +68,7 @@ def measure(
 ) -> Evaluation:
     """Measure the policies on the frames at these positions, with a progress bar."""
     settings = Settings(
-        action_std=torch.as_tensor(metadata.stats["action"]["std"], dtype=torch.float32),
+        action_std=moving_deviations(metadata.stats["action"]),
         num_steps=cfg.num_steps,
         num_noises=cfg.num_noises,
         reference_steps=cfg.reference_steps,

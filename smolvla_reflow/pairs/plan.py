@@ -7,12 +7,12 @@ from typing import Any
 
 from lerobot.configs.default import DatasetConfig
 
-from smolvla_reflow.compat import LeRobotDatasetMetadata
+from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
 from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import check_features
+from smolvla_reflow.smolvla.features import fitted
 from smolvla_reflow.smolvla.normalization import SpaceMaps, Statistics, fingerprint, space_maps
 
 
@@ -21,10 +21,12 @@ class Plan:
     """A set of pairs in the dataset's normalised space, none of which is made yet.
 
     Attributes:
+        teacher: with the features in its config that it has on this dataset.
         manifest: what the pairs depend on, and which frames they cover.
         space: the maps between the dataset's normalised space and the teacher's, None if they are the same.
     """
 
+    teacher: Checkpoint
     manifest: Manifest
     space: SpaceMaps | None
 
@@ -36,7 +38,7 @@ def plan_pairs(cfg: PairsConfig, teacher: Checkpoint) -> Plan:
         ReflowError: there is no such dataset, or it does not fit the teacher.
     """
     metadata = open_metadata(cfg.dataset)
-    check_features(teacher, metadata.features, cfg.rename_map)
+    teacher = fitted(teacher, dataset_to_policy_features(metadata.features), cfg.rename_map)
     stats = dataset_statistics(metadata, cfg.dataset)
     space = space_maps(teacher, stats)
     manifest = Manifest(
@@ -47,7 +49,7 @@ def plan_pairs(cfg: PairsConfig, teacher: Checkpoint) -> Plan:
         frames_per_shard=cfg.frames_per_shard,
         bytes_per_pair=teacher.config.chunk_size * teacher.config.max_action_dim * DTYPES[cfg.dtype].itemsize,
     )
-    return Plan(manifest, space)
+    return Plan(teacher, manifest, space)
 
 
 def _provenance(

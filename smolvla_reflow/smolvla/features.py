@@ -1,36 +1,103 @@
-"""Whether a policy can use what a dataset or an environment offers."""
+"""What a policy sees of a dataset or an environment, and whether that is enough, as LeRobot decides it.
 
-from typing import Any
+LeRobot takes any dataset that has some of the cameras in a policy's `config.json`, or all of them and more. It never
+looks at the widths there, which may still be those of the base that the policy was fine-tuned from.
+"""
 
-from lerobot.configs.types import FeatureType
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.utils import validate_visual_features_consistency
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, read_json
+from smolvla_reflow.smolvla.normalization import saved_width
+
+RENAMING_STEP = "rename_observations_processor"
+EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"
 
 
-def check_features(
-    checkpoint: Checkpoint, features: dict[str, Any], rename_map: dict[str, str], where: str = "the dataset"
-) -> None:
-    """Raise ReflowError unless the features include the policy's state, action and cameras, in the policy's widths.
+def cameras_seen(config: SmolVLAConfig, names: Collection[str]) -> tuple[str, ...]:
+    """The images that a policy makes of a batch with these names, in its own order; empty ones have no name.
+
+    A missing camera becomes an empty image, but no more of them do than `config.empty_cameras` says.
+    """
+    known = list(config.image_features)
+    missing = sum(name not in names for name in known)
+    return (*(name for name in known if name in names), *[""] * min(missing, config.empty_cameras))
+
+
+def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
+    """From a dataset's names to the policy's, as the checkpoint was trained; empty if nothing was renamed."""
+    path = checkpoint.folder / PREPROCESSOR_NAME
+    steps = read_json(path).get("steps") if path.is_file() else None
+    for step in steps or []:
+        if step.get("registry_name") == RENAMING_STEP:
+            return dict(step.get("config", {}).get("rename_map") or {})
+    return {}
+
+
+def fitted(
+    checkpoint: Checkpoint,
+    features: Mapping[str, PolicyFeature],
+    rename_map: dict[str, str],
+    where: str = "the dataset",
+) -> Checkpoint:
+    """The checkpoint, with the features in its config that LeRobot would run it with here.
 
     Args:
         checkpoint: of the policy.
-        features: by name, each with its "shape".
-        rename_map: from names of `features` to the policy's.
+        features: by name; of a dataset or an environment.
+        rename_map: from names of `features` to the policy's; if it is empty, the one saved in the checkpoint holds.
         where: the features are found, for the message.
+
+    Raises:
+        ReflowError: the policy cannot use these features.
     """
-    names = {rename_map.get(name, name): feature for name, feature in features.items()}
-    expected = {**(checkpoint.config.input_features or {}), **(checkpoint.config.output_features or {})}
-    for name, feature in expected.items():
-        if name not in names:
-            if feature.type is FeatureType.VISUAL and ".empty_camera_" in name:
-                continue
+    rename_map = rename_map or saved_rename_map(checkpoint)
+    here = {rename_map.get(name, name): feature for name, feature in features.items()}
+    for name in (OBS_STATE, ACTION):
+        if name not in here:
             raise ReflowError(
-                f"{checkpoint.source} needs '{name}', which {where} lacks (it has {', '.join(sorted(names))}); "
+                f"{checkpoint.source} needs '{name}', which {where} lacks (it has {', '.join(sorted(here))}); "
                 "if it is there under another name, map it with --rename_map."
             )
-        shape = tuple(names[name]["shape"])
-        if feature.type in (FeatureType.STATE, FeatureType.ACTION) and shape != tuple(feature.shape):
-            raise ReflowError(
-                f"'{name}' has shape {shape} in {where} and {tuple(feature.shape)} in {checkpoint.source}."
-            )
+        _check_width(checkpoint, name, here[name], where)
+    config = copy.deepcopy(checkpoint.config)
+    config.output_features = {ACTION: here[ACTION]}
+    if not config.input_features:
+        config.input_features = {name: feature for name, feature in here.items() if name not in config.output_features}
+    _check_cameras(checkpoint.source, config, here, where, renamed=bool(rename_map))
+    return replace(checkpoint, config=config)
+
+
+def _check_width(checkpoint: Checkpoint, name: str, feature: PolicyFeature, where: str) -> None:
+    """Raise ReflowError unless the policy was trained on a feature of this width."""
+    width = saved_width(checkpoint, name)
+    if width is not None and tuple(feature.shape) != (width,):
+        raise ReflowError(
+            f"'{name}' has shape {tuple(feature.shape)} in {where}, and {checkpoint.source} was trained on {width} "
+            "dimensions (so say the statistics it was saved with)."
+        )
+
+
+def _check_cameras(
+    source: str, config: SmolVLAConfig, here: Mapping[str, PolicyFeature], where: str, *, renamed: bool
+) -> None:
+    """Raise ReflowError unless LeRobot would run the policy with the cameras that are here."""
+    if not any(cameras_seen(config, here)):
+        known = [name for name in config.image_features if not name.startswith(EMPTY_CAMERA)]
+        there = sorted(name for name, feature in here.items() if feature.type is FeatureType.VISUAL)
+        raise ReflowError(
+            f"{source} needs one of the cameras {', '.join(known)}, and {where} has {', '.join(there) or 'none'}; if "
+            "they are the same under other names, map them with --rename_map."
+        )
+    if not renamed:  # LeRobot leaves it to the user then
+        try:
+            validate_visual_features_consistency(config, dict(here))
+        except ValueError as error:
+            raise ReflowError(f"{source} cannot use {where}: {' '.join(str(error).split())}") from None

@@ -26,11 +26,8 @@ AGREEING_FIELDS = (
     "chunk_size",
     "max_state_dim",
     "max_action_dim",
-    "input_features",
-    "output_features",
     "normalization_mapping",
     "resize_imgs_with_padding",
-    "empty_cameras",
     "adapt_to_pi_aloha",
     "add_image_special_tokens",
     "prefix_length",
@@ -159,6 +156,7 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
 def _configure(teacher: SmolVLAPolicy, config: SmolVLAConfig, num_steps: int | None) -> None:
     config = copy.deepcopy(config)
     config.num_steps = num_steps or config.num_steps
+    config.input_features = config.input_features or teacher.config.input_features
     config.compile_model = False
     # Real-time chunking guides a sampler by the last chunk's left-over; a coupling has none.
     config.rtc_config = None

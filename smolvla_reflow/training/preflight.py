@@ -12,16 +12,22 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import AutoConfig
 
-from smolvla_reflow.compat import LeRobotDatasetMetadata
+from smolvla_reflow.compat import (
+    LeRobotDatasetMetadata,
+    dataset_to_policy_features,
+    renamed_statistics,
+    resuming_keeps_statistics,
+)
 from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import check_features
-from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, space_maps
+from smolvla_reflow.smolvla.checkpoint import Checkpoint, locate
+from smolvla_reflow.smolvla.features import fitted
+from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, saved_statistics, space_maps
 from smolvla_reflow.smolvla.teacher import check_agreement
+from smolvla_reflow.smolvla.words import check_words
 from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
 
@@ -67,15 +73,24 @@ def check_run(
     check_writable(Path(cfg.output_dir or "."))
     check_student(cfg, teacher)
     metadata = open_metadata(cfg.dataset)
-    check_features(teacher, metadata.features, cfg.rename_map)
+    fitted(teacher, dataset_to_policy_features(metadata.features), cfg.rename_map)
     check_frames(cfg.dataset, metadata, teacher.config.chunk_size)
-    stats = dataset_statistics(metadata, cfg.dataset)
+    stats = training_statistics(cfg, metadata)
     check_finite(stats)
     space_maps(teacher, stats)
     if pairs is not None:
         check_pairs(cfg, teacher, pairs, metadata, stats)
         check_solver(cfg.reflow, pairs, typed)
     return stats
+
+
+def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -> Statistics:
+    """The statistics by which LeRobot will normalise the batches."""
+    assert isinstance(cfg.policy, SmolVLAConfig)
+    if cfg.resume and resuming_keeps_statistics():
+        folder = Path(str(cfg.policy.pretrained_path))
+        return saved_statistics(Checkpoint(source=str(folder), folder=folder, config=cfg.policy))
+    return renamed_statistics(dataset_statistics(metadata, cfg.dataset), cfg.rename_map)
 
 
 def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
@@ -96,6 +111,7 @@ def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
     """Raise ReflowError if the student is of another shape than the teacher, or has no backbone to start from."""
     assert isinstance(cfg.policy, SmolVLAConfig)
     check_agreement(cfg.policy, teacher.config)
+    check_words(locate(str(cfg.policy.pretrained_path)).folder, teacher)
     backbone = cfg.policy.vlm_model_name
     try:
         AutoConfig.from_pretrained(backbone, trust_remote_code=False)
@@ -134,7 +150,7 @@ def check_pairs(
     metadata: LeRobotDatasetMetadata,
     stats: Statistics,
 ) -> None:
-    """Raise ReflowError unless the pairs are this teacher's on this dataset, whole, and cover every frame."""
+    """Raise ReflowError unless the pairs are this teacher's on this dataset, and cover every frame."""
     made, policy = pairs.manifest.provenance, cfg.policy
     assert isinstance(policy, SmolVLAConfig)
     here = replace(
@@ -165,7 +181,6 @@ def check_pairs(
             "the teacher made from the images as recorded. If that is what you want, say "
             "--reflow.augment_pairs=true."
         )
-    pairs.check()
 
 
 def check_solver(flags: SolverFlags, pairs: Pairs, typed: Collection[str]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from torch import nn
 
@@ -21,8 +22,10 @@ from smolvla_reflow.compat import gradient_accumulation
 from smolvla_reflow.compat import train as lerobot_train
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
+from smolvla_reflow.pairs.loading import read_in_loader
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.features import saved_rename_map
 from smolvla_reflow.smolvla.normalization import Statistics
 from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.arguments import Arguments
@@ -71,6 +74,8 @@ def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
     check_options(reflow)
     teacher = open_checkpoint(reflow.teacher_path)
     reflow.teacher_path = teacher.source
+    if not cfg.resume and not cfg.rename_map and "rename_map" not in arguments.typed:
+        cfg.rename_map = saved_rename_map(teacher)
     pairs = Pairs(reflow.pairs_path) if reflow.pairs_path else None
     if pairs is not None:
         reflow.pairs_path = str(pairs.folder)
@@ -87,7 +92,8 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         arguments: the command line, for what is said at the start.
 
     Raises:
-        ReflowError: the loss is lost, the disk is full, or the weights do not fit the configuration.
+        ReflowError: the pairs are damaged, the loss is lost, the disk is full, or the weights do not fit the
+            configuration.
         KeyboardInterrupt: with how to go on.
     """
 
@@ -100,8 +106,17 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
             solver = cfg.reflow.to_solver() if get_loss_strategy(strategy).couples else None
             attach(policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats)
 
+    def hooked(accelerator: Accelerator) -> Accelerator:
+        on_loader = None
+        if inputs.pairs is not None:
+            inputs.pairs.check(PartialState())  # now that the processes know of each other, and before any writes
+            on_loader = partial(
+                read_in_loader, pairs=inputs.pairs, per_frame=cfg.reflow.recipe().couplings_per_frame
+            )
+        return hook(accelerator, on_policy=attach_to, on_loss=loss_check(cfg), on_loader=on_loader)
+
     try:
-        lerobot_train(cfg, partial(hook, on_policy=attach_to, on_loss=loss_check(cfg)))
+        lerobot_train(cfg, hooked)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_continue(cfg)) from None
     except (OSError, SafetensorError) as error:
@@ -131,6 +146,8 @@ def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Argument
             cfg.batch_size,
             filled_in or "nothing",
         )
+        if cfg.rename_map and "rename_map" not in arguments.typed:
+            logging.info("Reflow: the dataset's names are mapped as for the teacher: %s.", cfg.rename_map)
     if inputs.pairs is not None:
         logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(inputs.pairs), inputs.pairs.folder)
 

@@ -1,0 +1,127 @@
+"""The whole chain on a checkpoint made the way people make theirs: train, resume, pairs, eval, next round, stock load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import as_flags, reflow_train_main, refused
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from people import REPO_ID, ROBOT_DIM, dataset_flags
+from safetensors.torch import load_file
+
+from smolvla_reflow.commands import eval as reflow_eval
+from smolvla_reflow.commands import pairs as reflow_pairs
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.pairs.store import Pairs
+
+
+def reflow_flags(people, run: Path, **changes: Any) -> list[str]:
+    given = {"reflow__teacher_path": people.teacher, "output_dir": run, "rename_map": None, "steps": 3}
+    return dataset_flags(people.dataset, **{**given, **changes})
+
+
+def pairs_flags(people, folder: Path, **changes: Any) -> list[str]:
+    flags = {
+        "reflow.teacher_path": people.teacher,
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": people.dataset,
+        "output_dir": folder,
+        "policy.device": "cpu",
+        "couplings_per_frame": 2,
+        "num_workers": 0,
+        "dtype": "float32",
+    }
+    return as_flags(flags, **changes)
+
+
+def eval_flags(people, student: Path, folder: Path, **changes: Any) -> list[str]:
+    flags = {
+        "policy.path": student,
+        "policy.device": "cpu",
+        "teacher_path": people.teacher,
+        "dataset.repo_id": REPO_ID,
+        "dataset.root": people.dataset,
+        "output_dir": folder,
+        "num_steps": "[1,2]",
+        "num_frames": 3,
+        "num_noises": 2,
+        "reference_steps": 4,
+    }
+    return as_flags(flags, **changes)
+
+
+def stock_chunk(checkpoint: Path, root: Path, frame: int, noise: torch.Tensor) -> torch.Tensor:
+    """The normalised chunk that plain LeRobot gives for one frame of a dataset: stock policy, its own processors."""
+    policy = SmolVLAPolicy.from_pretrained(checkpoint)
+    before, _ = make_pre_post_processors(
+        policy.config, str(checkpoint), preprocessor_overrides={"device_processor": {"device": "cpu"}}
+    )
+    item = LeRobotDataset(REPO_ID, root=root)[frame]
+    batch = {k: v[None] if isinstance(v, torch.Tensor) else [v] for k, v in item.items() if not k.startswith("action")}
+    return policy.predict_action_chunk(before(batch), noise=noise[None])[0]
+
+
+@pytest.fixture(scope="module")
+def first_round(people, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("people_2rf") / "run"
+    reflow_train_main(reflow_flags(people, run))
+    return run
+
+
+def test_what_the_fixture_is_like(people):
+    """Its config still says what the base's said, as LeRobot leaves it; only the statistics know the robot."""
+    config = json.loads((people.teacher / "config.json").read_text())
+    assert config["input_features"]["observation.state"]["shape"] == [6]
+    assert [name for name in config["input_features"] if "images" in name] == [
+        f"observation.images.camera{i}" for i in (1, 2, 3)
+    ]
+    assert config["repo_id"] == "lerobot/smolvla_base"
+    before, _ = make_pre_post_processors(None, str(people.teacher))
+    assert before.steps[-1].state_dict()["observation.state.mean"].shape == (ROBOT_DIM,)
+
+
+def test_train_resume_and_the_next_round(people, first_round, tmp_path):
+    student = first_round / LAST
+    weights, before = load_file(student / "model.safetensors"), load_file(people.teacher / "model.safetensors")
+    assert weights.keys() == before.keys()
+    assert any(not torch.equal(weights[name], before[name]) for name in weights)
+    reflow_train_main([f"--config_path={student / 'train_config.json'}", "--resume=true", "--steps=5"])
+    assert (first_round / "checkpoints" / "000005").is_dir()
+    reflow_train_main(reflow_flags(people, tmp_path / "3rf", reflow__teacher_path=student))
+    assert (tmp_path / "3rf" / LAST / "model.safetensors").is_file()
+
+
+def test_plain_lerobot_runs_the_student(people, first_round):
+    chunk = stock_chunk(first_round / LAST, people.dataset, 3, torch.randn(4, 8))
+    assert chunk.shape == (4, ROBOT_DIM)
+    assert chunk.isfinite().all()
+
+
+def test_pairs_are_what_stock_inference_of_the_teacher_gives(people, tmp_path, capsys):
+    reflow_pairs.main(pairs_flags(people, tmp_path / "pairs", reflow__solver="euler"))
+    pairs = Pairs(tmp_path / "pairs")
+    for frame, pair in ((0, 0), (17, 1), (40, 0)):
+        noise = pair_noise(0, frame, pair, (4, 8))
+        expected = stock_chunk(people.teacher, people.dataset, frame, noise)
+        torch.testing.assert_close(pairs.lookup(frame, pair).actions[:, :ROBOT_DIM], expected, rtol=1e-4, atol=1e-5)
+    reflow_train_main(reflow_flags(people, tmp_path / "2rf", reflow__pairs_path=tmp_path / "pairs"))
+
+
+def test_evaluation(people, first_round, tmp_path, capsys):
+    reflow_eval.main(eval_flags(people, first_round / LAST, tmp_path / "report"))
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert len(rows[0]["action_mae_per_dim"]) == ROBOT_DIM
+    assert all(row["flow_rmse"] < 100 for row in rows)  # no dimension is measured in units of rounding noise
+
+
+def test_what_no_robot_of_the_teacher_has_is_refused(people, tmp_path, capsys):
+    flags = reflow_flags(people, tmp_path / "run", rename_map='{"observation.images.front": "observation.images.top"}')
+    line = refused(capsys, reflow_train_main, flags)
+    assert "needs one of the cameras observation.images.camera1" in line
+    assert "--rename_map" in line
+    assert not (tmp_path / "run").exists()
