@@ -32,9 +32,10 @@ from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, reduce
 from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.smolvla.normalization import Statistics, space_maps
+from smolvla_reflow.smolvla.normalization import space_maps
+from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import base_policy, frozen_teacher
-from smolvla_reflow.smolvla.velocity import Observation, observe, recorded_actions
+from smolvla_reflow.smolvla.velocity import Observation, observe, recorded_actions, with_one_state
 from smolvla_reflow.smolvla.vision import SharedFeatures, share_features
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
@@ -134,6 +135,7 @@ class PolicyMixin:
         attachment = attachment_of(self)
         if not self.training:
             return attachment.policy_forward(batch, noise, time, reduction)
+        batch = with_one_state(attachment.policy, batch)
         observation, actions = observe(attachment.policy, batch), recorded_actions(attachment.policy, batch)
         step = attachment.step(observation, actions, noise, time, batch)
         losses = attachment.losses(step, self.model.training_mode)
@@ -180,6 +182,7 @@ def attach(
     policy: nn.Module,
     teacher: str | Path | Checkpoint | SmolVLAPolicy | None = None,
     *,
+    revision: str | None = None,
     pairs: str | Path | CouplingSource | None = None,
     strategy: str = "reflow",
     recipe: Recipe | None = None,
@@ -198,6 +201,7 @@ def attach(
         policy: a SmolVLAPolicy, or one wrapped by PEFT.
         teacher: a checkpoint folder or hub id, a SmolVLAPolicy (its present weights are taken), or None for
             the policy as it is now.
+        revision: of a hub id, a branch, tag or commit; its main branch if None.
         pairs: couplings in the teacher's place: a folder of `smolvla-reflow-pairs`, or any `CouplingSource`. That they
             fit the dataset the batches come from is for the caller to know; the training command checks it.
         strategy: a name from `available_loss_strategies()`, or a loss in a file, `path/to/file.py:name`.
@@ -218,6 +222,10 @@ def attach(
         raise ReflowError("This policy already has a teacher attached; call detach(policy) first.")
     check_signatures(base)
     recipe = Recipe() if recipe is None else recipe
+    if revision is not None:
+        if not isinstance(teacher, str):
+            raise ReflowError("revision has no effect on a teacher that is not named by its hub id; leave it out.")
+        teacher = open_checkpoint(teacher, revision)
     _check_effect(get_loss_strategy(strategy), recipe, teacher=teacher, pairs=pairs, solver=solver)
     source: CouplingSource
     if pairs is not None:

@@ -1,16 +1,21 @@
 """What differs between the supported LeRobot versions, 0.4.4 to 0.6.1, and nothing else."""
 
 import copy
+import importlib.util
 import inspect
+import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lerobot
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+from lerobot.datasets import factory, utils
+from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.factory import dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
@@ -27,12 +32,22 @@ __all__ = [
     "LeRobotDatasetMetadata",
     "accelerator_arguments",
     "check_signatures",
+    "chosen_by_lerobot",
+    "collate_function",
+    "conversion_command",
     "copy_prefix",
     "dataset_to_policy_features",
     "gradient_accumulation",
+    "hub_destinations",
+    "needs_camera_statistics",
+    "open_as_training",
+    "open_metadata_as_training",
     "refuse_remote_job",
     "renamed_statistics",
+    "resumes_from_hub",
     "resuming_keeps_statistics",
+    "saves_final_checkpoint_alone",
+    "statistics_command",
     "train",
 ]
 
@@ -158,3 +173,92 @@ def refuse_remote_job(cfg: TrainPipelineConfig) -> None:
             f"--job.target={job.target} would run lerobot-train, not reflow, on the remote machine; "
             "install smolvla-reflow there and run smolvla-reflow-train on it."
         )
+
+
+def open_metadata_as_training(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
+    """The dataset's metadata, opened with the arguments that this LeRobot's `make_dataset()` opens it with.
+
+    Storage buckets, another kind of repository, exist from 0.6.1 on.
+    """
+    kind = {"repo_type": dataset.repo_type} if hasattr(dataset, "repo_type") else {}
+    return LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision, **kind)
+
+
+def open_as_training(cfg: TrainPipelineConfig, *, held_out: bool = False) -> LeRobotDataset:
+    """The dataset as this LeRobot's `train()` opens it.
+
+    From 0.6.0 on, training may hold out a share of the episodes (`dataset.eval_split`).
+
+    Args:
+        cfg: its `dataset`, `policy` and `tolerance_s` are looked at.
+        held_out: whether to return the episodes held out, if there are any, instead of those trained on.
+    """
+    split = getattr(factory, "make_train_eval_datasets", None)
+    if split is None:
+        return factory.make_dataset(cfg)
+    training, evaluation = split(cfg)
+    return evaluation if held_out and evaluation is not None else training
+
+
+def chosen_by_lerobot(dataset: DatasetConfig, total_episodes: int) -> list[int] | None:
+    """The episodes that the configuration chooses, None for all; from 0.6.2 on, some can be excluded."""
+    resolve = getattr(utils, "resolve_episode_indices", None)
+    if resolve is None:
+        return dataset.episodes
+    return resolve(dataset.episodes, total_episodes, getattr(dataset, "exclude_episodes", None))
+
+
+def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], Any] | None:
+    """How training makes a batch of frames, None for PyTorch's own way; from 0.6.0 on, columns may hold annotations."""
+    if not getattr(metadata, "has_language_columns", False):
+        return None
+    from lerobot.utils.collate import lerobot_collate_fn
+
+    return lerobot_collate_fn
+
+
+def needs_camera_statistics() -> bool:
+    """Whether training stumbles over a camera without statistics, also where it replaces them; until 0.6.1 it does."""
+    return Version(lerobot.__version__) < Version("0.6.2")
+
+
+def statistics_command(repo_id: str, root: Path) -> str:
+    """LeRobot's own command that computes all statistics of a dataset anew."""
+    module = _installed("lerobot.scripts", "lerobot.datasets.v30", name="augment_dataset_quantile_stats")
+    return f"python -m {module} --repo-id={repo_id} --root={shlex.quote(str(root))} --overwrite"
+
+
+def conversion_command(repo_id: str, root: Path) -> str:
+    """LeRobot's own command that converts a dataset of format v2.1 in a folder."""
+    module = _installed("lerobot.scripts", "lerobot.datasets.v30", name="convert_dataset_v21_to_v30")
+    if module.startswith("lerobot.datasets"):  # before 0.5 its root is a folder that holds a folder named by the id
+        repo_id, root = root.name, root.parent
+    return f"python -m {module} --repo-id={repo_id} --root={shlex.quote(str(root))} --push-to-hub=false"
+
+
+def _installed(*packages: str, name: str) -> str:
+    """The module of this name in the first of these packages that has one; LeRobot moved its scripts in 0.5."""
+    for package in packages:
+        if importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.{name}"):
+            return f"{package}.{name}"
+    return f"{packages[0]}.{name}"
+
+
+def saves_final_checkpoint_alone() -> bool:
+    """Whether `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by it."""
+    return Version(lerobot.__version__) >= Version("0.6.1")
+
+
+def resumes_from_hub() -> bool:
+    """Whether a run is resumed from the checkpoints that it pushed to the hub; from 0.6.0 on it is."""
+    return Version(lerobot.__version__) >= Version("0.6.0")
+
+
+def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
+    """The repositories that training pushes to: from 0.6.0 on checkpoints too, from 0.6.2 on averaged weights."""
+    policy = cfg.policy
+    assert policy is not None  # validated
+    if not policy.repo_id or not (policy.push_to_hub or getattr(cfg, "save_checkpoint_to_hub", False)):
+        return []
+    averages = getattr(getattr(cfg, "ema", None), "enable", False)
+    return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]

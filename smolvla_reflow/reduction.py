@@ -1,7 +1,19 @@
-"""From unreduced losses to the loss: LeRobot's own reduction of recorded actions, the whole chunk of all others.
+"""From unreduced losses to the loss: a mean over every entry that counts, each of which weighs the same.
 
-A teacher's actions fill the chunk at full width. From LeRobot 0.5 on its reduction leaves out padded dimensions and
-steps past the episode's end, which is right for recorded actions, since they do not exist there.
+A loss on recorded actions is reduced by LeRobot's own forward, and a loss on couplings is the mean over the whole chunk
+at full width, every entry of which a teacher has given a value. A batch of both (`real_data_ratio`) is one mean:
+
+    counts[i, t, d] = 1 on a coupling; on recorded actions 1 where LeRobot's own reduction counts the entry, else 0
+    N               = sum of counts over the batch of B frames
+    "mean"          = sum(counts * losses) / N
+    "none"[i]       = sum(counts * losses)[i] * B / N           whose mean over the frames is "mean"
+
+    d "mean" / d losses[i, t, d] = counts[i, t, d] / N
+
+LeRobot counts everything up to 0.4.4, and from 0.5 on the robot's own dimensions of the steps before the episode's end.
+Where an entry counts on either kind of row, as the robot's dimensions do, the recorded rows' share of the gradient is
+thus their share of the batch, on every LeRobot. If no frame is a recorded one this is the plain mean, and if all are,
+"mean" is LeRobot's own.
 """
 
 from collections.abc import Callable
@@ -33,19 +45,30 @@ def reduce(
     Returns:
         As LeRobot's forward does: the loss, a scalar or (B,), and metrics to log.
     """
-    if losses.recorded is True:
-        return lerobot_loss(losses, step, policy, policy_forward, reduction)
-    if losses.recorded is False:
-        loss = losses.values.mean(dim=(1, 2)) if reduction == "none" else losses.values.mean()
-    else:
-        by_lerobot, _ = lerobot_loss(losses, step, policy, policy_forward, "none")
-        loss = torch.where(losses.recorded, by_lerobot, losses.values.mean(dim=(1, 2)))
-        loss = loss if reduction == "none" else loss.mean()
+    values, recorded = losses.values, losses.recorded
+    if torch.as_tensor(recorded).all():
+        return lerobot_loss(values, step, policy, policy_forward, reduction)
+    if isinstance(recorded, Tensor):
+        counts = ~recorded[:, None, None] | counted_by_lerobot(values, step, policy, policy_forward)
+        values = values.masked_fill(~counts, 0) * (counts.numel() / counts.sum())
+    loss = values.mean(dim=(1, 2)) if reduction == "none" else values.mean()
     return loss, {"loss": loss.mean().item()}
 
 
+def counted_by_lerobot(values: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:
+    """Which entries LeRobot's reduction of recorded actions counts, bool: those that its loss has a gradient to.
+
+    Arguments as of `reduce`; the result has the shape of `values`, of which nothing else matters.
+    """
+    with torch.enable_grad():
+        probe = torch.zeros_like(values, requires_grad=True)
+        loss, _ = lerobot_loss(probe, step, policy, policy_forward, "none")
+        (weights,) = torch.autograd.grad(loss.sum(), probe)
+    return weights != 0
+
+
 def lerobot_loss(
-    losses: Losses, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
+    values: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
 ) -> tuple[Tensor, dict[str, Any]]:
     """Reduce losses by LeRobot's own forward, which also gives its metrics; arguments as of `reduce`.
 
@@ -54,7 +77,7 @@ def lerobot_loss(
     """
     seen = step.observation
     prepared = bind(policy, prepare_images=lambda batch: (seen.images, seen.img_masks))
-    asked = bind(policy.model, forward=lambda *inputs: losses.values)
+    asked = bind(policy.model, forward=lambda *inputs: values)
     try:
         return policy_forward(dict(step.batch), None, None, reduction)
     finally:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path
     return [*stock, f"--output_dir={stock_run}"]
 
 
-def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

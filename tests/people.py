@@ -71,7 +71,13 @@ def write_base(folder: Path, backbone: Path, **overrides: Any) -> Path:
 
 
 def write_robot_dataset(
-    folder: Path, cameras: Sequence[str] = CAMERAS, *, dim: int = ROBOT_DIM, episodes: int = 4, seed: int = 0
+    folder: Path,
+    cameras: Sequence[str] = CAMERAS,
+    *,
+    dim: int = ROBOT_DIM,
+    episodes: int = 4,
+    frames: int = 12,
+    seed: int = 0,
 ) -> Path:
     """A LeRobotDataset of a robot that waves, with a gripper that never moves: its last dimension is always 0.3."""
     rng = np.random.default_rng(seed)
@@ -86,11 +92,11 @@ def write_robot_dataset(
     )
     for _ in range(episodes):
         phase = rng.uniform(0, 6, dim)
-        for i in range(12):
+        for i in range(frames):
             state, action = (np.sin(phase + 0.3 * (i + ahead)).astype(np.float32) for ahead in (0, 1))
             state[-1] = action[-1] = 0.3
-            frames = {name: rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for name in cameras}
-            dataset.add_frame({"observation.state": state, "action": action, **frames, "task": "pick the cube"})
+            pictures = {name: rng.integers(0, 255, (48, 64, 3), dtype=np.uint8) for name in cameras}
+            dataset.add_frame({"observation.state": state, "action": action, **pictures, "task": "pick the cube"})
         dataset.save_episode()
     dataset.finalize()
     return folder

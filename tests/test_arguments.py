@@ -39,6 +39,7 @@ def test_reflow_hyperparameters_where_none_are_given():
         "policy.scheduler_warmup_steps",
         "policy.scheduler_decay_steps",
         "policy.push_to_hub",
+        "policy.repo_id",
     }
 
 
@@ -100,10 +101,13 @@ def test_the_forks_config_file(tmp_path, suffix):
 
 def test_the_student_never_overwrites_the_teachers_repository():
     """The teacher's config may say push_to_hub=true with the teacher's own repo_id."""
-    assert flags(TEACHER)["policy.push_to_hub"] == "false"
+    given = flags(TEACHER)
+    assert (given["policy.push_to_hub"], given["policy.repo_id"]) == ("false", "null")
+    assert flags(TEACHER, "--policy.repo_id=null")["policy.push_to_hub"] == "false"
     assert "policy.push_to_hub" not in flags(TEACHER, "--policy.repo_id=me/student")
-    with pytest.raises(ReflowError, match=r"needs --policy.repo_id, the student's own"):
-        complete([TEACHER, DATASET, "--policy.push_to_hub=true"])
+    for name in ("policy.push_to_hub", "save_checkpoint_to_hub"):
+        with pytest.raises(ReflowError, match=f"--{name}=true needs --policy.repo_id, the student's own"):
+            complete([TEACHER, DATASET, f"--{name}=true"])
 
 
 @pytest.mark.parametrize(

@@ -171,14 +171,22 @@ def test_dataset_without_the_teachers_camera(workshop, broken_teacher, tmp_path,
     edit_config(broken_teacher, input_features=features)
     flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
     line = refused(flags, capsys, tmp_path)
-    assert "needs 'observation.images.wrist', which the dataset lacks" in line
+    assert "needs one of the cameras observation.images.wrist, and the dataset has observation.images.top" in line
     assert "--rename_map" in line
 
 
 def test_dataset_of_another_action_width(workshop, broken_teacher, tmp_path, capsys):
-    edit_config(broken_teacher, output_features={"action": {"type": "ACTION", "shape": [3]}})
+    """The width is what the teacher's statistics say; `config.json` may still have that of an earlier robot."""
+    edit_config(broken_teacher, output_features={"action": {"type": "ACTION", "shape": [5]}})
+    (file,) = broken_teacher.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    stats = load_file(file)
+    for name in ("action.mean", "action.std", "action.min", "action.max"):
+        stats[name] = torch.cat([stats[name], torch.ones(1)])
+    save_file(stats, file)
     flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=broken_teacher)
-    assert "'action' has shape (2,) in the dataset and (3,) in " in refused(flags, capsys, tmp_path)
+    line = refused(flags, capsys, tmp_path)
+    assert "'action' has shape (2,) in the dataset, and " in line
+    assert "was trained on 3 dimensions" in line
 
 
 def test_resuming_a_run_that_was_not_reflow(workshop, capsys):
@@ -218,9 +226,8 @@ def record(root, frames=8, *, state="observation.state", camera="observation.ima
     ("odd", "message"),
     [
         ({"frames": 0}, "hold 0 frames"),
-        ({"frames": 3}, "hold 3 frames, fewer than one chunk of 6 actions"),
-        ({"camera": None}, "needs 'observation.images.top', which the dataset lacks"),
-        ({"camera": "observation.images.front"}, "map it with --rename_map"),
+        ({"camera": None}, "needs one of the cameras observation.images.top, and the dataset has none"),
+        ({"camera": "observation.images.front"}, "map them with --rename_map"),
         ({"state": "observation.joints"}, "needs 'observation.state', which the dataset lacks"),
         ({"action": math.nan}, "The dataset's 'action' holds NaN or infinity"),
         ({"action": math.inf}, "The dataset's 'action' holds NaN or infinity"),

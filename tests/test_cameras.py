@@ -67,7 +67,7 @@ def test_couplings_are_those_of_stock_inference(two, batch_of, case):
     without_actions = {name: value for name, value in batch.items() if not name.startswith("action")}
     expected = teacher.predict_action_chunk(dict(without_actions), noise=noise)
     seen_by_student = student.predict_action_chunk(dict(without_actions), noise=noise)
-    if case is not CASES["one that was never there"]:
+    if case in (CASES["another order"], CASES["one that the student leaves out"]):
         assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
 
     attachment = attach(student, teacher, solver="euler")

@@ -66,7 +66,8 @@ def test_train_config_remembers_the_teacher(workshop, student):
     config = json.loads((student / LAST / "train_config.json").read_text())
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
-    assert config["reflow"] == {**defaults, "teacher_path": teacher_path}
+    fingerprint = open_checkpoint(teacher_path).fingerprint()
+    assert config["reflow"] == {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
     assert defaults["strategy"] == "reflow"
     assert defaults["solver"] == "midpoint"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from smolvla_reflow import ReflowError
 from smolvla_reflow.commands import demo
 from smolvla_reflow.demo import run as demo_run
 from smolvla_reflow.demo import task
@@ -98,9 +99,13 @@ def test_dataset_holds_what_the_experts_did(workshop):
 
 
 def test_both_trainings_read_the_same_data(tmp_path):
-    teacher, student = one_rectified_flow_flags(tmp_path), reflow_flags(tmp_path)
-    for name in ("dataset.root", "dataset.repo_id", "batch_size"):
-        assert [f for f in teacher if f.startswith(f"--{name}=")] == [f for f in student if f.startswith(f"--{name}=")]
+    teacher, student = (
+        dict(flag.split("=", 1) for flag in flags)
+        for flags in (one_rectified_flow_flags(tmp_path), reflow_flags(tmp_path))
+    )
+    assert teacher["--dataset.root"] == str(tmp_path / "dataset")
+    for name in ("--dataset.root", "--dataset.repo_id", "--batch_size"):
+        assert teacher[name] == student[name]
 
 
 def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
@@ -136,5 +141,5 @@ def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
 
 def test_a_failing_training_is_quoted(tmp_path):
     flags = ["--steps=1", "--dataset.repo_id=a/b", "--reflow.teacher_path=nowhere"]
-    with pytest.raises(Exception, match=r"smolvla-reflow-train failed: .*There is no checkpoint at nowhere"):
+    with pytest.raises(ReflowError, match=r"smolvla-reflow-train failed: .*There is no checkpoint at nowhere"):
         demo_run.run_training("smolvla-reflow-train", flags, tmp_path / "log")

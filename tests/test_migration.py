@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import reflow_run, reflow_train_main
+from helpers import refused as refused_by
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file, save_file
 
@@ -108,9 +109,8 @@ def test_the_training_command_names_this_one(workshop, forked, tmp_path, capsys)
     for part in ("fields", "tensors"):
         if part == "tensors":
             shutil.copy(workshop / "1rf" / LAST / "config.json", forked)
-        with pytest.raises(SystemExit):
-            reflow_train_main(reflow_run(workshop, tmp_path / "run", reflow__teacher_path=forked))
-        line = capsys.readouterr().err
+        flags = reflow_run(workshop, tmp_path / "run", reflow__teacher_path=forked)
+        line = refused_by(capsys, reflow_train_main, flags)
         assert "of the earlier fork" in line
         assert f"smolvla-reflow-migrate {forked} NEW_FOLDER --write" in line
 

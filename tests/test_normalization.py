@@ -9,13 +9,20 @@ from helpers import ACTION_DIM, STATE_DIM
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_processors
 
-from smolvla_reflow import ReflowError, attach
+from smolvla_reflow import ReflowError, attach, register_loss_strategy
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
-from smolvla_reflow.smolvla.normalization import STATISTICS, space_maps
+from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.velocity import observe
 
 WIDTHS = {"action": ACTION_DIM, "observation.state": STATE_DIM}
 ALL = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")
+IN_USE = {  # by LeRobot's normaliser
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.IDENTITY: (),
+}
 MODES = [mode for mode in NormalizationMode if mode is not NormalizationMode.IDENTITY]
 
 
@@ -41,7 +48,7 @@ def draw_stats(seed=0, scale=1.0):
 
 def numbers(stats, feature, mode):
     """(a, b) such that `normalised = (x - a) / b`, written out from the definition of each mode."""
-    low, high = (np.asarray(stats[feature][name]) for name in STATISTICS[mode])
+    low, high = (np.asarray(stats[feature][name]) for name in IN_USE[mode])
     if mode is NormalizationMode.MEAN_STD:
         return low, high
     return (low + high) / 2, (high - low) / 2
@@ -138,7 +145,7 @@ def test_exactly_the_statistics_in_use_matter(make_config, mode):
         for name in ALL:
             other = {f: dict(of) for f, of in own.items()}
             other[feature][name] = own[feature][name] + 0.1
-            assert (space_maps(teacher, other) is None) is (name not in STATISTICS[mode])
+            assert (space_maps(teacher, other) is None) is (name not in IN_USE[mode])
 
 
 def fake_checkpoint(make_config, mode, stats, **overrides):
@@ -211,4 +218,21 @@ def test_statistics_need_a_teacher_that_saved_its_own(policy, teacher, save_teac
     with pytest.raises(ReflowError, match="dataset_stats needs a teacher given as a checkpoint"):
         attach(policy, teacher, dataset_stats=draw_stats())
     folder = save_teacher(NormalizationMode.MEAN_STD, draw_stats())
-    attach(policy, open_checkpoint(folder), dataset_stats=draw_stats())
+    assert attach(policy, open_checkpoint(folder), dataset_stats=draw_stats()).source.space is None
+
+
+def test_a_velocity_of_another_space_is_refused(policy, save_teacher, batch, registry):
+    """Couplings are mapped, a velocity at some x of the student's space is not."""
+    folder = save_teacher(NormalizationMode.MEAN_STD, draw_stats())
+
+    @register_loss_strategy("asking")
+    def asking(step):
+        coupling = step.coupling()
+        step.teacher_velocity(coupling.noise, torch.ones(4))
+        return step.losses(coupling)
+
+    with attach(policy, folder, strategy="asking", dataset_stats=draw_stats()):
+        policy.train().forward(dict(batch))
+    attach(policy, folder, strategy="asking", dataset_stats=draw_stats(scale=1.1))
+    with pytest.raises(ReflowError, match="velocity is defined in its own normalised space, which is not that of"):
+        policy.train().forward(dict(batch))

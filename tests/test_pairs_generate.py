@@ -23,6 +23,7 @@ from smolvla_reflow import files as files_module
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.files import sha256
+from smolvla_reflow.pairs import generate as generate_module
 from smolvla_reflow.pairs.manifest import read_manifest, shard_path
 
 # --- nothing lost ---------------------------------------------------------------------------------------------
@@ -149,6 +150,89 @@ def test_a_second_run_in_the_same_folder_is_refused(workshop, copied, capsys):
         )
 
 
+# --- nothing left behind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        ("open_dataset", ReflowError("no such frames")),
+        ("load_pair_maker", RuntimeError("out of memory")),
+        ("write_shard", ReflowError("the disk is full")),
+        ("write_shard", KeyboardInterrupt()),
+    ],
+)
+def test_what_fails_before_its_first_shard_leaves_nothing(workshop, tmp_path, monkeypatch, fails, error, there):
+    """Neither the folders that it made, nor anything in a folder that was there."""
+    folder = tmp_path / "new" / "pairs"
+    if there:
+        folder.mkdir(parents=True)
+
+    def failing(*args, **kwargs):
+        assert (folder / "manifest.json").exists()
+        raise error
+
+    monkeypatch.setattr(generate_module, fails, failing)
+    with pytest.raises((SystemExit, RuntimeError)):
+        pairs_command.main(pairs_flags(workshop, folder))
+    assert [path.name for path in tmp_path.rglob("*")] == (["new", "pairs"] if there else [])
+
+
+@pytest.mark.parametrize("error", [ReflowError("the disk is full"), KeyboardInterrupt()])
+def test_what_fails_later_leaves_what_can_be_continued(workshop, stored, tmp_path, monkeypatch, error):
+    folder, shards = tmp_path / "pairs", iter(range(3))
+    write_shard = generate_module.write_shard
+
+    def failing(*args):
+        if next(shards) == 1:
+            raise error
+        return write_shard(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "write_shard", failing)
+        with pytest.raises(SystemExit):
+            pairs_command.main(pairs_flags(workshop, folder))
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "pairs-00000.safetensors"]
+    make_pairs(workshop, folder)
+    assert contents(folder) == contents(stored)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_shard_holds_no_folder(workshop, stored, tmp_path):
+    """Its manifest, which is of no use to anyone, gives way to other flags."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    dataclasses.replace(read_manifest(stored), frames_per_shard=7, checksums={}).write(folder)
+    (folder / ".lock").touch()
+    make_pairs(workshop, folder)
+    assert contents(folder) == contents(stored)
+
+
+def test_a_refused_run_changes_nothing(workshop, copied, capsys):
+    before = contents(copied)
+    line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied, seed=1))
+    assert "holds other pairs: seed is 0 in the pairs and 1 here" in line
+    assert contents(copied) == before
+    assert not (copied / ".lock").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks files in another way there")
+def test_a_lock_on_a_file_that_was_removed_is_none(workshop, copied, capsys, monkeypatch):
+    """A run that ends removes the file while another has it open, and a third one makes it anew: both would go on."""
+    import fcntl
+
+    lock = fcntl.flock
+
+    def after_its_removal(descriptor, operation):
+        (copied / ".lock").unlink(missing_ok=True)
+        return lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_removal)
+    line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
+    assert "Another smolvla-reflow-pairs is at work" in line
+
+
 # --- user errors ----------------------------------------------------------------------------------------------
 
 
@@ -177,16 +261,17 @@ def test_user_errors(workshop, tmp_path, capsys, flags, message):
     names = {"workshop": workshop, "tmp": tmp_path}
     flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
     assert message in refused(capsys, pairs_command.main, pairs_flags(workshop, **{"folder": tmp_path / "p", **flags}))
-    assert not (tmp_path / "p" / "manifest.json").exists()
+    assert not (tmp_path / "p").exists()
 
 
-def test_a_teacher_whose_actions_are_not_finite(workshop, tmp_path, capsys):
+def test_a_teacher_whose_actions_are_too_large(workshop, tmp_path, capsys):
     teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
     tensors = load_file(teacher / "model.safetensors")
-    tensors["model.action_out_proj.bias"][0] = float("nan")
+    tensors["model.action_out_proj.bias"][0] = 1e6  # float16 ends at 65504
     save_file(tensors, teacher / "model.safetensors")
-    flags = pairs_flags(workshop, tmp_path / "pairs", reflow__teacher_path=teacher)
-    assert "actions for frames 0 to 4 are not finite" in refused(capsys, pairs_command.main, flags)
+    flags = pairs_flags(workshop, tmp_path / "new" / "pairs", reflow__teacher_path=teacher)
+    assert "actions for frames 0 to 4 are not finite, or beyond float16" in refused(capsys, pairs_command.main, flags)
+    assert not (tmp_path / "new").exists()
 
 
 # --- verify ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The whole chain on a checkpoint made the way people make theirs: train, resume, pairs, eval, next round, stock load."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from helpers import as_flags, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from people import REPO_ID, ROBOT_DIM, dataset_flags
+from people import REPO_ID, ROBOT_DIM, dataset_flags, edit_json, fine_tune
 from safetensors.torch import load_file
 
 from smolvla_reflow.commands import eval as reflow_eval
@@ -124,4 +125,43 @@ def test_what_no_robot_of_the_teacher_has_is_refused(people, tmp_path, capsys):
     line = refused(capsys, reflow_train_main, flags)
     assert "needs one of the cameras observation.images.camera1" in line
     assert "--rename_map" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_input_features_of_the_dataset_as_lerobots_guide_to_peft_has_it(people, tmp_path, capsys):
+    """The student then has the dataset's own names, so the teacher has to have them too."""
+    null = {"policy__input_features": "null", "policy__output_features": "null"}
+    run = tmp_path / "1rf"
+    teacher = fine_tune(people.base, people.dataset, run, rename_map=None, steps=1, **null)
+    lora = {"peft__method_type": "LORA", "peft__r": 2}
+    flags = reflow_flags(people, tmp_path / "2rf", reflow__teacher_path=teacher, steps=1, **null, **lora)
+    reflow_train_main(flags)
+    assert (tmp_path / "2rf" / LAST / "adapter_model.safetensors").is_file()
+
+    renamed = reflow_flags(people, tmp_path / "no", steps=1, **null)
+    assert "observation.images.front, observation.images.wrist, and finds none" in refused(
+        capsys, reflow_train_main, renamed
+    )
+
+
+def test_a_student_in_another_order_of_cameras(people, tmp_path):
+    """The teacher keeps its own (tests/test_cameras.py); the student's is what its config says."""
+    start = Path(shutil.copytree(people.teacher, tmp_path / "start"))
+    features = json.loads((start / "config.json").read_text())["input_features"]
+    edit_json(start / "config.json", input_features=dict(reversed(features.items())))
+    run = tmp_path / "run"
+    reflow_train_main(reflow_flags(people, run, steps=1, policy__path=start))
+    saved = json.loads((run / LAST / "config.json").read_text())["input_features"]
+    assert list(saved) == list(reversed(features))
+
+
+def test_another_way_of_reading_instructions_is_refused(people, tmp_path, capsys):
+    """The batch is tokenised once, by the student's processors, and the teacher would see the same words cut short."""
+    start = Path(shutil.copytree(people.teacher, tmp_path / "start"))
+    path = start / "policy_preprocessor.json"
+    steps = json.loads(path.read_text())["steps"]
+    next(step for step in steps if step["registry_name"] == "tokenizer_processor")["config"]["max_length"] = 5
+    edit_json(path, steps=steps)
+    line = refused(capsys, reflow_train_main, reflow_flags(people, tmp_path / "run", policy__path=start))
+    assert "reads instructions otherwise than the teacher: max_length is 24" in line
     assert not (tmp_path / "run").exists()

@@ -1,9 +1,12 @@
 """Nothing that is only read can run code or lead elsewhere. Each test tries, with a trap that would go off."""
 
+import importlib
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import reflow_run, reflow_train_main
@@ -14,6 +17,7 @@ from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.smolvla.policy import load_processors
 
 
 class Trap:
@@ -47,10 +51,10 @@ def refused(workshop, tmp_path, capsys, **changes):
     "file", ["model.safetensors", "policy_preprocessor_step_5_normalizer_processor.safetensors", "config.json"]
 )
 def test_no_pickle_is_loaded_whatever_it_is_called(workshop, checkpoint, sprung, tmp_path, capsys, file):
-    (checkpoint / "policy_preprocessor.json").exists()
     (found,) = checkpoint.glob(file.replace("_step_5_", "_step_*_"))
     found.write_bytes(pickle.dumps(Trap(sprung)))
-    refused(workshop, tmp_path, capsys, reflow__teacher_path=checkpoint)
+    said = refused(workshop, tmp_path, capsys, reflow__teacher_path=checkpoint)
+    assert found.name in said
     assert not sprung.exists()
     pickle.loads(found.read_bytes())
     assert sprung.exists()
@@ -76,9 +80,95 @@ def test_a_processor_cannot_name_just_anything_to_call(workshop, checkpoint, spr
     assert f"names '{callable_}', which is no processor step" in said
     assert not sprung.exists()
     if callable_ == "os.system":  # what LeRobot's own loader would do
-        with pytest.raises(Exception, match=r".*"):
+        with pytest.raises(Exception, match=r"\(int\) must inherit"):  # which `os.system` returned, in place of a step
             PolicyProcessorPipeline.from_pretrained(checkpoint, config_filename=file.name)
         assert sprung.exists()
+
+
+@pytest.mark.parametrize("processor", ["policy_preprocessor.json", "policy_postprocessor.json"])
+def test_a_module_that_a_processor_names_is_not_imported(checkpoint, sprung, tmp_path, monkeypatch, processor):
+    """Not even one that does hold a step. A package that the user has loaded may offer it."""
+    (tmp_path / "springs.py").write_text(
+        f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n"
+        "from lerobot.processor import IdentityProcessorStep\nclass Step(IdentityProcessorStep): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    file = checkpoint / processor
+    saved = json.loads(file.read_text())
+    saved["steps"].insert(0, {"class": "springs.Step", "config": {}})
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ReflowError, match=r"names 'springs\.Step', which is no processor step"):
+        open_checkpoint(checkpoint)
+    assert not sprung.exists()
+    importlib.import_module("springs")
+    try:
+        assert sprung.exists()
+        assert open_checkpoint(checkpoint).steps(processor)[0].type.__module__ == "springs"
+    finally:
+        del sys.modules["springs"]
+
+
+def test_a_name_is_not_asked_of_a_module_that_would_make_it_up(checkpoint, monkeypatch):
+    made_up = []
+    module = ModuleType("generous")
+    module.__getattr__ = made_up.append
+    monkeypatch.setitem(sys.modules, "generous", module)
+    file = checkpoint / "policy_preprocessor.json"
+    file.write_text(json.dumps({"steps": [{"class": "generous.Step"}]}))
+    with pytest.raises(ReflowError, match="which is no processor step"):
+        open_checkpoint(checkpoint)
+    assert made_up == []
+
+
+@pytest.mark.parametrize("config", [{}, {"trust_remote_code": True}])
+def test_no_step_downloads_code(checkpoint, sprung, config):
+    """LeRobot's tokenizer of actions trusts remote code unless it is told not to, and the checkpoint says where it is."""
+    evil = checkpoint / "evil"
+    evil.mkdir()
+    (evil / "processor.py").write_text(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\nclass Evil: pass\n")
+    names = {"processor_class": "Evil", "auto_map": {"AutoProcessor": "processor.Evil"}}
+    (evil / "processor_config.json").write_text(json.dumps(names))
+    file = checkpoint / "policy_preprocessor.json"
+    saved = json.loads(file.read_text())
+    step = {
+        "registry_name": "action_tokenizer_processor",
+        "config": {"action_tokenizer_name": str(evil), **config},
+    }
+    file.write_text(json.dumps({**saved, "steps": [step, *saved["steps"]]}))
+    with pytest.raises(ReflowError, match="'action_tokenizer_processor' runs code that it downloads or finds"):
+        open_checkpoint(checkpoint)
+    assert not sprung.exists()
+    with pytest.raises(ValueError, match="action_tokenizer_processor"):  # what LeRobot's own loader would do
+        PolicyProcessorPipeline.from_pretrained(checkpoint, config_filename=file.name)
+    assert sprung.exists()
+
+
+def test_no_tokenizer_brings_code(checkpoint, sprung):
+    evil = checkpoint / "evil"
+    evil.mkdir()
+    (evil / "words.py").write_text(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["words.Evil", None]}
+    (evil / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map, "tokenizer_class": "Evil"}))
+    file = checkpoint / "policy_preprocessor.json"
+    saved = json.loads(file.read_text())
+    (step,) = (step for step in saved["steps"] if step["registry_name"] == "tokenizer_processor")
+    step["config"]["tokenizer_name"] = str(evil)
+    file.write_text(json.dumps(saved))
+    opened = open_checkpoint(checkpoint)
+    with pytest.raises(ReflowError, match="names the tokenizer"):
+        load_processors(opened, "cpu", {})
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "a/../../b"])
+def test_the_statistics_lie_in_the_checkpoint(checkpoint, name):
+    file = checkpoint / "policy_preprocessor.json"
+    saved = json.loads(file.read_text())
+    (step,) = (step for step in saved["steps"] if "state_file" in step)
+    step["state_file"] = name
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ReflowError, match="which is not in the checkpoint"):
+        open_checkpoint(checkpoint)
 
 
 def test_no_remote_code_is_trusted(workshop, checkpoint, sprung, tmp_path, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import SMOOTH
 from oracle import Flow
+from torchdiffeq import odeint
 
 from smolvla_reflow import ReflowError, Solver, attach
 from smolvla_reflow.coupling import solve
@@ -60,6 +61,22 @@ def test_the_default_tolerance_is_1e_5(start):
     assert error(Solver("dopri5"), start) == error(Solver("dopri5", rtol=1e-5, atol=1e-5), start)
 
 
+def test_each_tolerance_is_its_own(start):
+    """Against torchdiffeq asked directly, with tolerances that are far apart."""
+    for tolerances in ({"rtol": 1e-3, "atol": 1e-8}, {"rtol": 1e-8, "atol": 1e-3}):
+        found = Solver("dopri5", **tolerances).integrate(RiccatiFlow(), start)
+        times = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        expected = odeint(lambda t, x: t * x**2, start, times, method="dopri5", **tolerances)[-1]
+        assert torch.equal(found, expected)
+
+
+def test_what_is_left_open_is_filled_in():
+    """As a manifest stores it; what is given stays."""
+    assert Solver().resolved(7) == Solver("midpoint", num_steps=7)
+    assert Solver("rk4", num_steps=3).resolved(7) == Solver("rk4", num_steps=3)
+    assert Solver("dopri5", rtol=1e-3).resolved(7) == Solver("dopri5", rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +87,7 @@ def test_the_default_tolerance_is_1e_5(start):
         ({"method": "midpoint", "rtol": 1e-3}, "takes equal steps; give num_steps instead"),
         ({"method": "dopri5", "atol": 0.0}, "atol=0.0: a tolerance is a positive number"),
         ({"method": "dopri5", "rtol": float("nan")}, "rtol=nan"),
+        ({"method": "dopri5", "rtol": float("inf")}, "rtol=inf: a tolerance is a positive number"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments, message):
@@ -142,6 +160,17 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher,
     with torch.no_grad():
         by_torchdiffeq = Solver("euler").integrate(encode(teacher.model, observation), noise, num_steps=7)
     torch.testing.assert_close(by_torchdiffeq, stock, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_the_solvers_own_number_of_steps_comes_before_the_policys(teacher, batch, noise_and_time, method):
+    noise, flow = noise_and_time[0].requires_grad_(), Flow(teacher, batch)
+    found = solve(teacher, observe(teacher, batch), noise, Solver(method, num_steps=3))
+    with torch.no_grad():
+        expected = getattr(flow, method)(noise, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not found.requires_grad  # whatever the noise does
+    assert teacher.config.num_steps == 10
 
 
 def test_by_default_it_is_the_midpoint_rule_with_the_teachers_own_steps(policy, teacher, batch, noise_and_time):

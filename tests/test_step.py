@@ -1,11 +1,17 @@
 """What a loss can ask a step for: velocities, the batch, metrics; and what stands in the way of misuse."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from helpers import CHUNK, WIDTH
+from lerobot.scripts import lerobot_train
+from lerobot.utils.logging_utils import MetricsTracker
 from oracle import Flow
 
 from smolvla_reflow import Coupling, Recipe, ReflowError, attach, detach, register_loss_strategy
+from smolvla_reflow.step import REPORTED_BY_LEROBOT
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -110,6 +116,16 @@ def test_a_metric_has_a_name_of_its_own(steps):
         steps(lambda step: step.log("grad_norm", 1.0))
 
 
+def test_no_metric_has_a_name_of_lerobots_own():
+    """Whatever the installed LeRobot's training averages, or counts, under a name of its own."""
+    training = inspect.getsource(inspect.getmodule(lerobot_train.train)).partition("eval_metrics = {")[0]
+    averaged = re.findall(r'"(\w+)"\]?[:= ]+AverageMeter', training)
+    counted = MetricsTracker(1, 1, 1, {}).to_dict()
+    assert {"loss", "grad_norm", "update_s"} <= set(averaged)
+    assert {"steps", "samples", "episodes", "epochs"} <= set(counted)
+    assert not {*averaged, *counted} - REPORTED_BY_LEROBOT
+
+
 def test_several_numbers_are_no_metric(policy, steps):
     with pytest.raises(ReflowError, match=r"The metric 'errors' has 4 numbers; log one, such as its mean"):
         steps(lambda step: step.log("errors", torch.zeros(4)))
@@ -119,6 +135,30 @@ def test_times_are_the_recipes(steps):
     times, _ = steps(lambda step: step.times(), Recipe(time_sampling="grid:2", couplings_per_frame=20))
     assert times.shape == (80,)
     assert set(times.tolist()) == {0.5, 1.0}
+
+
+@pytest.mark.parametrize("name", ["noise", "time"])
+@pytest.mark.parametrize("strategy", ["reflow", "standard"])
+def test_what_the_caller_fixes_is_one_for_each_frame(policy, teacher, batch, noise_and_time, strategy, name):
+    """Either of the two by itself makes the recipe's number of couplings one."""
+    fixed = {"noise": noise_and_time[0], "time": noise_and_time[1]}[name]
+    attach(policy, teacher, strategy=strategy, recipe=Recipe(couplings_per_frame=3))
+    seen, forward_standard = [], policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-2:]) or forward_standard(*args)
+    losses, _ = policy.train().forward(dict(batch), **{name: fixed}, reduction="none")
+    ((noise, time),) = seen
+    assert torch.equal({"noise": noise, "time": time}[name], fixed)
+    assert len(noise) == len(time) == len(losses) == 4
+
+
+def test_standard_draws_the_noise_and_the_times_of_stock_training(policy, teacher, batch):
+    """Same seed, same loss, whatever distribution of t the recipe has for couplings."""
+    policy.train()
+    torch.manual_seed(0)
+    stock, _ = policy.forward(dict(batch))
+    attach(policy, teacher, strategy="standard")
+    torch.manual_seed(0)
+    assert torch.equal(policy.forward(dict(batch))[0], stock)
 
 
 def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher, batch, noise_and_time):
@@ -137,11 +177,12 @@ def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher
         inputs = (*policy.prepare_images(batch), batch["observation.language.tokens"])
         inputs += (batch["observation.language.attention_mask"], policy.prepare_state(batch))
         unreduced = attached.policy.model.forward_reflow(*inputs, policy.prepare_action(batch), noise, time)
-    weighed_alone = per_frame("weighed")
+    plain_alone, weighed_alone = per_frame("reflow"), per_frame("weighed")
     torch.testing.assert_close(weighed_alone, (unreduced * weight).mean(dim=(1, 2)))
-    mixed = per_frame("weighed", real_data_ratio=0.5)
-    torch.testing.assert_close(mixed[2:], weighed_alone[2:])
-    torch.testing.assert_close(mixed[:2], per_frame("reflow", real_data_ratio=0.5)[:2])
+    plain, mixed = (per_frame(strategy, real_data_ratio=0.5) for strategy in ("reflow", "weighed"))
+    torch.testing.assert_close(mixed[2:] / plain[2:], weighed_alone[2:] / plain_alone[2:])
+    torch.testing.assert_close(mixed[:2], plain[:2])
+    assert not torch.isclose(weighed_alone, plain_alone).any()
 
 
 def test_standard_takes_several_noises_for_each_frame(policy, teacher, batch):
@@ -158,14 +199,13 @@ def test_standard_takes_several_noises_for_each_frame(policy, teacher, batch):
 
 
 def test_no_teacher_no_velocity(steps):
-    def ask(step):
-        with pytest.raises(ReflowError, match="No teacher is attached whose velocity could be asked for"):
-            step.teacher_velocity(torch.zeros(4, CHUNK, WIDTH), torch.ones(4))
-
     def source(observation, *, frames, noise, per_frame):
         raise AssertionError
 
-    steps(ask, teacher=None, pairs=source)
+    with pytest.raises(ReflowError, match="No teacher is attached whose velocity could be asked for"):
+        steps(
+            lambda step: step.teacher_velocity(torch.zeros(4, CHUNK, WIDTH), torch.ones(4)), teacher=None, pairs=source
+        )
 
 
 def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
@@ -187,6 +227,19 @@ def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
     assert torch.equal(frames, torch.arange(4))
     assert per_frame == 1
     torch.testing.assert_close(loss, expected)
+
+
+def test_recorded_actions_meet_noise_of_their_own(policy, batch):
+    """Not the source's, which may have few for each frame."""
+    stored = Coupling(torch.randn(4, CHUNK, WIDTH), torch.randn(4, CHUNK, WIDTH))
+    attach(policy, pairs=lambda observation, **asked: stored, recipe=Recipe(real_data_ratio=0.5))
+    seen, forward_standard = [], policy.model.forward_standard
+    policy.model.forward_standard = lambda *args: seen.append(args[-3:]) or forward_standard(*args)
+    policy.train().forward(dict(batch))
+    ((actions, noise, _),) = seen
+    assert torch.equal(actions, torch.cat([policy.prepare_action(batch)[:2], stored.actions[2:]]))
+    assert torch.equal(noise[2:], stored.noise[2:])
+    assert not torch.isclose(noise[:2], stored.noise[:2]).all(dim=(1, 2)).any()
 
 
 def test_a_source_of_another_shape_is_refused(policy, batch):

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from lerobot.configs.types import NormalizationMode
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from safetensors.torch import load_file, save_file
 
@@ -75,6 +77,31 @@ def test_sources_give_the_same_teacher(policy, teacher, tmp_path, source):
     assert any(p.requires_grad for p in teacher.parameters())  # the user's policy is not touched
 
 
+def test_training_the_policy_that_the_teacher_was_taken_from_does_not_change_it(policy, teacher):
+    frozen = frozen_teacher(policy, teacher)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1.0)
+    teacher.config.num_steps = 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+    assert frozen.config.num_steps == 10
+
+
+def test_what_guides_or_compiles_a_sampler_stays_with_the_policy(policy, teacher):
+    """Real-time chunking would guide the couplings by a chunk that there is none of."""
+    teacher.config.rtc_config, teacher.config.compile_model = RTCConfig(enabled=True), True
+    teacher.init_rtc_processor()
+    guide = teacher.model.rtc_processor
+    assert guide is not None
+    frozen = frozen_teacher(policy, teacher)
+    assert frozen.rtc_processor is frozen.model.rtc_processor is frozen.config.rtc_config is None
+    assert frozen.config.compile_model is False
+    assert frozen.model.config is frozen.config
+    assert teacher.model.rtc_processor is guide
+    assert teacher.config.rtc_config is not None
+
+
 @pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.to(torch.float64), prepared])
 def test_sharing_survives_what_is_done_to_the_student(policy, teacher, move):
     attach(policy, teacher)
@@ -131,21 +158,25 @@ def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):
         ("chunk_size", 7),
         ("max_action_dim", 8),
         ("max_state_dim", 8),
+        ("normalization_mapping", {"STATE": NormalizationMode.MIN_MAX}),
+        ("resize_imgs_with_padding", [64, 64]),
+        ("adapt_to_pi_aloha", True),
+        ("add_image_special_tokens", True),
+        ("prefix_length", 40),
+        ("attention_mode", "self_attn"),
         ("self_attn_every_n_layers", 1),
+        ("num_vlm_layers", 1),
+        ("expert_width_multiplier", 0.5),
+        ("min_period", 1.0),
         ("max_period", 2.0),
     ],
 )
 def test_a_teacher_of_another_shape_is_refused(policy, make_policy, field, value):
+    """Also where all tensors have the same shapes."""
     other = make_policy(**{field: value, **({"n_action_steps": value} if field == "chunk_size" else {})})
-    with pytest.raises(ReflowError, match=rf"{field} is {value} in the teacher's config.*Start the student"):
+    with pytest.raises(ReflowError, match="in the teacher's config and .*. Start the student") as error:
         attach(policy, other)
-
-
-def test_a_teacher_with_another_camera_is_refused(policy, make_policy):
-    features = dict(policy.config.input_features)
-    features["observation.images.wrist"] = features["observation.images.top"]
-    with pytest.raises(ReflowError, match="input_features"):
-        attach(policy, make_policy(input_features=features))
+    assert f"The teacher does not fit the student: {field} is {value} in the teacher's config" in str(error.value)
 
 
 def edit_weights(folder, edit):

@@ -1,13 +1,14 @@
 """Shared vision features: each image is encoded once per training step, and nothing else changes."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from helpers import make_batch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
-from smolvla_reflow import attach, detach
+from smolvla_reflow import Recipe, attach, detach
 from smolvla_reflow.smolvla.vision import vision_encoder
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -76,6 +77,7 @@ def test_loss_and_gradient_are_bitwise_those_without_sharing(
     (loss, gradients), (expected_loss, expected_gradients) = results
     assert torch.equal(loss, expected_loss)
     assert gradients.keys() == expected_gradients.keys()
+    assert len(gradients) > 10
     assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
@@ -128,10 +130,12 @@ def test_features_last_for_one_step(make_policy, two_cameras, batch, noise_and_t
     """Neither the next step, nor the sampler, nor the stock loss sees the features of an earlier image."""
     noise, time = noise_and_time
     policy = make_policy(seed=0, **two_cameras)
-    attachment = attach(policy)
+    attachment = attach(policy, recipe=Recipe(couplings_per_frame=2))
     policy.train()
-    first, _ = policy.forward(dict(batch), noise=noise, time=time)
+    policy.forward(dict(batch))
     assert attachment.features.seen is None
+    assert not attachment.features.copies  # nor is an image kept alive
+    first, _ = policy.forward(dict(batch), noise=noise, time=time)
     batch[CAMERAS[0]].zero_()  # the same tensor, another picture
     second, _ = policy.forward(dict(batch), noise=noise, time=time)
     assert first != second
@@ -157,8 +161,8 @@ def test_an_error_in_a_step_forgets_its_features(policy, batch, monkeypatch):
 
 def test_detach_leaves_the_encoder_as_it_was(policy):
     encoder = vision_encoder(policy)
-    before = dict(vars(encoder))
+    before = [copy.copy(vars(encoder)), dict(encoder._forward_hooks), dict(encoder._modules)]
     attach(policy)
     assert "forward" in vars(encoder)
     detach(policy)
-    assert vars(encoder) == before
+    assert [vars(encoder), encoder._forward_hooks, encoder._modules] == before

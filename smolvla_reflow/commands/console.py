@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 import draccus
+from lerobot.configs import parser
 
 from smolvla_reflow.errors import ReflowError
 
@@ -85,6 +86,18 @@ def own_log(shown: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def load_plugins(argv: Sequence[str]) -> list[str]:
+    """Load the packages that --env.discover_packages_path names, as LeRobot's commands do, and drop that flag."""
+    argv = list(argv)
+    for flag, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, argv).items():
+        try:
+            parser.load_plugin(package)
+        except parser.PluginLoadError as error:
+            raise ReflowError(f"--{flag}={package}: {error}") from None
+        argv = list(parser.filter_arg(flag, argv))
+    return argv
 
 
 def with_values(argv: Sequence[str], switch: str) -> list[str]:

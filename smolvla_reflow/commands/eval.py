@@ -11,9 +11,15 @@ simulated environment, as in lerobot-eval, and the report says how often they su
 from collections.abc import Sequence
 
 import draccus
-from lerobot.configs import parser
 
-from smolvla_reflow.commands.console import asks_for_help, is_given, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import (
+    asks_for_help,
+    is_given,
+    load_plugins,
+    parse_errors,
+    reported_errors,
+    with_values,
+)
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.run import run
@@ -29,18 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with parse_errors():
             cfg = draccus.parse(EvalConfig, args=load_plugins(with_values(argv, "write_num_steps")))
         run(cfg)
-
-
-def load_plugins(argv: Sequence[str]) -> list[str]:
-    """Load the packages that --env.discover_packages_path names, as LeRobot's commands do, and drop that flag."""
-    argv = list(argv)
-    for flag, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, argv).items():
-        try:
-            parser.load_plugin(package)
-        except parser.PluginLoadError as error:
-            raise ReflowError(f"--{flag}={package}: {error}") from None
-        argv = list(parser.filter_arg(flag, argv))
-    return argv
 
 
 if __name__ == "__main__":

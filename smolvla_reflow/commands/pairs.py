@@ -8,12 +8,21 @@ If it is interrupted, the same command continues. `--repair` makes missing or da
 the largest difference; `--verify=DIR --help` lists its flags.
 """
 
+import atexit
 from collections.abc import Sequence
 from typing import Any
 
 import draccus
 
-from smolvla_reflow.commands.console import asks_for_help, is_given, own_log, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import (
+    asks_for_help,
+    is_given,
+    load_plugins,
+    own_log,
+    parse_errors,
+    reported_errors,
+    with_values,
+)
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.pairs.config import PairsConfig, VerifyConfig, check_values
 from smolvla_reflow.pairs.generate import make_pairs
@@ -29,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verifying = is_given(argv, "verify")
         if not asks_for_help(argv, __doc__):
             check_flags(argv, verifying)
+        argv = load_plugins(argv)
         with parse_errors():
             cfg: Any = draccus.parse(VerifyConfig if verifying else PairsConfig, args=argv)
         if isinstance(cfg, VerifyConfig):
@@ -49,6 +59,8 @@ def make(cfg: PairsConfig) -> None:
     """Make the pairs, or what is missing of them, and say what there is."""
     check_values(cfg)
     process = cfg.policy.this_process()
+    # What is left of the connection to the others when Python ends can abort it, whatever the exit code was to be.
+    atexit.register(process.destroy_process_group)
     with own_log(process.is_main_process):
         made = make_pairs(cfg, process)
     if process.is_main_process:

@@ -7,18 +7,22 @@ none: the student starts from the teacher, at a lower learning rate. Resuming, l
 GPUs are LeRobot's own.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
 from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors
 from smolvla_reflow.compat import refuse_remote_job
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.training.arguments import Arguments, complete
+from smolvla_reflow.training.checkpoints import starting_from
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
-from smolvla_reflow.training.preflight import check_run
+from smolvla_reflow.training.preflight import check_destination, check_run
 from smolvla_reflow.training.run import open_inputs, train
+from smolvla_reflow.training.run_folder import CONFIG, flaw
 
 PROGRAM = "smolvla-reflow-train"
 
@@ -41,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: Arguments) -> None:
     """Check everything that can be checked without writing, then train."""
     register_third_party_plugins()
-    with command_line(PROGRAM, arguments.flags):
+    with command_line(PROGRAM, arguments.flags), hub_errors(arguments.hub_id):
         cfg = parsed(arguments)
-        refuse_remote_job(cfg)
+    refuse_remote_job(cfg)
+    with command_line(PROGRAM, arguments.flags):
         inputs = open_inputs(cfg, arguments)
-        validate(cfg)
-        stats = check_run(cfg, inputs.teacher, inputs.pairs, arguments.typed)
-        train(cfg, inputs, stats, arguments)
+    with starting_from(inputs.start, arguments.flags) as flags:
+        with command_line(PROGRAM, flags), hub_errors(arguments.hub_id):
+            validate(cfg)
+        check_destination(cfg, inputs.teacher, arguments.typed)
+        with command_line(PROGRAM, downloaded(cfg, flags) if arguments.hub_id else flags):
+            stats = check_run(cfg, inputs.teacher, inputs.pairs, arguments.typed, inputs.start)
+            train(cfg, inputs, stats, arguments)
 
 
 def parsed(arguments: Arguments) -> ReflowTrainPipelineConfig:
@@ -67,6 +76,30 @@ def validate(cfg: ReflowTrainPipelineConfig) -> None:
             cfg.validate()
         except (ValueError, OSError) as error:
             raise ReflowError(str(error)) from None
+
+
+def downloaded(cfg: ReflowTrainPipelineConfig, flags: Sequence[str]) -> list[str]:
+    """The flags with which LeRobot finds here what it has downloaded, and does not do so again."""
+    checkpoint = Path(str(cfg.checkpoint_path))
+    lacks = flaw(checkpoint)
+    if lacks is not None:
+        raise ReflowError(f"The checkpoint that was downloaded to {checkpoint} is not whole: {lacks}.")
+    return [*(flag for flag in flags if not flag.startswith("--config_path=")), f"--config_path={checkpoint / CONFIG}"]
+
+
+@contextlib.contextmanager
+def hub_errors(hub_id: str | None) -> Iterator[None]:
+    """Turn what goes wrong between LeRobot and the hub into a ReflowError, if it is asked for this repository."""
+    try:
+        yield
+    except ReflowError:
+        raise
+    except Exception as error:  # the hub client's errors share no base class
+        if hub_id is None:
+            raise
+        raise ReflowError(
+            f"--config_path={hub_id} does not exist, and as a hub id it cannot be resumed ({first_line(error)})."
+        ) from None
 
 
 if __name__ == "__main__":

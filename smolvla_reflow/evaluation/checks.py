@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
+from smolvla_reflow.dataset import check_as_recorded
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ def check_values(cfg: EvalConfig) -> None:
         raise ReflowError(f"--tolerance={cfg.tolerance} is negative.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():
         raise ReflowError("--write_num_steps needs --policy.path to be a folder, whose config.json it writes.")
+    check_as_recorded(cfg.dataset, "policies are measured on")
     check_device(cfg.policy.device)
 
 

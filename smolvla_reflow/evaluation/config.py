@@ -8,12 +8,18 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.default import EvalConfig as ClosedLoopConfig
 from lerobot.envs.configs import EnvConfig
 
+from smolvla_reflow.dataset import TOLERANCE_S, in_home
+
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
 @dataclass
 class PolicyConfig:
     path: str | None = None
     """Checkpoint to evaluate, a folder or hub id."""
+    pretrained_revision: str | None = None
+    """Branch, tag or commit of a checkpoint on the hub."""
+    vlm_model_name: str | None = None
+    """Folder or hub id of the vision-language backbone of all policies, if it is not where they say."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device on which all policies run."""
 
@@ -24,6 +30,8 @@ class EvalConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. Without it the policy is compared with its own fine solution."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher on the hub."""
     earlier_rounds: list[str] = field(default_factory=list)
     """Checkpoints of the rounds between the teacher and the policy, oldest first, to be measured as well."""
     output_dir: Path | None = None
@@ -48,5 +56,11 @@ class EvalConfig:
     """How many episodes of each task, and how many at once, as for lerobot-eval."""
     rename_map: dict[str, str] = field(default_factory=dict)
     """Map from the dataset's names to the policy's, as for lerobot-train."""
+    tolerance_s: float = TOLERANCE_S
+    """Seconds by which a video's frame may be off its time, as for lerobot-train."""
     write_num_steps: bool = False
     """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed."""
+
+    def __post_init__(self) -> None:
+        self.dataset.root = in_home(self.dataset.root)
+        self.output_dir = self.output_dir and self.output_dir.expanduser()

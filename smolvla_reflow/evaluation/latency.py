@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.smolvla.velocity import with_one_state
 
 WARM_UP, REPEATS = 3, 30
 
@@ -23,6 +24,7 @@ class Latency:
 def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: int) -> Latency:
     """Time `predict_action_chunk` on one frame, a raw batch of size 1, with `num_steps` Euler steps."""
     observation = policy.preprocessor({k: v for k, v in frame.items() if not k.startswith("action")})
+    observation = with_one_state(policy.policy, observation)
     cuda = observation["observation.state"].is_cuda
     milliseconds = []
     with policy.inference(num_steps):

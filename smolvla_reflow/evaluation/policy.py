@@ -50,8 +50,8 @@ def load_measured_policy(name: str, checkpoint: Checkpoint, device: str, rename_
     """Load a checkpoint's policy and processors; `rename_map` goes from the dataset's names to the policy's.
 
     Raises:
-        ReflowError: the checkpoint has no saved statistics for its actions.
+        ReflowError: the checkpoint cannot be loaded here, or has no saved statistics for its actions.
     """
-    policy, processors = load_policy(checkpoint, device), load_processors(checkpoint, device, rename_map)
+    processors, policy = load_processors(checkpoint, device, rename_map), load_policy(checkpoint, device)
     units, num_steps = robot_units(checkpoint, policy), checkpoint.config.num_steps
     return MeasuredPolicy(name, policy, processors.before, processors.after, units, num_steps)

@@ -14,12 +14,13 @@ from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings, with_success
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import evenly_spaced, load_frames
+from smolvla_reflow.evaluation.lineage import check_lineage
 from smolvla_reflow.evaluation.measure import Evaluation, Settings, evaluate
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
 from smolvla_reflow.evaluation.recommendation import in_words, recommend, write_num_steps
 from smolvla_reflow.evaluation.report import WHY_FLOW_ERROR_LEADS, Report, table
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.smolvla.normalization import moving_deviations
+from smolvla_reflow.smolvla.statistics import moving_deviations
 
 
 def run(cfg: EvalConfig) -> None:
@@ -55,12 +56,14 @@ def run(cfg: EvalConfig) -> None:
 
 def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
     """Checkpoints by the name of their policy in the report: the reference first, the judged policy last."""
-    judged = open_checkpoint(cfg.policy.path or "")
+    backbone = cfg.policy.vlm_model_name
+    judged = open_checkpoint(cfg.policy.path or "", cfg.policy.pretrained_revision, backbone)
     if not cfg.teacher_path:
         return {"policy": judged}
-    teacher = open_checkpoint(cfg.teacher_path)
-    rounds = {f"round {k}": open_checkpoint(path) for k, path in enumerate(cfg.earlier_rounds, start=1)}
-    return {"teacher": teacher, **rounds, "student": judged}
+    teacher = open_checkpoint(cfg.teacher_path, cfg.teacher_revision, backbone)
+    rounds = [open_checkpoint(path, backbone=backbone) for path in cfg.earlier_rounds]
+    check_lineage([teacher, *rounds, judged])
+    return {"teacher": teacher, **{f"round {k}": each for k, each in enumerate(rounds, start=1)}, "student": judged}
 
 
 def measure(
@@ -97,7 +100,7 @@ def make_report(
 
 def sources(checkpoints: dict[str, Checkpoint]) -> dict[str, Any]:
     """Where the policies are, for the report."""
-    *others, judged = (checkpoint.source for checkpoint in checkpoints.values())
+    *others, judged = (checkpoint.cited() for checkpoint in checkpoints.values())
     return {"policy": judged, "teacher": others[0] if others else None, "earlier_rounds": others[1:]}
 
 

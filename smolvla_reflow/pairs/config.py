@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from lerobot.configs.default import DatasetConfig
 
+from smolvla_reflow.dataset import TOLERANCE_S, check_as_recorded, in_home
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.pairs.manifest import DTYPES
 from smolvla_reflow.smolvla.policy import check_device
@@ -17,12 +18,16 @@ from smolvla_reflow.solver import SolverFlags
 class TeacherConfig(SolverFlags):
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher on the hub."""
 
 
 @dataclass
 class DeviceConfig:
     device: str | None = None
     """Where the teacher runs, by default the best there is."""
+    vlm_model_name: str | None = None
+    """Folder or hub id of the teacher's vision-language backbone, if it is not where its checkpoint says."""
 
     def this_process(self) -> PartialState:
         """Which of the processes that were launched together this one is; connects them at the first call."""
@@ -62,8 +67,13 @@ class PairsConfig:
     """Frames in each file. An interrupted run loses the work on one file at most, per process."""
     rename_map: dict[str, str] = field(default_factory=dict)
     """From the dataset's names to the teacher's, as for lerobot-train."""
+    tolerance_s: float = TOLERANCE_S
+    """Seconds by which a video's frame may be off its time, as for lerobot-train."""
     repair: bool = False
     """Make missing or damaged files again."""
+
+    def __post_init__(self) -> None:
+        self.dataset.root = in_home(self.dataset.root)
 
 
 @dataclass
@@ -72,13 +82,23 @@ class VerifyConfig:
     """Folder of the pairs to check."""
     teacher_path: str | None = None
     """Checkpoint of the teacher that made them, a folder or hub id."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher on the hub."""
     dataset_root: str | None = None
     """Folder of the dataset, if it is not to come from the hub."""
     dataset_revision: str | None = None
     """Revision of a dataset on the hub."""
+    video_backend: str | None = None
+    """What decodes the dataset's videos, as --dataset.video_backend of lerobot-train."""
+    tolerance_s: float | None = None
+    """Seconds by which a video's frame may be off its time, by default what the pairs were made with."""
     policy: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
     """Seed of the choice of frames to solve again."""
+
+    def __post_init__(self) -> None:
+        self.verify = self.verify.expanduser()
+        self.dataset_root = in_home(self.dataset_root)
 
 
 def check_values(cfg: PairsConfig) -> None:
@@ -95,10 +115,5 @@ def check_values(cfg: PairsConfig) -> None:
             raise ReflowError(f"--{name}={getattr(cfg, name)} is negative.")
     if cfg.dtype not in DTYPES:
         raise ReflowError(f"--dtype={cfg.dtype} is unknown; {known_are(DTYPES, cfg.dtype)}")
-    if cfg.dataset.image_transforms.enable:
-        raise ReflowError(
-            "--dataset.image_transforms.enable=true: pairs are made from the images as they were recorded."
-        )
-    if cfg.dataset.streaming:
-        raise ReflowError("--dataset.streaming=true: pairs need a dataset whose frames can be read in order.")
+    check_as_recorded(cfg.dataset, "pairs are made from")
     cfg.reflow.to_solver()

@@ -6,25 +6,25 @@ are those of an uninterrupted one, to the byte.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from smolvla_reflow.dataset import open_dataset
+from smolvla_reflow.dataset import load_batches, open_dataset
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.pairs.config import PairsConfig
-from smolvla_reflow.pairs.folder import begin, reserved, write_manifest, write_shard
+from smolvla_reflow.pairs.folder import begin, record, reserved, write_shard
 from smolvla_reflow.pairs.maker import PairMaker, load_pair_maker
 from smolvla_reflow.pairs.manifest import Manifest
 from smolvla_reflow.pairs.plan import plan_pairs
+from smolvla_reflow.pairs.processes import agree, together
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 
@@ -66,20 +66,23 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> Made:
 
     Raises:
         ReflowError: the teacher or the dataset cannot be used, the folder holds something else or damaged pairs, the
-            disk is full, or actions are not finite. What was finished stays.
+            disk is full, not all processes see the folder, or actions are not finite. What was finished stays;
+            nothing stays where nothing was.
         KeyboardInterrupt: with how to go on.
     """
     assert cfg.output_dir is not None
     folder = cfg.output_dir.expanduser()
-    device = cfg.policy.on(process)
-    teacher = open_checkpoint(cfg.reflow.teacher_path or "")
-    plan = plan_pairs(cfg, teacher)
+    device = together(lambda: cfg.policy.on(process))
+    teacher = together(
+        lambda: open_checkpoint(cfg.reflow.teacher_path or "", cfg.reflow.teacher_revision, cfg.policy.vlm_model_name)
+    )
+    plan = together(lambda: plan_pairs(cfg, teacher))
     with reserved(folder, process):
         manifest = begin(folder, plan.manifest, process, repair=cfg.repair)
         if not manifest.unfinished:
             return Made(folder, manifest, teacher.source, by_this_run=False)
-        dataset = open_dataset(cfg.dataset)
-        maker = load_pair_maker(teacher, manifest.provenance, plan.space, device, cfg.rename_map)
+        dataset = together(lambda: open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s))
+        maker = together(lambda: load_pair_maker(plan.teacher, manifest.provenance, plan.space, device, cfg.rename_map))
         try:
             manifest = generate(
                 folder,
@@ -124,18 +127,20 @@ def generate(
     mine = todo[process.process_index :: process.num_processes]
     rounds = -(-len(todo) // process.num_processes)
     batches = {shard: _batches(manifest.frames_of(shard), batch_size) for shard in mine}
-    loader = _load(manifest, dataset, [batch for shard in mine for batch in batches[shard]], num_workers)
+    loaded = _load(manifest, dataset, [batch for shard in mine for batch in batches[shard]], num_workers)
     with _progress_bar(manifest, mine, process) as bar:
-        shards = _solved(batches, loader, maker, bar)
+        shards = _solved(batches, loaded, maker, bar)
         for _ in range(rounds):
             # In the last round some processes have no shard left, but all of them have to take part in the exchange.
-            finished = [
-                (shard.number, write_shard(folder, shard.number, shard.actions, manifest.provenance.dtype))
-                for shard in itertools.islice(shards, 1)
-            ]
-            manifest = replace(manifest, checksums={**manifest.checksums, **dict(gather_object(finished))})
-            if process.is_main_process:
-                write_manifest(folder, manifest)
+            finished, failure = [], None
+            try:
+                for shard in itertools.islice(shards, 1):
+                    checksum = write_shard(folder, shard.number, shard.actions, manifest.provenance.dtype)
+                    finished.append((shard.number, checksum))
+            except Exception as error:  # what the others have finished is recorded first
+                failure = error
+            manifest = record(folder, manifest, dict(gather_object(finished)), process)
+            agree(failure)
     return manifest
 
 
@@ -144,16 +149,17 @@ class _Shard(NamedTuple):
     actions: Tensor  # (frames, couplings_per_frame, chunk_size, max_action_dim) float32
 
 
-def _solved(batches: dict[int, list[list[int]]], loader: DataLoader, maker: PairMaker, bar: tqdm) -> Iterator[_Shard]:
+def _solved(
+    batches: dict[int, list[list[int]]], loaded: Iterator[dict[str, Any]], maker: PairMaker, bar: tqdm
+) -> Iterator[_Shard]:
     """Make the pairs of one shard after the other.
 
     Args:
         batches: of each shard, as lists of frames.
-        loader: of all these batches, in this order.
+        loaded: all these batches, in this order.
         maker: the teacher.
         bar: shows how many pairs have been made.
     """
-    loaded = iter(loader)
     for shard in batches:
         actions = []
         for frames in batches[shard]:
@@ -172,18 +178,16 @@ def _batches(frames: Sequence[int], size: int) -> list[list[int]]:
     return [list(frames[i : i + size]) for i in range(0, len(frames), size)]
 
 
-def _load(manifest: Manifest, dataset: LeRobotDataset, batches: list[list[int]], num_workers: int) -> DataLoader:
-    """A loader of these frames, which are named by their index in the whole dataset.
+def _load(
+    manifest: Manifest, dataset: LeRobotDataset, batches: list[list[int]], num_workers: int
+) -> Iterator[dict[str, Any]]:
+    """Load these frames, which are named by their index in the whole dataset.
 
     `dataset` holds the manifest's frames and no others, so that a frame's position in it may be another one.
     """
     every_frame = itertools.chain.from_iterable(range(start, stop) for start, stop in manifest.frames)
     position = {frame: i for i, frame in enumerate(every_frame)}
-    return DataLoader(
-        dataset,
-        batch_sampler=[[position[frame] for frame in batch] for batch in batches],
-        num_workers=num_workers,
-    )
+    return load_batches(dataset, [[position[frame] for frame in batch] for batch in batches], num_workers)
 
 
 def _progress_bar(manifest: Manifest, shards: Sequence[int], process: PartialState) -> tqdm:

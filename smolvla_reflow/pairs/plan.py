@@ -5,15 +5,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lerobot.configs.default import DatasetConfig
-
-from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
-from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features, renamed_statistics
+from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import fitted
-from smolvla_reflow.smolvla.normalization import SpaceMaps, Statistics, fingerprint, space_maps
+from smolvla_reflow.smolvla.features import fitted, saved_rename_map
+from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
+from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
+
+# What of `--dataset.*`, besides the place, decides what the teacher sees of a frame.
+SEEN_THROUGH = ("use_imagenet_stats", "depth_output_unit")
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,17 @@ def plan_pairs(cfg: PairsConfig, teacher: Checkpoint) -> Plan:
     Raises:
         ReflowError: there is no such dataset, or it does not fit the teacher.
     """
-    metadata = open_metadata(cfg.dataset)
-    teacher = fitted(teacher, dataset_to_policy_features(metadata.features), cfg.rename_map)
-    stats = dataset_statistics(metadata, cfg.dataset)
+    metadata = open_metadata(cfg.dataset, teacher.config)
+    rename_map = cfg.rename_map or saved_rename_map(teacher)
+    teacher = fitted(teacher, dataset_to_policy_features(metadata.features), rename_map)
+    stats = renamed_statistics(dataset_statistics(metadata, cfg.dataset), rename_map)
     space = space_maps(teacher, stats)
+    frames = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset))
     manifest = Manifest(
         provenance=_provenance(cfg, teacher, metadata, stats),
-        made_from=_made_from(cfg.dataset, teacher, cfg.rename_map),
+        made_from=_made_from(cfg, teacher),
         package_version=version("smolvla-reflow"),
-        frames=[[frames.start, frames.stop] for frames in frame_ranges(metadata, cfg.dataset.episodes)],
+        frames=[[each.start, each.stop] for each in frames],
         frames_per_shard=cfg.frames_per_shard,
         bytes_per_pair=teacher.config.chunk_size * teacher.config.max_action_dim * DTYPES[cfg.dtype].itemsize,
     )
@@ -69,10 +73,14 @@ def _provenance(
     )
 
 
-def _made_from(dataset: DatasetConfig, teacher: Checkpoint, rename_map: dict[str, str]) -> dict[str, Any]:
+def _made_from(cfg: PairsConfig, teacher: Checkpoint) -> dict[str, Any]:
+    root = cfg.dataset.root
     return {
         "teacher_path": teacher.source,
-        "dataset_root": dataset.root and str(Path(dataset.root).expanduser().resolve()),
-        "dataset_revision": dataset.revision,
-        "rename_map": rename_map,
+        "teacher_commit": teacher.commit,
+        "dataset_root": root and str(Path(root).resolve()),
+        "dataset_revision": cfg.dataset.revision,
+        "rename_map": cfg.rename_map,
+        "tolerance_s": cfg.tolerance_s,
+        "dataset": {name: getattr(cfg.dataset, name) for name in SEEN_THROUGH if hasattr(cfg.dataset, name)},
     }

@@ -2,20 +2,27 @@
 
 import bisect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.utils.constants import INFO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smolvla_reflow.coupling import Coupling
+from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.manifest import TENSOR_NAME, check_shards, not_as_written, read_manifest, shard_path
-from smolvla_reflow.smolvla.normalization import Statistics, fingerprint
+from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
 from smolvla_reflow.smolvla.velocity import Observation
+
+BROUGHT = "smolvla_reflow.pairs"
 
 
 class Pairs:
@@ -49,9 +56,16 @@ class Pairs:
         """Number of pairs."""
         return self.manifest.num_frames * self.manifest.provenance.couplings_per_frame
 
-    def check(self) -> None:
-        """Raise ReflowError if a shard is missing, damaged or foreign. Reads every byte."""
-        damaged = check_shards(self.folder, self.manifest)
+    def check(self, process: PartialState | None = None) -> None:
+        """Raise ReflowError if a shard is missing, damaged or foreign. Reads every byte.
+
+        Args:
+            process: one of several that all make this call. One on each node reads then, and all of them raise.
+        """
+        reads = process is None or process.is_local_main_process
+        damaged = check_shards(self.folder, self.manifest) if reads else []
+        if process is not None:
+            damaged = sorted(set(gather_object(damaged)))
         if damaged:
             raise ReflowError(
                 f"The pairs in {self.folder} are damaged: {not_as_written(damaged)}. Run smolvla-reflow-pairs again "
@@ -72,23 +86,46 @@ class Pairs:
         Raises:
             ReflowError: the frame has no pairs, or its shard cannot be read.
         """
-        provenance = self.manifest.provenance
-        position = self._position(frame)
-        shard, row = divmod(position, self.manifest.frames_per_shard)
-        path = shard_path(self.folder, shard)
-        try:
-            # Opened for this one row: the pages of a mapped file count as memory until it is closed.
-            with safe_open(path, framework="pt") as file:
-                actions = file.get_slice(TENSOR_NAME)[row, pair]
-        except (SafetensorError, OSError, IndexError) as error:
-            raise ReflowError(f"The pairs in {path} cannot be read ({error}).") from None
-        shape = (provenance.chunk_size, provenance.max_action_dim)
-        return Coupling(pair_noise(provenance.seed, frame, pair, shape), actions.to(torch.float32))
+        coupling = self._read([(frame, pair)])
+        return Coupling(coupling.noise[0], coupling.actions[0])
+
+    def _read(self, wanted: Sequence[tuple[int, int]]) -> Coupling:
+        """The couplings of these frames and pairs, (N, chunk_size, max_action_dim) float32 on the CPU."""
+        made = self.manifest.provenance
+        places = [divmod(self._position(frame), self.manifest.frames_per_shard) for frame, _ in wanted]
+        actions: dict[int, Tensor] = {}
+        in_order = sorted(range(len(wanted)), key=places.__getitem__)
+        for shard, lines in itertools.groupby(in_order, key=lambda i: places[i][0]):
+            path = shard_path(self.folder, shard)
+            try:
+                # Not kept open: the pages of a mapped file count as memory until it is closed.
+                with safe_open(path, framework="pt") as file:
+                    stored = file.get_slice(TENSOR_NAME)
+                    actions |= {i: stored[places[i][1], wanted[i][1]].to(torch.float32) for i in lines}
+            except (SafetensorError, OSError, IndexError) as error:
+                raise ReflowError(f"The pairs in {path} cannot be read ({error}).") from None
+        shape = (made.chunk_size, made.max_action_dim)
+        return Coupling(
+            noise=torch.stack([pair_noise(made.seed, frame, pair, shape) for frame, pair in wanted]),
+            actions=torch.stack([actions[i] for i in range(len(wanted))]),
+        )
+
+    def in_batch(self, batch: Mapping[str, Any]) -> CouplingSource:
+        """These pairs as the source of one step: first those that the data loader has put into its batch."""
+        return partial(self, brought=batch.get(INFO))
 
     def __call__(
-        self, observation: Observation, *, frames: Tensor | None, noise: Tensor | None, per_frame: int
+        self,
+        observation: Observation,
+        *,
+        frames: Tensor | None,
+        noise: Tensor | None,
+        per_frame: int,
+        brought: Any = None,
     ) -> Coupling:
         """A source of couplings, see `CouplingSource`: of those stored for each frame, `per_frame` at random.
+
+        What `bring` has put into `brought` is taken out of it, so that whoever asks again gets others.
 
         Raises:
             ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
@@ -100,7 +137,20 @@ class Pairs:
                 "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
                 "and call policy.forward(batch)."
             )
+        found = brought.pop(BROUGHT, None) if isinstance(brought, dict) else None
+        if found and found["noise"].shape[1] == per_frame and torch.equal(found["frames"].to(frames.device), frames):
+            device = observation.state.device
+            return Coupling(*(found[name].flatten(0, 1).to(device) for name in ("noise", "actions")))
         return self.draw(frames.tolist(), observation.state.device, per_frame)
+
+    def bring(self, batch: dict[str, Any], per_frame: int, generator: torch.Generator) -> None:
+        """Put `per_frame` of each frame's pairs into a batch of the dataset, where they get past its preprocessor."""
+        frames = batch["index"]
+        coupling = self.draw(frames.tolist(), torch.device("cpu"), per_frame, generator)
+        by_frame = {
+            name: getattr(coupling, name).unflatten(0, (len(frames), per_frame)) for name in ("noise", "actions")
+        }
+        batch[INFO] = {BROUGHT: {"frames": frames, **by_frame}}
 
     def check_fits(self, config: SmolVLAConfig, stats: Statistics | None = None) -> None:
         """Raise ReflowError if a policy of this config, on batches normalised by `stats`, cannot learn from them."""
@@ -117,22 +167,26 @@ class Pairs:
                 "them again from this dataset."
             )
 
-    def draw(self, frames: Sequence[int], device: torch.device, per_frame: int = 1) -> Coupling:
+    def draw(
+        self,
+        frames: Sequence[int],
+        device: torch.device,
+        per_frame: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Coupling:
         """`per_frame` = K of each frame's pairs at random, (B * K, chunk_size, max_action_dim) float32 on `device`.
 
         No pair of a frame comes twice before each has come once.
         """
         stored = self.manifest.provenance.couplings_per_frame
         rounds = -(-per_frame // stored)
-        couplings = [
-            self.lookup(frame, pair)
+        wanted = [
+            (frame, pair)
             for frame in frames
-            for pair in torch.randperm(stored).repeat(rounds)[:per_frame].tolist()
+            for pair in torch.randperm(stored, generator=generator).repeat(rounds)[:per_frame].tolist()
         ]
-        return Coupling(
-            noise=torch.stack([c.noise for c in couplings]).to(device),
-            actions=torch.stack([c.actions for c in couplings]).to(device),
-        )
+        coupling = self._read(wanted)
+        return Coupling(coupling.noise.to(device), coupling.actions.to(device))
 
     def _position(self, frame: int) -> int:
         i = bisect.bisect_right(self._starts, frame) - 1

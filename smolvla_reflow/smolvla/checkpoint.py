@@ -1,25 +1,32 @@
 """Find and open a SmolVLA checkpoint, or say in one sentence why it cannot be used."""
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, ProcessorStep
+from lerobot.processor import NormalizerProcessorStep
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.files import sha256
+from smolvla_reflow.smolvla.backbone import load_tokenizer
+from smolvla_reflow.smolvla.saved_steps import NEWER, SavedStep, named_files, saved_steps
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
+POSTPROCESSOR_NAME = "policy_postprocessor.json"
+TRAIN_CONFIG_NAME = "train_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+TOKENIZER_STEP = "tokenizer_processor"
 # Prefixes of config fields about training, publishing and running a policy; `num_steps` belongs to the solver.
 IRRELEVANT_TO_ACTIONS = (
     "device",
@@ -43,13 +50,16 @@ IRRELEVANT_TO_ACTIONS = (
 # What the earlier fork wrote into a checkpoint; `smolvla_reflow.migration` takes it out.
 FORK_FIELDS = ("training_mode", "teacher_model_path", "use_reflow")
 TEACHER_PREFIX = "model.teacher."
+# Where LeRobot had the statistics before it had processors.
+STATISTICS_AMONG_WEIGHTS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.")
 
 
 class Located(NamedTuple):
-    """Where a checkpoint is: its folder, and how to name it (an absolute path, or a hub id)."""
+    """Where a checkpoint is: its folder, how to name it (an absolute path, or a hub id), and its commit on the hub."""
 
     folder: Path
     name: str
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +69,16 @@ class Checkpoint:
     Attributes:
         source: how the user named it; an absolute path if it is a folder.
         folder: where its files are.
-        config: its `config.json`.
+        config: its `config.json`, with the backbone that is used here.
+        commit: of a checkpoint on the hub.
+        tokenizer: the folder or hub id that instructions are tokenised from here; None if its processors name none.
     """
 
     source: str
     folder: Path
     config: SmolVLAConfig
+    commit: str | None = None
+    tokenizer: str | None = None
 
     def weights(self) -> Mapping[str, Tensor]:
         """The tensors of `model.safetensors` by name, each read when it is asked for."""
@@ -82,23 +96,23 @@ class Checkpoint:
 
     def statistics(self) -> dict[str, Tensor]:
         """The normalisation statistics saved with it, e.g. `{"action.mean": ..., "action.std": ...}`."""
-        if not (self.folder / PREPROCESSOR_NAME).is_file():
+        steps = self.steps(PREPROCESSOR_NAME)
+        files = [step.state_path for step in steps if issubclass(step.type, NormalizerProcessorStep)]
+        return {name: tensor.float() for file in files if file for name, tensor in stored_tensors(file).items()}
+
+    def steps(self, processor: str) -> list[SavedStep]:
+        """The steps of one of its processors. Raises ReflowError if it has none, or they cannot be used."""
+        file = self.folder / processor
+        if not file.is_file():
             raise ReflowError(
-                f"The checkpoint {self.source} has no {PREPROCESSOR_NAME}, so the statistics its actions are "
-                "normalised by are unknown; use a checkpoint saved by lerobot-train."
+                f"The checkpoint {self.source} has no {processor}, so the statistics its actions are normalised by "
+                "are unknown; use a checkpoint saved by lerobot-train."
             )
-        try:
-            pipeline = PolicyProcessorPipeline.from_pretrained(
-                self.folder,
-                config_filename=PREPROCESSOR_NAME,
-                overrides={"device_processor": {"device": "cpu"}},
-            )
-        except Exception as error:  # LeRobot's loader lets through whatever a broken file leads it to
-            raise ReflowError(
-                f"{self.folder / PREPROCESSOR_NAME} cannot be loaded ({first_line(error)}); copy the checkpoint again."
-            ) from None
-        steps = [step for step in pipeline.steps if isinstance(step, NormalizerProcessorStep)]
-        return {name: tensor for step in steps for name, tensor in step.state_dict().items()}
+        return saved_steps(file, read_json(file))
+
+    def cited(self) -> str:
+        """Its name, with the commit if it has one."""
+        return f"{self.source} at {self.commit}" if self.commit else self.source
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -124,52 +138,36 @@ class StoredTensors(Mapping[str, Tensor]):
         return name in self._names
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, revision: str | None = None, backbone: str | None = None) -> Checkpoint:
     """Open a folder or hub id that `SmolVLAPolicy.save_pretrained` or `lerobot-train` wrote.
+
+    Args:
+        source: the folder or hub id.
+        revision: of a hub id, a branch, tag or commit; its main branch if None.
+        backbone: folder or hub id of the vision-language backbone, if it is not where the checkpoint says.
 
     Raises:
         ReflowError: there is no such checkpoint, or it is not a SmolVLA policy plain LeRobot would load.
     """
-    folder, name = locate(source)
-    fields = read_json(folder / CONFIG_NAME)
-    if fields.get("type") != "smolvla":
-        raise ReflowError(f"{folder} holds a policy of type '{fields.get('type')}'; only smolvla can be reflowed.")
-    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
-        raise ReflowError(f"The checkpoint {name} holds no {SAFETENSORS_SINGLE_FILE}.{_instead_of_weights(folder)}")
-    weights = stored_tensors(folder / SAFETENSORS_SINGLE_FILE)
-    forked = [field for field in FORK_FIELDS if field in fields]
-    forked += [f"tensors {TEACHER_PREFIX}*"] * any(tensor.startswith(TEACHER_PREFIX) for tensor in weights)
-    if forked:
-        raise ReflowError(
-            f"{name} is a checkpoint of the earlier fork (it has {', '.join(forked)}), which LeRobot refuses. Make a "
-            f"stock one of it with: smolvla-reflow-migrate {name} NEW_FOLDER --write"
-        )
-    check_processors(folder)
-    return Checkpoint(name, folder, read_config(folder))
+    located = locate(source, revision)
+    fields = _fields(located)
+    _check_weights(located, fields)
+    return _described(located, backbone)
 
 
-def check_processors(folder: Path) -> None:
-    """Raise ReflowError if the saved processors name anything to call that is no processor step.
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a checkpoint whatever its weights are, for those of an adapter lie in two places.
 
-    LeRobot imports and calls whatever a step's `class` names, with the arguments that are written beside it.
+    Raises:
+        ReflowError: its configuration or processors cannot be used.
     """
-    for path in folder.glob("policy_*processor.json"):
-        steps = read_json(path).get("steps")
-        for step in steps if isinstance(steps, list) else []:
-            named = step.get("class") if isinstance(step, dict) else None
-            if named is None:
-                continue
-            module, _, name = str(named).rpartition(".")
-            try:
-                found = getattr(importlib.import_module(module), name, None)
-            except (ImportError, ValueError):
-                found = None
-            if not (isinstance(found, type) and issubclass(found, ProcessorStep)):
-                raise ReflowError(f"{path} names '{named}', which is no processor step that is installed here.")
+    located = locate(source)
+    _fields(located)
+    return _described(located)
 
 
-def locate(source: str | Path) -> Located:
-    """Find a checkpoint's folder, here or on the hub.
+def locate(source: str | Path, revision: str | None = None) -> Located:
+    """Find a checkpoint's folder, here or on the hub, from where the files that LeRobot reads are downloaded.
 
     Raises:
         ReflowError: there is none.
@@ -179,17 +177,21 @@ def locate(source: str | Path) -> Located:
         here = path.exists()
     except (OSError, ValueError):  # too long for a path, or with a character none may have
         here = False
+    if here and revision is not None:
+        raise ReflowError(f"{source} is here, not on the hub, so the revision {revision} has no effect; leave it out.")
     if here:
-        folder, name = path, str(path.resolve())
+        located = Located(path, str(path.resolve()))
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        folder, name = _download(str(source)), str(source)
+        folder = _download(str(source), revision)
+        located = Located(folder, str(source), commit=folder.name)
     else:
         raise ReflowError(f"There is no checkpoint at {source}: the path does not exist.")
+    folder = located.folder
     if not folder.is_dir():
         raise ReflowError(f"{source} is a file; name the checkpoint's folder, here {folder.parent}.")
     if not (folder / CONFIG_NAME).is_file():
         raise ReflowError(f"{source} is no checkpoint: it holds no {CONFIG_NAME}.{_suggestion(folder)}")
-    return Located(folder, name)
+    return located
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +214,10 @@ def read_config(folder: Path) -> SmolVLAConfig:
         raise ReflowError(f"The installed LeRobot cannot read {path}.") from None
     except Exception as error:  # LeRobot, draccus and their converters raise whatever a value leads them to
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ReflowError(f"The installed LeRobot cannot read {path}: {reason}") from None
+        unknown = read_json(path).keys() - SmolVLAConfig.__dataclass_fields__.keys() - {"type"}
+        raise ReflowError(
+            f"The installed LeRobot cannot read {path}: {reason}" + f". {NEWER}" * bool(unknown)
+        ) from None
     if not isinstance(config, SmolVLAConfig):
         raise ReflowError(f"{folder} holds a {type(config).__name__}; only smolvla can be reflowed.")
     return config
@@ -226,13 +231,121 @@ def stored_tensors(path: Path) -> StoredTensors:
         raise ReflowError(f"The weights {path} cannot be read ({error}); copy the checkpoint again.") from None
 
 
-def _download(repo_id: str) -> Path:
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the hub client's errors share no base class
+def _fields(located: Located) -> dict[str, Any]:
+    """The checkpoint's `config.json` as it stands. Raises ReflowError if it is not a SmolVLA's."""
+    fields = read_json(located.folder / CONFIG_NAME)
+    if fields.get("type") != "smolvla":
+        kind = fields.get("type")
+        raise ReflowError(f"{located.folder} holds a policy of type '{kind}'; only smolvla can be reflowed.")
+    return fields
+
+
+def _check_weights(located: Located, fields: Mapping[str, Any]) -> None:
+    """Raise ReflowError unless the checkpoint holds weights that the installed LeRobot would load."""
+    folder, name = located.folder, located.name
+    if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
+        raise ReflowError(f"The checkpoint {name} holds no {SAFETENSORS_SINGLE_FILE}.{_instead_of_weights(folder)}")
+    weights = stored_tensors(folder / SAFETENSORS_SINGLE_FILE)
+    forked = [field for field in FORK_FIELDS if field in fields]
+    forked += [f"tensors {TEACHER_PREFIX}*"] * any(tensor.startswith(TEACHER_PREFIX) for tensor in weights)
+    if forked:
         raise ReflowError(
-            f"There is no folder {repo_id}, and as a hub id it cannot be downloaded ({first_line(error)})."
+            f"{name} is a checkpoint of the earlier fork (it has {', '.join(forked)}), which LeRobot refuses. Make a "
+            f"stock one of it with: smolvla-reflow-migrate {name} NEW_FOLDER --write"
+        )
+    before_processors = any(tensor.startswith(STATISTICS_AMONG_WEIGHTS) for tensor in weights)
+    if before_processors and not (folder / PREPROCESSOR_NAME).is_file():
+        revision = f" --revision {located.commit}" if located.commit else ""
+        raise ReflowError(
+            f"{name} was saved by LeRobot 0.3 or an earlier one, with its statistics among the weights. LeRobot's own "
+            "tool writes a new one beside it: python -m lerobot.processor.migrate_policy_normalization "
+            f"--pretrained-path {name}{revision}"
+        )
+    if fields.get("use_peft") and (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ReflowError(
+            f"{name} holds an adapter, which LeRobot would load, beside a {SAFETENSORS_SINGLE_FILE}. If the adapter is "
+            "merged into that, take the adapter_* files out; if not, merge it into its base first."
+        )
+
+
+def _described(located: Located, backbone: str | None = None) -> Checkpoint:
+    """The checkpoint with its configuration and processors read, but not its weights."""
+    folder, name, commit = located
+    by_file = {
+        file: saved_steps(folder / file, read_json(folder / file))
+        for file in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME)
+        if (folder / file).is_file()
+    }
+    config = read_config(folder)
+    # What LeRobot notes for an adapter is still there when that has been merged.
+    config.use_peft = config.use_peft and (folder / ADAPTER_CONFIG_NAME).is_file()
+    tokenizer = _tokenizer(by_file.get(PREPROCESSOR_NAME, []), config.vlm_model_name, backbone)
+    if backbone is not None:
+        config.vlm_model_name = backbone
+    return Checkpoint(name, folder, config, commit, tokenizer)
+
+
+def _tokenizer(steps: list[SavedStep], named: str, backbone: str | None) -> str | None:
+    """Where the tokenizer is here: in the checkpoint, where the saved step says, or with the backbone.
+
+    Args:
+        steps: of the saved preprocessor.
+        named: the backbone in the checkpoint's config.
+        backbone: where it is here, if it is not there.
+    """
+    step = next((step for step in steps if step.name == TOKENIZER_STEP), None)
+    if step is None:
+        return None
+    inside = step.artifact_paths().get("tokenizer_name")
+    name = inside or step.config.get("tokenizer_name")
+    if inside is None and backbone is not None and (name == named or not _is_tokenizer(name)):
+        return backbone
+    return name
+
+
+def _is_tokenizer(name: object) -> bool:
+    try:
+        load_tokenizer(str(name))
+    except Exception:  # whatever a file that is none leads transformers to
+        return False
+    return True
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """Download the files of a hub checkpoint that LeRobot reads: a repository may hold a whole run beside them."""
+    try:
+        folder = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent
+        commit = folder.name
+        for name in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME, TRAIN_CONFIG_NAME, ADAPTER_CONFIG_NAME):
+            _fetch(repo_id, name, commit, needed=name in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME))
+        for name in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME):
+            files, folders = named_files(read_json(folder / name)) if (folder / name).is_file() else ([], [])
+            for file in files:
+                _fetch(repo_id, file, commit)
+            for inner in folders:
+                if not (folder / inner).exists():
+                    snapshot_download(repo_id, revision=commit, allow_patterns=f"{escape(inner)}/*")
+        _fetch(repo_id, SAFETENSORS_SINGLE_FILE, commit, needed=not (folder / ADAPTER_CONFIG_NAME).is_file())
+    except ReflowError:
+        raise
+    except Exception as error:  # the hub client's errors share no base class
+        at = f" (revision {revision})" if revision else ""
+        raise ReflowError(
+            f"There is no folder {repo_id}, and as a hub id{at} it cannot be downloaded "
+            f"({' '.join(str(error).split())})."
         ) from None
+    return folder
+
+
+def _fetch(repo_id: str, name: str, commit: str, *, needed: bool = True) -> None:
+    """Download one file, if the repository has it; one that is not needed may also be out of reach."""
+    try:
+        hf_hub_download(repo_id, name, revision=commit)
+    except LocalEntryNotFoundError:
+        if needed:
+            raise
+    except EntryNotFoundError:
+        return
 
 
 def _suggestion(folder: Path) -> str:
@@ -247,6 +360,8 @@ def _instead_of_weights(folder: Path) -> str:
     """What the folder holds in place of weights, and what to do about it."""
     if list(folder.glob("adapter_*")):
         return " It is a PEFT adapter: merge it into its base first."
+    if list(folder.glob("pytorch_model_fsdp_*")):
+        return f" They are in shards: make one file of them with lerobot-convert-dcp --checkpoint_dir={folder}"
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):
         return " Pickled weights are never loaded: have the LeRobot that wrote them save them again."
     return ""

@@ -11,13 +11,13 @@ from dataclasses import replace
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.utils import validate_visual_features_consistency
+from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, read_json
-from smolvla_reflow.smolvla.normalization import saved_width
+from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint
+from smolvla_reflow.smolvla.statistics import saved_width
 
-RENAMING_STEP = "rename_observations_processor"
 EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"
 
 
@@ -32,12 +32,14 @@ def cameras_seen(config: SmolVLAConfig, names: Collection[str]) -> tuple[str, ..
 
 
 def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
-    """From a dataset's names to the policy's, as the checkpoint was trained; empty if nothing was renamed."""
-    path = checkpoint.folder / PREPROCESSOR_NAME
-    steps = read_json(path).get("steps") if path.is_file() else None
-    for step in steps or []:
-        if step.get("registry_name") == RENAMING_STEP:
-            return dict(step.get("config", {}).get("rename_map") or {})
+    """From a dataset's names to the policy's, as the checkpoint was trained; empty if nothing was renamed.
+
+    Raises:
+        ReflowError: it has no processors, or they cannot be used.
+    """
+    for step in checkpoint.steps(PREPROCESSOR_NAME):
+        if issubclass(step.type, RenameObservationsProcessorStep):
+            return dict(step.config.get("rename_map") or {})
     return {}
 
 
@@ -73,6 +75,27 @@ def fitted(
         config.input_features = {name: feature for name, feature in here.items() if name not in config.output_features}
     _check_cameras(checkpoint.source, config, here, where, renamed=bool(rename_map))
     return replace(checkpoint, config=config)
+
+
+def check_students_cameras(
+    config: SmolVLAConfig, features: Mapping[str, PolicyFeature], rename_map: dict[str, str]
+) -> None:
+    """Raise ReflowError if LeRobot would train the student on batches in which it finds none of its cameras.
+
+    Args:
+        config: of the student.
+        features: of the dataset, by name.
+        rename_map: from names of `features` to those in the batches.
+    """
+    # Where the config lists no features, LeRobot takes the dataset's own names, and renames the batches all the same.
+    own = config.input_features or features
+    known = [name for name, feature in own.items() if feature.type is FeatureType.VISUAL]
+    if not {rename_map.get(name, name) for name in features}.intersection(known):
+        raise ReflowError(
+            f"The student has the cameras {', '.join(known)}, and finds none of them in the batches"
+            + (f", whose names are mapped by {rename_map}" if rename_map else "")
+            + "; leave --policy.input_features out."
+        )
 
 
 def _check_width(checkpoint: Checkpoint, name: str, feature: PolicyFeature, where: str) -> None:

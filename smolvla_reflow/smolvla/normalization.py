@@ -4,16 +4,11 @@ A SmolVLA sees state and gives actions in units of the statistics saved with its
 batches by the current dataset's. Where the two differ (more episodes were recorded, another dataset), the teacher
 is asked in its own space: the state is mapped into it, the actions are mapped back. Every mode of LeRobot's
 normaliser is affine in each dimension, and so are both maps.
-
-How wide state and actions are, the statistics say. A checkpoint's `config.json` may still have the width of the base it
-was fine-tuned from, which LeRobot never looks at.
 """
 
-import hashlib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,24 +27,21 @@ from torch.nn.functional import pad
 
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.statistics import (
+    STATISTICS,
+    TYPES,
+    Statistics,
+    in_use,
+    never_moves,
+    robot_width,
+    saved_statistics,
+)
 
-# The statistics each mode of LeRobot's normaliser uses.
-STATISTICS = {
-    NormalizationMode.MEAN_STD: ("mean", "std"),
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-    NormalizationMode.IDENTITY: (),
-}
-TYPES = {OBS_STATE: FeatureType.STATE, ACTION: FeatureType.ACTION}
 # In normalised units: what is less is rounding, what is more no teacher has seen.
 NEGLIGIBLE = 1e-6
 HOPELESS = 1e3
 CONSTANT_IN_ONE = "(nearly) constant in the one and not in the other"
 OTHER_CONSTANTS = "constant in both, but at different values"
-
-# As in LeRobot's `dataset.meta.stats`: `{"action": {"mean": ..., "std": ...}, ...}`.
-Statistics = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,13 +81,16 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
     config, saved = teacher.config, saved_statistics(teacher)
     current = {name: {k: np.asarray(v, np.float32) for k, v in of.items()} for name, of in stats.items()}
     _check(teacher.source, config, saved, current)
-    state = _state_map(_side(OBS_STATE, config, current), _side(OBS_STATE, config, saved), config.max_state_dim)
-    actions = _action_map(_side(ACTION, config, current), _side(ACTION, config, saved), config.max_action_dim)
-
+    here, there = _Space(config, current), _Space(config, saved)
+    state, actions = _state_map(here, there, config.max_state_dim), _action_map(here, there, config.max_action_dim)
     largest = _largest_change(state, actions)
     if largest.size <= NEGLIGIBLE:
         return None
-    _check_mappable(config, largest)
+    if config.adapt_to_pi_aloha:
+        raise ReflowError(
+            "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised "
+            "space, so they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
+        )
     logging.getLogger(__name__).info(
         "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
         "state and actions are mapped to the teacher's space and back.",
@@ -104,83 +99,6 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
         largest.size,
     )
     return SpaceMaps(state, actions)
-
-
-class _Side(NamedTuple):
-    """One feature in the normalised space of the batches, or in the teacher's."""
-
-    line: "_Line"  # LeRobot's normaliser for a state, its unnormaliser for actions
-    still: Tensor  # (D,) bool, dimensions that never move
-    value: Tensor  # (D,) float64, where those that do not stand
-
-
-def _side(feature: str, config: SmolVLAConfig, stats: Statistics) -> _Side:
-    line = _probe(UnnormalizerProcessorStep if feature == ACTION else NormalizerProcessorStep, feature, config, stats)
-    of_feature = {name: np.asarray(values, np.float64) for name, values in stats.get(feature, {}).items()}
-    still = never_moves(of_feature, len(line.slope))
-    zeros = np.zeros(len(line.slope))
-    low, high, mean = (of_feature.get(name, zeros) for name in ("min", "max", "mean"))
-    return _Side(line, torch.from_numpy(still), torch.from_numpy(np.where(low == high, low, mean)))
-
-
-def _state_map(here: _Side, there: _Side, width: int) -> Affine:
-    """Into the teacher's units: undo the dataset's normaliser, apply the teacher's."""
-    _refuse(OBS_STATE, there.still & ~here.still, CONSTANT_IN_ONE)
-    _refuse(OBS_STATE, _other_constants(here, there), OTHER_CONSTANTS)
-    scale = there.line.slope / here.line.slope
-    shift = there.line.offset - scale * here.line.offset
-    # The deviation of a dimension that never moves is rounding noise, by which a map would multiply or divide. But
-    # what the teacher sees of its one value is known.
-    seen_here, seen_there = here.line(here.value), there.line(here.value)
-    alike = (seen_there - seen_here).abs() <= NEGLIGIBLE
-    scale = torch.where(here.still, alike.to(scale), scale)
-    shift = torch.where(here.still, torch.where(alike, 0.0, seen_there), shift)
-    return _padded(scale, shift, width)
-
-
-def _action_map(here: _Side, there: _Side, width: int) -> Affine:
-    """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
-    _refuse(ACTION, here.still & ~there.still, CONSTANT_IN_ONE)
-    _refuse(ACTION, _other_constants(here, there), OTHER_CONSTANTS)
-    # Where nothing ever moves there is nothing to map, and a deviation of rounding noise, or 0, to divide by.
-    still = here.still & there.still
-    scale = torch.where(still, 1.0, there.line.slope / here.line.slope)
-    shift = torch.where(still, 0.0, (there.line.offset - here.line.offset) / here.line.slope)
-    return _padded(scale, shift, width)
-
-
-def _other_constants(here: _Side, there: _Side) -> Tensor:
-    return here.still & there.still & ~torch.isclose(here.value, there.value, rtol=1e-5, atol=1e-6)
-
-
-def _refuse(feature: str, dimensions: Tensor, why: str) -> None:
-    """Raise ReflowError if there is any such dimension, (D,) bool."""
-    if dimensions.any():
-        raise ReflowError(
-            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension "
-            f"{int(dimensions.int().argmax())} is {why}. First fine-tune the teacher on this dataset, with "
-            "lerobot-train."
-        )
-
-
-def never_moves(stats: Mapping[str, Any], width: int) -> np.ndarray:
-    """Which dimensions of a feature are constant, (width,) bool.
-
-    Its "min" and "max" decide. The standard deviation that LeRobot aggregates over episodes does not tell: of a
-    constant 100.3 it can be 0.06.
-    """
-    still = np.zeros(width, bool)
-    if "min" in stats and "max" in stats:
-        still |= np.asarray(stats["min"], np.float32) == np.asarray(stats["max"], np.float32)
-    if "std" in stats:
-        still |= np.asarray(stats["std"]) == 0
-    return still
-
-
-def moving_deviations(stats: Mapping[str, Any]) -> Tensor:
-    """A feature's standard deviations, (width,) float32, with 0 for dimensions that never move."""
-    std = np.asarray(stats["std"], np.float32)
-    return torch.from_numpy(np.where(never_moves(stats, len(std)), np.float32(0), std))
 
 
 class _Change(NamedTuple):
@@ -192,19 +110,93 @@ class _Change(NamedTuple):
 
 
 def _largest_change(state: Affine, actions: Affine) -> _Change:
-    changes = {OBS_STATE: state.change().nan_to_num(torch.inf), ACTION: actions.change().nan_to_num(torch.inf)}
+    changes = {OBS_STATE: state.change(), ACTION: actions.change()}
     feature = max(changes, key=lambda name: changes[name].max().item())
     dimension = int(changes[feature].argmax())
     return _Change(feature, dimension, changes[feature][dimension].item())
 
 
-def _check_mappable(config: SmolVLAConfig, largest: _Change) -> None:
-    if not largest.size < HOPELESS:
-        _refuse(largest.feature, torch.arange(largest.dimension + 1) == largest.dimension, CONSTANT_IN_ONE)
-    if config.adapt_to_pi_aloha:
+@dataclass(frozen=True)
+class _Space:
+    """The normalised space of the batches, or the teacher's own.
+
+    Attributes:
+        config: the teacher's, which says how a feature is normalised.
+        stats: by which numbers.
+    """
+
+    config: SmolVLAConfig
+    stats: Statistics
+
+    def normaliser(self, feature: str) -> "_Line":
+        return _probe(NormalizerProcessorStep, feature, self.config, self.stats)
+
+    def unnormaliser(self, feature: str) -> "_Line":
+        return _probe(UnnormalizerProcessorStep, feature, self.config, self.stats)
+
+    def still(self, feature: str) -> Tensor:
+        """Which dimensions never move, (D,) bool."""
+        width = robot_width(self.config, self.stats, feature)
+        return torch.from_numpy(never_moves(self.stats.get(feature, {}), width))
+
+    def value(self, feature: str) -> Tensor:
+        """Where those that never move stand, (D,) float64; of the others it says nothing."""
+        zeros = np.zeros(robot_width(self.config, self.stats, feature))
+        low, high, mean = (self.stats.get(feature, {}).get(name, zeros) for name in ("min", "max", "mean"))
+        return torch.from_numpy(np.where(np.equal(low, high), low, mean).astype(np.float64))
+
+
+def _state_map(here: _Space, there: _Space, width: int) -> Affine:
+    """Into the teacher's units: undo the dataset's normaliser, apply the teacher's."""
+    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE), CONSTANT_IN_ONE)
+    undone, applied, value = here.normaliser(OBS_STATE), there.normaliser(OBS_STATE), here.value(OBS_STATE)
+    scale = applied.slope / undone.slope
+    line = _Line(scale, applied.offset - scale * undone.offset)
+    return _with_constants(OBS_STATE, line, undone(value), applied(value), here, there).padded(width)
+
+
+def _action_map(here: _Space, there: _Space, width: int) -> Affine:
+    """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
+    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION), CONSTANT_IN_ONE)
+    undone, applied, value = there.unnormaliser(ACTION), here.unnormaliser(ACTION), here.value(ACTION)
+    line = _Line(undone.slope / applied.slope, (undone.offset - applied.offset) / applied.slope)
+    seen_there, seen_here = there.normaliser(ACTION)(value), here.normaliser(ACTION)(value)
+    return _with_constants(ACTION, line, seen_there, seen_here, here, there).padded(width)
+
+
+def _with_constants(feature: str, line: "_Line", before: Tensor, after: Tensor, here: _Space, there: _Space) -> "_Line":
+    """The map, in which a dimension that never moves gets the value that it has after it.
+
+    Its standard deviation is rounding noise, or 0, by which a map would multiply or divide. But what LeRobot's
+    normaliser makes of its one value is known in both spaces.
+
+    Args:
+        feature: which.
+        line: the map of the dimensions that move.
+        before, after: (D,), the dataset's constant, normalised in the space that is mapped from, and to.
+        here, there: the space of the batches, and the teacher's.
+
+    Raises:
+        ReflowError: the constants are different ones, or a dimension is so nearly constant that it might as well be.
+    """
+    still, both = here.still(feature), here.still(feature) & there.still(feature)
+    same = torch.isclose(here.value(feature), there.value(feature), rtol=1e-5, atol=1e-6)
+    _refuse(feature, both & ~same, OTHER_CONSTANTS)
+    alike = (after - before).abs() <= NEGLIGIBLE
+    slope = torch.where(still, alike.to(line.slope), line.slope)
+    offset = torch.where(still, torch.where(alike, 0.0, after), line.offset)
+    change = (slope - 1).abs() + offset.abs()
+    _refuse(feature, ~(change < HOPELESS) & ~both, CONSTANT_IN_ONE)
+    return _Line(slope, offset)
+
+
+def _refuse(feature: str, dimensions: Tensor, why: str) -> None:
+    """Raise ReflowError if there is any such dimension, (D,) bool."""
+    if dimensions.any():
         raise ReflowError(
-            "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised "
-            "space, so they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
+            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension "
+            f"{int(dimensions.int().argmax())} is {why}. First fine-tune the teacher on this dataset, with "
+            "lerobot-train."
         )
 
 
@@ -228,23 +220,6 @@ def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
     return Affine(scale=line.slope * slope, shift=line(offset))
 
 
-def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
-    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32.
-
-    Raises:
-        ReflowError: one of them is missing.
-    """
-    digest = hashlib.sha256()
-    for feature in TYPES:
-        for statistic in _statistics_in_use(config, feature):
-            name = f"{feature}.{statistic}"
-            if statistic not in stats.get(feature, {}):
-                raise ReflowError(f"There are no statistics '{name}', by which the policy's {feature} is normalised.")
-            digest.update(name.encode())
-            digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
-    return digest.hexdigest()
-
-
 class _Line(NamedTuple):
     """`slope * x + offset`, each (D,) float64."""
 
@@ -254,41 +229,10 @@ class _Line(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return self.slope * x + self.offset
 
-
-def _statistics_in_use(config: SmolVLAConfig, feature: str) -> tuple[str, ...]:
-    """The statistics by which this policy's state or action is normalised, if any."""
-    return STATISTICS[config.normalization_mapping.get(TYPES[feature].value, NormalizationMode.IDENTITY)]
-
-
-def saved_statistics(checkpoint: Checkpoint) -> Statistics:
-    """The statistics saved with a checkpoint, by feature and statistic.
-
-    Raises:
-        ReflowError: its processors cannot be loaded.
-    """
-    nested: dict[str, dict[str, Any]] = {}
-    for name, tensor in checkpoint.statistics().items():
-        feature, _, statistic = name.rpartition(".")
-        nested.setdefault(feature, {})[statistic] = tensor.cpu().numpy()
-    return nested
-
-
-def saved_width(checkpoint: Checkpoint, feature: str) -> int | None:
-    """How many dimensions of a state or an action this checkpoint was trained on; None if its statistics do not say.
-
-    Raises:
-        ReflowError: its processors cannot be loaded.
-    """
-    saved = saved_statistics(checkpoint).get(feature, {})
-    return next((len(saved[name]) for name in ("mean", "min", "q01", "q10") if name in saved), None)
-
-
-def _width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
-    """How many dimensions a robot's state or action has: what its statistics say, or else what the config says."""
-    for statistic in ("mean", "min", *_statistics_in_use(config, feature)):
-        if statistic in stats.get(feature, {}):
-            return len(stats[feature][statistic])
-    return {**(config.input_features or {}), **(config.output_features or {})}[feature].shape[0]
+    def padded(self, width: int) -> Affine:
+        """The same line, which leaves the dimensions up to `width` alone."""
+        missing = (0, width - len(self.slope))
+        return Affine(scale=pad(self.slope, missing, value=1.0), shift=pad(self.offset, missing, value=0.0))
 
 
 def _probe(
@@ -298,7 +242,7 @@ def _probe(
     stats: Statistics,
 ) -> _Line:
     """The line that LeRobot's (un)normaliser is for one feature, found by its values at 0 and 1."""
-    width = _width(config, stats, name)
+    width = robot_width(config, stats, name)
     step = kind(
         features={name: PolicyFeature(TYPES[name], (width,))},
         norm_map={FeatureType(k): mode for k, mode in config.normalization_mapping.items()},
@@ -315,11 +259,6 @@ def _probe(
     return _Line(slope=at(1.0) - offset, offset=offset)
 
 
-def _padded(scale: Tensor, shift: Tensor, width: int) -> Affine:
-    missing = (0, width - len(scale))
-    return Affine(scale=pad(scale, missing, value=1.0), shift=pad(shift, missing, value=0.0))
-
-
 def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Statistics) -> None:
     """Raise ReflowError unless both have every statistic in use, in one shape, and equal ones of images.
 
@@ -328,7 +267,7 @@ def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Stati
     """
     _check_images(config, saved, current)
     for feature in TYPES:
-        for statistic in _statistics_in_use(config, feature):
+        for statistic in in_use(config, feature):
             name = f"{feature}.{statistic}"
             of_dataset, of_teacher = current.get(feature, {}).get(statistic), saved.get(feature, {}).get(statistic)
             if of_teacher is None:

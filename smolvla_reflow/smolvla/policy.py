@@ -9,18 +9,62 @@ from typing import Any
 import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError, first_line
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.backbone import check_backbone, load_tokenizer
+from smolvla_reflow.smolvla.checkpoint import (
+    POSTPROCESSOR_NAME,
+    PREPROCESSOR_NAME,
+    TOKENIZER_STEP,
+    Checkpoint,
+)
 
 
 def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
-    """A checkpoint's policy for inference on `device`, neither compiled nor guided by an earlier chunk."""
+    """A checkpoint's policy for inference on `device`, neither compiled nor guided by an earlier chunk.
+
+    Raises:
+        ReflowError: its backbone is not here, or its weights do not fit its configuration or are not finite.
+    """
     config = copy.deepcopy(checkpoint.config)
     config.device, config.compile_model, config.rtc_config = device, False, None
-    policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config)
-    return policy.to(device).eval().requires_grad_(False)
+    check_backbone(config)
+    try:
+        policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device)
+    except Exception as error:  # LeRobot and transformers let through whatever a checkpoint leads them to
+        reason = misfit(error) or " ".join(str(error).split())
+        raise ReflowError(f"The policy in {checkpoint.source} cannot be loaded: {reason}") from error
+    check_loaded(policy, checkpoint)
+    return policy.eval().requires_grad_(False)
+
+
+def misfit(error: Exception) -> str | None:
+    """The first tensor of which PyTorch says, loading weights, that it does not fit; None if it says something else."""
+    lines = str(error).splitlines()
+    return lines[1].strip() if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict") else None
+
+
+def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
+    """Raise ReflowError where LeRobot warns at most: if weights were missing, unknown, or are not finite."""
+    stored = checkpoint.weights()
+    # Tied parameters are one object under several names, of which a checkpoint stores one.
+    loaded = {id(parameter) for name, parameter in policy.named_parameters(remove_duplicate=False) if name in stored}
+    missing = [name for name, parameter in policy.named_parameters() if id(parameter) not in loaded]
+    known = policy.state_dict()
+    unknown = [name for name in stored if name not in known]
+    for problem, found in (("lack", missing), ("have the unknown", unknown)):
+        if found:
+            raise ReflowError(
+                f"The weights in {checkpoint.source} do not fit its config.json: they {problem} {found[0]}."
+            )
+    for name, tensor in known.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowError(
+                f"The weights in {checkpoint.source} are broken: {name} holds NaN or infinity. Use an earlier "
+                "checkpoint."
+            )
 
 
 def stock_autocast(policy: SmolVLAPolicy) -> contextlib.AbstractContextManager[object]:
@@ -43,13 +87,49 @@ class Processors:
 
 
 def load_processors(checkpoint: Checkpoint, device: str, rename_map: dict[str, str]) -> Processors:
-    """A checkpoint's processors, for a policy on `device`; `rename_map` from the dataset's names to the policy's."""
+    """A checkpoint's processors, for a policy on `device`; `rename_map` from the dataset's names to the policy's.
+
+    Raises:
+        ReflowError: it has none, or they cannot be loaded.
+    """
     overrides: dict[str, Any] = {"device_processor": {"device": device}}
     if rename_map:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    return Processors(
-        *make_pre_post_processors(checkpoint.config, str(checkpoint.folder), preprocessor_overrides=overrides)
-    )
+    return Processors(*_load(checkpoint, overrides, {}))
+
+
+def check_processors(checkpoint: Checkpoint) -> None:
+    """Raise ReflowError unless LeRobot's `train()`, which fills in four steps of them, can load the processors."""
+    before: dict[str, Any] = {"normalizer_processor": {}, "rename_observations_processor": {}}
+    _load(checkpoint, {**before, "device_processor": {"device": "cpu"}}, {"unnormalizer_processor": {}})
+
+
+def _load(
+    checkpoint: Checkpoint, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The two pipelines, with these arguments in place of the saved ones, by the step's name."""
+    for processor in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME):
+        checkpoint.steps(processor)
+    if checkpoint.tokenizer is not None:
+        before = {**before, TOKENIZER_STEP: {"tokenizer": _tokenizer(checkpoint, checkpoint.tokenizer)}}
+    try:
+        return make_pre_post_processors(
+            checkpoint.config, str(checkpoint.folder), preprocessor_overrides=before, postprocessor_overrides=after
+        )
+    except Exception as error:  # LeRobot's loader lets through whatever a broken file leads it to
+        reason = " ".join(str(error).split())
+        raise ReflowError(f"The processors of {checkpoint.source} cannot be loaded: {reason}") from error
+
+
+def _tokenizer(checkpoint: Checkpoint, name: str) -> Any:
+    try:
+        return load_tokenizer(name)
+    except Exception as error:  # also whatever damaged files lead transformers to
+        raise ReflowError(
+            f"{checkpoint.folder / PREPROCESSOR_NAME} names the tokenizer '{name}', which is not here, nor could it be "
+            f"downloaded ({first_line(error)}). If the backbone has moved, say where it is now: "
+            "--policy.vlm_model_name=..."
+        ) from error
 
 
 def check_device(device: str) -> None:

@@ -153,6 +153,18 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
                 setattr(teacher.get_submodule(owner), leaf, own)
 
 
+def keep_whole(teacher: SmolVLAPolicy) -> None:
+    """Give the teacher parameters of its own, over the same memory, before its student is sharded.
+
+    FSDP1 copies a module's parameters into its shards and empties them in place, with everyone who holds them. From
+    then on the memory is the teacher's alone: each process has the teacher whole, beside its shard of the student.
+    """
+    own: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+    for module in teacher.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, own.setdefault(parameter, nn.Parameter(parameter.detach(), requires_grad=False)))
+
+
 def _configure(teacher: SmolVLAPolicy, config: SmolVLAConfig, num_steps: int | None) -> None:
     config = copy.deepcopy(config)
     config.num_steps = num_steps or config.num_steps

@@ -43,9 +43,16 @@ class Observation(NamedTuple):
         )
 
 
+def with_one_state(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, in which Aloha's state has no axis of time, (B, D); LeRobot's conversion stumbles over (B, 1, D)."""
+    if policy.config.adapt_to_pi_aloha and batch[OBS_STATE].ndim > 2:
+        return {**batch, OBS_STATE: batch[OBS_STATE][:, -1]}
+    return dict(batch)
+
+
 def observe(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> Observation:
     """The observations of a preprocessed batch, prepared as the policy's own forward prepares them."""
-    batch = dict(batch)
+    batch = with_one_state(policy, batch)
     if policy.config.adapt_to_pi_aloha:
         # LeRobot's conversion works in place, and the batch is the caller's.
         batch[OBS_STATE] = policy._pi_aloha_decode_state(batch[OBS_STATE].clone())

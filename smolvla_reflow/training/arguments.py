@@ -8,23 +8,23 @@ here is a plain function from flags to flags.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+import lerobot
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.migration import rename_fork_flags
-from smolvla_reflow.training.config import (
-    DECAY_LR_RATIO,
-    LEARNING_RATE,
-    WARMUP_RATIO,
-    ReflowConfig,
-    ReflowTrainPipelineConfig,
-)
-from smolvla_reflow.training.run_folder import CONFIG, resumable_config, whole_checkpoints
+from smolvla_reflow.training.config import LEARNING_RATE, ReflowConfig, ReflowTrainPipelineConfig
+from smolvla_reflow.training.inherited import Inherited, inherit, schedule
+from smolvla_reflow.training.run_folder import resumable_config
+
+NOTHING = ("", "null", "none")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Arguments:
         chosen: what was filled in because the user gave none, by flag name.
         typed: names of the flags that stood on the command line itself.
         resume: whether the run continues an earlier one, whose configuration then holds.
+        hub_id: the repository that LeRobot downloads the earlier run's last checkpoint from, if it is not here.
         config_file: the temporary copy of the user's config file that `flags` name; for the caller to delete.
     """
 
@@ -43,6 +44,7 @@ class Arguments:
     chosen: dict[str, Any]
     typed: frozenset[str]
     resume: bool = False
+    hub_id: str | None = None
     config_file: Path | None = None
 
 
@@ -50,22 +52,21 @@ def complete(argv: Sequence[str]) -> Arguments:
     """Complete the user's command line (without the program's name).
 
     Raises:
-        ReflowError: no teacher or no dataset is named, or flags contradict each other.
+        ReflowError: no teacher or no dataset is named, there is no such run to resume, or flags contradict each other.
     """
-    given = _parse(argv)
+    given = _at_home(_parse(argv))
     typed = frozenset(given)
+    _check_names(given)
     if _is_true(given.get("resume")):
-        if "config_path" not in given:
-            raise ReflowError("--resume=true needs --config_path=.../pretrained_model/train_config.json.")
-        given["config_path"] = _resume_from(Path(given["config_path"]))
-        return Arguments(_flags(given), {}, typed, resume=True)
+        return _resumed(given, typed)
 
-    file, rest = _read_config_file(given.pop("config_path", None))
-    given = rename_fork_flags({**file, **given})
-    _check_reflow_names(given)
-
-    teacher = given.get("reflow.teacher_path")
-    if not teacher:
+    path = given.pop("config_path", None)
+    file = inherit(path, given) if path else Inherited()
+    rest = _at_home(file.rest)
+    given = _at_home({**file.flags, **rename_fork_flags(given)})
+    if rest.get("reward_model"):
+        raise ReflowError(f"--config_path={path} trains a reward model, and only a smolvla policy can be reflowed.")
+    if not given.get("reflow.teacher_path"):
         raise ReflowError(
             "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
         )
@@ -84,28 +85,49 @@ def complete(argv: Sequence[str]) -> Arguments:
     return Arguments([f"--config_path={config_file}", *flags], chosen, typed, config_file=config_file)
 
 
-def _resume_from(config_path: Path) -> str:
-    """The config of a checkpoint that is whole."""
-    found = resumable_config(config_path)
-    if found is not None:
-        return str(found)
-    if not config_path.exists():
-        raise ReflowError(f"--config_path={config_path} does not exist.")
-    newest = next(whole_checkpoints(config_path.parent.parent.parent.parent), None)
-    raise ReflowError(
-        f"--config_path={config_path} does not belong to a whole checkpoint, with training_state and all. "
-        + (f"The newest whole one of that run is --config_path={newest / CONFIG}." if newest else "That run has none.")
-    )
+def _resumed(given: Mapping[str, Any], typed: frozenset[str]) -> Arguments:
+    """The command line that resumes a run, which goes on with its own configuration and weights."""
+    if not given.get("config_path"):
+        raise ReflowError("--resume=true needs --config_path=..., the run's folder or one of its checkpoints.")
+    for name in ("policy.path", "policy.pretrained_path"):
+        if name in given:
+            raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
+    path, hub_id = given["config_path"], None
+    if _is_on_hub(path):
+        if not resumes_from_hub():
+            raise ReflowError(
+                f"--config_path={path} does not exist, and LeRobot {lerobot.__version__} says of a hub id that "
+                "resuming from the hub is not supported; download the checkpoint with its training_state, and name "
+                "its folder."
+            )
+        hub_id = path
+    else:
+        path = str(resumable_config(Path(path)))
+    return Arguments(_flags({**given, "config_path": path}), {}, typed, resume=True, hub_id=hub_id)
 
 
-def _check_reflow_names(given: dict[str, Any]) -> None:
+def _is_on_hub(path: str) -> bool:
+    """Whether a path is not here, and may be the id of a repository."""
+    if Path(path).exists() or Path(path).parent.exists() or path.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise ReflowError for flags of this package that do not exist, and of LeRobot that train something else."""
     known = [f"--reflow.{field}" for field in ReflowConfig.__dataclass_fields__]
     for flag in (f"--{name}" for name in given if name.startswith("reflow.")):
         if flag not in known:
             raise ReflowError(f"{flag} is unknown; {known_are(known, flag)} See --help.")
+    if any(name.startswith("reward_model") for name in given):
+        raise ReflowError("--reward_model trains a reward model, and only a smolvla policy can be reflowed.")
 
 
-def _choose(given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
     """What a reflow run uses where the user gave nothing."""
     fields = ReflowTrainPipelineConfig.__dataclass_fields__
     steps = _number("steps", given.get("steps", rest.get("steps", fields["steps"].default)))
@@ -113,16 +135,19 @@ def _choose(given: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         "policy.path": given["reflow.teacher_path"],
         "policy.optimizer_lr": LEARNING_RATE,
-        "policy.scheduler_decay_lr": lr * DECAY_LR_RATIO,
-        "policy.scheduler_warmup_steps": round(steps * WARMUP_RATIO),
-        "policy.scheduler_decay_steps": round(steps),
+        **schedule(steps, lr),
     }
-    if "policy.repo_id" not in given:
-        if _is_true(given.get("policy.push_to_hub")):
-            raise ReflowError("--policy.push_to_hub=true needs --policy.repo_id, the student's own repository.")
-        # The teacher's config may name the teacher's repository; the student must not overwrite it.
-        defaults["policy.push_to_hub"] = "false"
-    return {name: value for name, value in defaults.items() if name not in given}
+    return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
+
+
+def _published_nowhere(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """What keeps the student out of the repository that the teacher's config names, unless it has one of its own."""
+    if str(given.get("policy.repo_id", "")).lower() not in NOTHING:
+        return {}
+    for name in ("policy.push_to_hub", "save_checkpoint_to_hub"):
+        if _is_true(given.get(name, rest.get(name))):
+            raise ReflowError(f"--{name}=true needs --policy.repo_id, the student's own repository.")
+    return {"policy.repo_id": "null", "policy.push_to_hub": "false"}
 
 
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
@@ -142,7 +167,18 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _flags(given: dict[str, Any]) -> list[str]:
+def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with `~/` at the start of a value as the home folder, which the shell leaves after a `=`."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return _at_home(value)
+        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+
+    return {name: expanded(value) for name, value in given.items()}
+
+
+def _flags(given: Mapping[str, Any]) -> list[str]:
     return [f"--{name}={_text(value)}" for name, value in given.items()]
 
 
@@ -161,38 +197,7 @@ def _number(name: str, value: Any) -> float:
         raise ReflowError(f"--{name}={value} is not a number.") from None
 
 
-def _read_config_file(path: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a YAML or JSON config into policy and reflow fields, as flags by name, and the rest as it is.
-
-    LeRobot loads a pretrained policy's config from the policy's folder and overrides it from the command
-    line alone, so the file's `policy:` section has to become flags to have any effect.
-    """
-    if path is None:
-        return {}, {}
-    try:
-        rest = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ReflowError(f"--config_path={path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ReflowError(f"--config_path={path} cannot be read as YAML or JSON: {error}") from None
-    if not isinstance(rest, dict):
-        raise ReflowError(f"--config_path={path} holds no configuration.")
-    sections = {name: rest.pop(name, None) or {} for name in ("policy", "reflow")}
-    for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise ReflowError(f"--config_path={path}: '{name}' should be a section with fields.")
-    # In a train_config.json this is where the *teacher's* training started from.
-    sections["policy"].pop("pretrained_path", None)
-    flags = {
-        f"{name}.{field}": value
-        for name, section in sections.items()
-        for field, value in section.items()
-        if value is not None
-    }
-    return flags, rest
-
-
-def _write_config(rest: dict[str, Any]) -> Path:
+def _write_config(rest: Mapping[str, Any]) -> Path:
     # LeRobot 0.4 reads every config file as JSON.
     with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
         json.dump(rest, file)

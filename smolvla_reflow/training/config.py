@@ -19,6 +19,12 @@ WARMUP_RATIO = 1_000 / 30_000
 class ReflowConfig(SolverFlags):
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of a teacher on the hub. A run that is resumed keeps the commit it began with."""
+    teacher_commit: str | None = None
+    """Filled in by the run, the teacher's commit on the hub."""
+    teacher_fingerprint: str | None = None
+    """Filled in by the run, a checksum of the teacher, which has to be the same when the run is resumed."""
     strategy: str = "reflow"
     """The loss, either 'reflow', 'distill' (for one step only), 'standard', one that an installed package offers, or
     one in a Python file, which is run, written as the file's path, a colon and the loss's name."""

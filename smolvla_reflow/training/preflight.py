@@ -6,26 +6,35 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from lerobot.configs.default import DatasetConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-from lerobot.utils.constants import ACTION, OBS_STATE
-from transformers import AutoConfig
 
 from smolvla_reflow.compat import (
     LeRobotDatasetMetadata,
     dataset_to_policy_features,
+    hub_destinations,
     renamed_statistics,
     resuming_keeps_statistics,
+    saves_final_checkpoint_alone,
 )
-from smolvla_reflow.dataset import dataset_statistics, frame_ranges, open_metadata
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.dataset import (
+    chosen_episodes,
+    dataset_statistics,
+    frame_ranges,
+    is_downloaded,
+    load_batches,
+    open_configured,
+    open_metadata,
+)
+from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, locate
-from smolvla_reflow.smolvla.features import fitted
-from smolvla_reflow.smolvla.normalization import Statistics, fingerprint, saved_statistics, space_maps
+from smolvla_reflow.smolvla.backbone import check_backbone
+from smolvla_reflow.smolvla.checkpoint import Checkpoint, read_checkpoint
+from smolvla_reflow.smolvla.features import check_students_cameras, fitted
+from smolvla_reflow.smolvla.normalization import space_maps
+from smolvla_reflow.smolvla.policy import check_processors
+from smolvla_reflow.smolvla.statistics import Statistics, fingerprint, saved_statistics
 from smolvla_reflow.smolvla.teacher import check_agreement
 from smolvla_reflow.smolvla.words import check_words
 from smolvla_reflow.solver import SolverFlags
@@ -57,6 +66,7 @@ def check_run(
     teacher: Checkpoint,
     pairs: Pairs | None = None,
     typed: Collection[str] = (),
+    start: Checkpoint | None = None,
 ) -> Statistics:
     """Raise ReflowError if this dataset cannot be trained on with this teacher, or with these pairs.
 
@@ -65,18 +75,20 @@ def check_run(
         teacher: of the run.
         pairs: that it made, if they are used.
         typed: names of the flags on the command line, which hold also where they say what is the default.
+        start: where the student starts, if that is not the folder in its configuration alone.
 
     Returns:
         The statistics by which LeRobot will normalise the batches.
     """
     check_numbers(cfg)
     check_writable(Path(cfg.output_dir or "."))
-    check_student(cfg, teacher)
-    metadata = open_metadata(cfg.dataset)
-    fitted(teacher, dataset_to_policy_features(metadata.features), cfg.rename_map)
-    check_frames(cfg.dataset, metadata, teacher.config.chunk_size)
+    check_student(cfg, teacher, start)
+    metadata = open_metadata(cfg.dataset, cfg.policy)
+    features = dataset_to_policy_features(metadata.features)
+    fitted(teacher, features, cfg.rename_map)
+    check_students_cameras(cfg.policy, features, cfg.rename_map)
+    check_frames(cfg, metadata)
     stats = training_statistics(cfg, metadata)
-    check_finite(stats)
     space_maps(teacher, stats)
     if pairs is not None:
         check_pairs(cfg, teacher, pairs, metadata, stats)
@@ -95,9 +107,14 @@ def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDataset
 
 def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
     """Raise ReflowError for numbers that LeRobot would stumble over half-way."""
-    for name, least in (("steps", 1), ("batch_size", 1), ("save_freq", 1), ("num_workers", 0)):
+    for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(cfg, name) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+    if cfg.save_freq < 1 and not saves_final_checkpoint_alone():
+        raise ReflowError(
+            f"--save_freq={cfg.save_freq}: this LeRobot needs at least 1. --save_freq={cfg.steps}, the number of "
+            "steps, saves the final checkpoint alone."
+        )
 
 
 def check_writable(folder: Path) -> None:
@@ -107,40 +124,39 @@ def check_writable(folder: Path) -> None:
         raise ReflowError(f"--output_dir={folder}: nothing can be written in {there}; name a folder elsewhere.")
 
 
-def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint) -> None:
-    """Raise ReflowError if the student is of another shape than the teacher, or has no backbone to start from."""
+def check_destination(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, typed: Collection[str]) -> None:
+    """Raise ReflowError if the run would push into the teacher's repository on the hub and nobody typed its name.
+
+    Args:
+        cfg: validated.
+        teacher: of the run.
+        typed: names of the flags on the command line.
+    """
+    teachers = {teacher.config.repo_id, teacher.source if teacher.commit else None}
+    for repo_id in hub_destinations(cfg):
+        if repo_id in teachers and not (repo_id == cfg.policy.repo_id and "policy.repo_id" in typed):
+            raise ReflowError(
+                f"This run would push into {repo_id}, the teacher's own repository. Name another one, "
+                f"--policy.repo_id=..., or that one yourself: --policy.repo_id={repo_id}"
+            )
+
+
+def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, start: Checkpoint | None) -> None:
+    """Raise ReflowError if the student is of another shape than the teacher, or lacks its backbone or processors."""
     assert isinstance(cfg.policy, SmolVLAConfig)
     check_agreement(cfg.policy, teacher.config)
-    check_words(locate(str(cfg.policy.pretrained_path)).folder, teacher)
-    backbone = cfg.policy.vlm_model_name
-    try:
-        AutoConfig.from_pretrained(backbone, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ReflowError(
-            f"--policy.vlm_model_name={backbone}: the backbone's configuration is not there, nor could it be "
-            f"downloaded ({first_line(error)}). If it has moved, say where it is now."
-        ) from None
+    check_backbone(cfg.policy)
+    begins_with = start or read_checkpoint(str(cfg.policy.pretrained_path))
+    check_processors(begins_with)
+    check_words(begins_with, teacher)
 
 
-def check_frames(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, chunk_size: int) -> None:
-    """Raise ReflowError unless there are these episodes, and at least one chunk of actions in them."""
-    total = sum(map(len, frame_ranges(metadata, dataset.episodes)))
-    if total < chunk_size:
-        raise ReflowError(
-            f"The episodes of {dataset.repo_id} to train on hold {total} frames, fewer than one chunk of "
-            f"{chunk_size} actions; record more, or choose other --dataset.episodes."
-        )
-
-
-def check_finite(stats: Statistics) -> None:
-    """Raise ReflowError if recorded states or actions hold NaN or infinity, as their statistics then do."""
-    for name in (ACTION, OBS_STATE):
-        for kind, values in (stats.get(name) or {}).items():
-            if not torch.isfinite(torch.as_tensor(values, dtype=torch.float64)).all():
-                raise ReflowError(
-                    f"The dataset's '{name}' holds NaN or infinity (so says '{kind}' in meta/stats.json); leave the "
-                    "episodes out in which it does (lerobot-edit-dataset) or record them again."
-                )
+def check_frames(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -> None:
+    """Raise ReflowError unless a frame can be read as training will read it, if it need not be downloaded first."""
+    if cfg.dataset.streaming or not is_downloaded(metadata, cfg.dataset):
+        return
+    # Decoders that this process had opened would not survive in the processes that LeRobot then forks off it.
+    next(load_batches(open_configured(cfg), [[0]], num_workers=min(1, cfg.num_workers)))
 
 
 def check_pairs(
@@ -168,7 +184,7 @@ def check_pairs(
             f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Name what they were made of, or "
             "make other pairs."
         )
-    wanted = frame_ranges(metadata, cfg.dataset.episodes)
+    wanted = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset))
     missing, total = pairs.missing(wanted), sum(map(len, wanted))
     if missing:
         raise ReflowError(

@@ -1,19 +1,19 @@
 """One run of `smolvla-reflow-train`, from its parsed configuration to LeRobot's `train()`.
 
-open_inputs    the teacher and the stored pairs that the configuration names
+open_inputs    the teacher, the student's start and the stored pairs that the configuration names
 check_run      (preflight.py) everything that can be checked without writing
 train          LeRobot's own, whose Accelerator attaches the teacher to the policy passing through it
 """
 
 import errno
 import logging
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
 from safetensors import SafetensorError
 from torch import nn
 
@@ -24,18 +24,20 @@ from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
-from smolvla_reflow.smolvla.normalization import Statistics
+from smolvla_reflow.smolvla.policy import misfit
+from smolvla_reflow.smolvla.statistics import Statistics
+from smolvla_reflow.smolvla.teacher import keep_whole
 from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.arguments import Arguments
+from smolvla_reflow.training.checkpoints import by_name, name_start, open_start, open_teacher
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
+from smolvla_reflow.training.loss_check import LossCheck
 from smolvla_reflow.training.preflight import check_options
 from smolvla_reflow.training.run_folder import how_to_go_on, training_step
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-# Actions are normalised, so that a loss of 1 is that of a policy which has learnt nothing.
-EXPLODED = 1e4
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,15 @@ class Inputs:
     """What a run learns from besides the dataset.
 
     Attributes:
-        teacher: where the student starts, and whose couplings it learns.
+        teacher: whose couplings the student learns.
         pairs: couplings that the teacher made before, if they are used.
+        start: where the student starts, as a rule the teacher; None if LeRobot alone knows, of a resumed run or an
+            adapter.
     """
 
     teacher: Checkpoint
     pairs: Pairs | None
+    start: Checkpoint | None
 
 
 def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
@@ -72,14 +77,16 @@ def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
         path, _, name = reflow.strategy.rpartition(":")
         reflow.strategy = f"{Path(path).expanduser().resolve()}:{name}"
     check_options(reflow)
-    teacher = open_checkpoint(reflow.teacher_path)
-    reflow.teacher_path = teacher.source
+    flags = by_name(arguments.flags)
+    backbone = flags.get("policy.vlm_model_name") if cfg.policy is None else getattr(cfg.policy, "vlm_model_name", None)
+    teacher = open_teacher(reflow, arguments.typed, backbone, resume=arguments.resume)
+    start = None if arguments.resume else open_start(arguments.flags, teacher, backbone)
     if not cfg.resume and not cfg.rename_map and "rename_map" not in arguments.typed:
         cfg.rename_map = saved_rename_map(teacher)
     pairs = Pairs(reflow.pairs_path) if reflow.pairs_path else None
     if pairs is not None:
         reflow.pairs_path = str(pairs.folder)
-    return Inputs(teacher, pairs)
+    return Inputs(teacher, pairs, start)
 
 
 def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arguments: Arguments) -> None:
@@ -97,37 +104,44 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         KeyboardInterrupt: with how to go on.
     """
 
-    def attach_to(policy: nn.Module) -> None:
+    def attach_to(policy: nn.Module, sharded: bool) -> None:
         announce(cfg, inputs, arguments)
+        if inputs.start is not None:
+            name_start(policy, inputs.start)
         strategy, recipe = cfg.reflow.strategy, cfg.reflow.recipe()
         if inputs.pairs is not None:
-            attach(policy, pairs=inputs.pairs, strategy=strategy, recipe=recipe, dataset_stats=stats)
+            attached = attach(policy, pairs=inputs.pairs, strategy=strategy, recipe=recipe, dataset_stats=stats)
         else:
             solver = cfg.reflow.to_solver() if get_loss_strategy(strategy).couples else None
-            attach(policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats)
+            attached = attach(
+                policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats
+            )
+        if sharded and attached.teacher is not None:
+            keep_whole(attached.teacher)
+            logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
 
     def hooked(accelerator: Accelerator) -> Accelerator:
         on_loader = None
         if inputs.pairs is not None:
             inputs.pairs.check(PartialState())  # now that the processes know of each other, and before any writes
-            on_loader = partial(
-                read_in_loader, pairs=inputs.pairs, per_frame=cfg.reflow.recipe().couplings_per_frame
-            )
-        return hook(accelerator, on_policy=attach_to, on_loss=loss_check(cfg), on_loader=on_loader)
+            on_loader = partial(read_in_loader, pairs=inputs.pairs, per_frame=cfg.reflow.recipe().couplings_per_frame)
+        on_policy = partial(attach_to, sharded=accelerator.distributed_type == DistributedType.FSDP)
+        on_loss = loss_check(cfg, arguments, accelerator)
+        return hook(accelerator, on_policy=on_policy, on_loss=on_loss, on_loader=on_loader)
 
     try:
         lerobot_train(cfg, hooked)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_continue(cfg)) from None
+        raise KeyboardInterrupt(how_to_continue(cfg, arguments)) from None
     except (OSError, SafetensorError) as error:
         if not cannot_write(error):
             raise
-        raise ReflowError(f"--output_dir={cfg.output_dir or '.'}: {error}. {how_to_continue(cfg)}") from None
+        raise ReflowError(f"--output_dir={cfg.output_dir or '.'}: {error}. {how_to_continue(cfg, arguments)}") from None
     except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
+        problem = misfit(error)
+        if problem is None:
             raise
-        misfit = str(error).splitlines()[1].strip()
-        raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {misfit}") from None
+        raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {problem}") from None
 
 
 def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Arguments) -> None:
@@ -136,12 +150,12 @@ def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Argument
     Called once LeRobot has set up logging, which it does for the main process only.
     """
     if arguments.resume:
-        logging.info("Reflow: resuming, teacher %s.", inputs.teacher.source)
+        logging.info("Reflow: resuming, teacher %s.", inputs.teacher.cited())
     else:
         filled_in = " ".join(f"--{name}={value}" for name, value in arguments.chosen.items())
         logging.info(
             "Reflow: teacher %s, %d steps, batch %d; filled in: %s",
-            inputs.teacher.source,
+            inputs.teacher.cited(),
             cfg.steps,
             cfg.batch_size,
             filled_in or "nothing",
@@ -152,28 +166,22 @@ def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Argument
         logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(inputs.pairs), inputs.pairs.folder)
 
 
-def loss_check(cfg: ReflowTrainPipelineConfig) -> Callable[[float], None]:
-    """A function to call with each loss, which stops the run at one that is NaN, infinite or above 1e4."""
+def loss_check(cfg: ReflowTrainPipelineConfig, arguments: Arguments, accelerator: Accelerator) -> LossCheck:
+    """What looks at each loss of this run."""
     step = training_step(Path(cfg.checkpoint_path)) if cfg.resume and cfg.checkpoint_path else 0
-    accumulation, passes = gradient_accumulation(cfg), 0
-
-    def check(loss: float) -> None:
-        nonlocal passes
-        if not math.isfinite(loss) or loss > EXPLODED:
-            raise ReflowError(
-                f"The loss is {loss:g} in step {step + passes // accumulation + 1}, so the run was stopped. A lower "
-                "--policy.optimizer_lr helps where training has diverged; otherwise look for NaN in the dataset. "
-                + how_to_continue(cfg)
-            )
-        passes += 1
-
-    return check
+    return LossCheck(step, gradient_accumulation(cfg), accelerator.scaler, partial(how_to_continue, cfg, arguments))
 
 
-def how_to_continue(cfg: ReflowTrainPipelineConfig) -> str:
-    """What to do about this run, which has broken off."""
-    typed = [f"--reflow.strategy={cfg.reflow.strategy}"] if is_file_strategy(cfg.reflow.strategy) else []
-    return how_to_go_on(Path(cfg.output_dir or "."), typed)
+def how_to_continue(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> str:
+    """What to do about this run, which has broken off, with the flags that no checkpoint of it may have saved."""
+    given = by_name(arguments.flags)
+    if arguments.resume:
+        again = {name: value for name, value in given.items() if name not in ("config_path", "resume")}
+    else:
+        again = {name: value for name, value in given.items() if name.endswith(PLUGIN_DISCOVERY_SUFFIX)}
+    if is_file_strategy(cfg.reflow.strategy):
+        again["reflow.strategy"] = cfg.reflow.strategy
+    return how_to_go_on(Path(cfg.output_dir or "."), [f"--{name}={value}" for name, value in again.items()])
 
 
 def cannot_write(error: OSError | SafetensorError) -> bool:

@@ -1,0 +1,105 @@
+"""The numbers by which a policy's state and actions are normalised: which are in use, how many, and which never move.
+
+How wide a robot's state and actions are, the statistics say. A checkpoint's `config.json` may still have the widths of
+the base that it was fine-tuned from, which LeRobot never looks at.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs.types import FeatureType, NormalizationMode
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.smolvla.checkpoint import Checkpoint
+
+# The statistics each mode of LeRobot's normaliser uses.
+STATISTICS = {
+    NormalizationMode.MEAN_STD: ("mean", "std"),
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+    NormalizationMode.IDENTITY: (),
+}
+TYPES = {OBS_STATE: FeatureType.STATE, ACTION: FeatureType.ACTION}
+
+# As in LeRobot's `dataset.meta.stats`: `{"action": {"mean": ..., "std": ...}, ...}`.
+Statistics = Mapping[str, Mapping[str, Any]]
+
+
+def in_use(config: SmolVLAConfig, feature: str) -> tuple[str, ...]:
+    """The statistics by which this policy's state or action is normalised, if any."""
+    return STATISTICS[config.normalization_mapping.get(TYPES[feature].value, NormalizationMode.IDENTITY)]
+
+
+def saved_statistics(checkpoint: Checkpoint) -> Statistics:
+    """The statistics saved with a checkpoint, by feature and statistic.
+
+    Raises:
+        ReflowError: its processors cannot be loaded.
+    """
+    nested: dict[str, dict[str, Any]] = {}
+    for name, tensor in checkpoint.statistics().items():
+        feature, _, statistic = name.rpartition(".")
+        nested.setdefault(feature, {})[statistic] = tensor.cpu().numpy()
+    return nested
+
+
+def saved_width(checkpoint: Checkpoint, feature: str) -> int | None:
+    """How many dimensions of a state or an action this checkpoint was trained on; None if its statistics do not say.
+
+    Raises:
+        ReflowError: its processors cannot be loaded.
+    """
+    saved = saved_statistics(checkpoint).get(feature, {})
+    return next((len(saved[name]) for name in ("mean", "min", "q01", "q10") if name in saved), None)
+
+
+def robot_width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
+    """How many dimensions a robot's state or action has: what its statistics say, or else what the config says."""
+    for statistic in ("mean", "min", *in_use(config, feature)):
+        if statistic in stats.get(feature, {}):
+            return len(stats[feature][statistic])
+    return {**(config.input_features or {}), **(config.output_features or {})}[feature].shape[0]
+
+
+def never_moves(stats: Mapping[str, Any], width: int) -> np.ndarray:
+    """Which dimensions of a feature are constant, (width,) bool.
+
+    Its "min" and "max" decide. The standard deviation that LeRobot aggregates over episodes does not tell: of a
+    constant 100.3 it can be 0.06.
+    """
+    still = np.zeros(width, bool)
+    if "min" in stats and "max" in stats:
+        still |= np.asarray(stats["min"], np.float32) == np.asarray(stats["max"], np.float32)
+    if "std" in stats:
+        still |= np.asarray(stats["std"]) == 0
+    return still
+
+
+def moving_deviations(stats: Mapping[str, Any]) -> Tensor:
+    """A feature's standard deviations, (width,) float32, with 0 for dimensions that never move."""
+    std = np.asarray(stats["std"], np.float32)
+    return torch.from_numpy(np.where(never_moves(stats, len(std)), np.float32(0), std))
+
+
+def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
+    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32.
+
+    Raises:
+        ReflowError: one of them is missing.
+    """
+    digest = hashlib.sha256()
+    for feature in TYPES:
+        for statistic in in_use(config, feature):
+            name = f"{feature}.{statistic}"
+            if statistic not in stats.get(feature, {}):
+                raise ReflowError(f"There are no statistics '{name}', by which the policy's {feature} is normalised.")
+            digest.update(name.encode())
+            digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,392 @@
+"""A new run from the config file of another: what it takes over, what it decides anew, and that it pushes nowhere."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import reflow_run, reflow_train_main, refused
+from lerobot.configs.train import TrainPipelineConfig
+from safetensors.torch import load_file
+
+from smolvla_reflow import ReflowError
+from smolvla_reflow.compat import hub_destinations
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.training.arguments import complete
+from smolvla_reflow.training.preflight import check_destination
+
+TEACHERS = "somebody/their_smolvla"
+# What a finished, published, once resumed run has in its train_config.json, as far as it matters for a new one.
+PUBLISHED = {
+    "resume": True,
+    "checkpoint_path": "/there/1rf/checkpoints/000040",
+    "output_dir": "/there/1rf",
+    "job_name": "their_run",
+    "steps": 40,
+    "seed": 3,
+    "use_policy_training_preset": False,
+    "optimizer": {"type": "adamw", "lr": 0.01},
+    "scheduler": {"type": "diffuser", "num_warmup_steps": 3},
+    "dataset": {"repo_id": "ID", "root": "/data", "episodes": [1, 2], "use_imagenet_stats": False},
+    "wandb": {"enable": True, "project": "robots", "run_id": "abc123"},
+    "policy": {
+        "type": "smolvla",
+        "push_to_hub": True,
+        "repo_id": TEACHERS,
+        "pretrained_path": "lerobot/smolvla_base",
+        "use_peft": True,
+        "chunk_size": 50,
+        "input_features": {},
+        "freeze_vision_encoder": False,
+        "device": "cpu",
+        "optimizer_lr": 1e-4,
+        "optimizer_weight_decay": 1e-6,
+        "scheduler_decay_lr": 2.5e-6,
+        "scheduler_warmup_steps": 1000,
+        "scheduler_decay_steps": 30000,
+    },
+}
+# From LeRobot 0.6 on.
+NEWER = {
+    "save_checkpoint_to_hub": True,
+    "job": {"target": "a10g-small"},
+    "eval": {"recording": True, "recording_repo_id": "somebody/recorded", "n_episodes": 7},
+    "reward_model": None,
+}
+HANDED_OVER = {"teacher_path": "T", "strategy": "distill", "teacher_fingerprint": "f"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a train_config.json like PUBLISHED, with changes, and gives the flag that names it."""
+
+    def write(reflow=None, policy=(), **changes):
+        content = {**PUBLISHED, **NEWER, **({"reflow": reflow} if reflow else {}), **changes}
+        content["policy"] = {**content["policy"], **dict(policy)}
+        file = tmp_path / "train_config.json"
+        file.write_text(json.dumps(content))
+        return f"--config_path={file}"
+
+    return write
+
+
+def completed(*argv):
+    """Flags by name, and the config file that goes with them."""
+    arguments = complete(argv)
+    given = dict(flag[2:].split("=", 1) for flag in arguments.flags)
+    file = Path(given.pop("config_path"))
+    rest = json.loads(file.read_text())
+    file.unlink()
+    return given, rest
+
+
+# --- what a saved file decides ----------------------------------------------------------------------------------
+
+
+def test_the_teachers_own_file(saved):
+    """It describes the teacher's training: the dataset and how the machine is used stay, all else is a reflow run's."""
+    given, rest = completed(saved(), "--reflow.teacher_path=T")
+    assert rest == {
+        "steps": 40,
+        "seed": 3,
+        "dataset": PUBLISHED["dataset"],
+        "wandb": {"enable": True, "project": "robots"},
+        "eval": {"recording": True, "n_episodes": 7},
+        "reward_model": None,
+    }
+    assert given == {
+        "policy.path": "T",
+        "reflow.teacher_path": "T",
+        "policy.freeze_vision_encoder": "false",
+        "policy.device": "cpu",
+        "policy.optimizer_lr": "2e-05",
+        "policy.optimizer_weight_decay": "1e-06",
+        "policy.scheduler_decay_lr": json.dumps(2e-5 / 40),
+        "policy.scheduler_warmup_steps": "1",
+        "policy.scheduler_decay_steps": "40",
+        "policy.push_to_hub": "false",
+        "policy.repo_id": "null",
+    }
+
+
+def test_what_is_typed_holds(saved):
+    typed = {
+        "policy.optimizer_lr": "1e-4",
+        "policy.repo_id": TEACHERS,
+        "policy.push_to_hub": "true",
+        "save_checkpoint_to_hub": "true",
+        "wandb.run_id": "abc123",
+        "output_dir": "/there/1rf",
+        "policy.path": "S",
+    }
+    given, _ = completed(saved(), "--reflow.teacher_path=T", *(f"--{name}={value}" for name, value in typed.items()))
+    assert typed.items() <= given.items()
+
+
+def test_a_reflow_runs_own_file_keeps_its_hyperparameters(saved):
+    """Also the policy's fields, with which it changed what its teacher's config says."""
+    given, rest = completed(saved(HANDED_OVER))
+    assert given["policy.optimizer_lr"] == "0.0001"
+    assert given["policy.scheduler_warmup_steps"] == "1000"
+    assert given["policy.scheduler_decay_steps"] == "30000"
+    assert given["policy.chunk_size"] == "50"
+    assert given["policy.path"] == given["reflow.teacher_path"] == "T"
+    assert given["reflow.strategy"] == "distill"
+    assert given["policy.push_to_hub"] == "false"
+    assert {"optimizer": PUBLISHED["optimizer"], "use_policy_training_preset": False}.items() <= rest.items()
+    assert not {"resume", "checkpoint_path", "output_dir", "job_name", "job", "save_checkpoint_to_hub"} & rest.keys()
+    assert "policy.use_peft" not in given
+    assert "policy.pretrained_path" not in given
+
+
+def test_a_schedule_that_was_filled_in_is_filled_in_again(saved):
+    usual = {
+        "optimizer_lr": 2e-5,
+        "scheduler_decay_lr": 2e-5 * (2.5e-6 / 1e-4),
+        "scheduler_warmup_steps": round(40 / 30),
+        "scheduler_decay_steps": 40,
+    }
+    given, _ = completed(saved(HANDED_OVER, usual), "--steps=3000")
+    assert given["policy.scheduler_decay_steps"] == "3000"
+    assert given["policy.scheduler_warmup_steps"] == "100"
+    given, _ = completed(saved(HANDED_OVER, {**usual, "scheduler_decay_steps": 25}), "--steps=3000")
+    assert given["policy.scheduler_decay_steps"] == "25"
+
+
+@pytest.mark.parametrize("typed", ["--reflow.teacher_path=U", "--policy.path=S"])
+def test_another_checkpoint_brings_its_own_architecture(saved, typed):
+    given, _ = completed(saved(HANDED_OVER), typed)
+    assert "policy.chunk_size" not in given
+    assert "policy.input_features" not in given
+    assert given["policy.freeze_vision_encoder"] == "false"
+    assert given["policy.optimizer_lr"] == "0.0001"
+
+
+def test_another_dataset_brings_its_own_folder_and_episodes(saved):
+    _, rest = completed(saved(), "--reflow.teacher_path=T", "--dataset.repo_id=OTHER")
+    assert rest["dataset"] == {"repo_id": "ID", "use_imagenet_stats": False}
+    _, rest = completed(saved(), "--reflow.teacher_path=T", "--dataset.repo_id=ID")
+    assert rest["dataset"] == PUBLISHED["dataset"]
+
+
+def test_numbers_of_a_file_stay_numbers(saved):
+    """Python writes 1e-05, which YAML takes for a word."""
+    _, rest = completed(saved(tolerance_s=1e-5), "--reflow.teacher_path=T")
+    assert rest["tolerance_s"] == 1e-5
+
+
+# --- what a file of one's own decides ---------------------------------------------------------------------------
+
+
+def test_a_file_written_by_hand_holds_as_it_stands(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "policy: {optimizer_lr: 3e-4, repo_id: me/student, push_to_hub: true, pretrained_path: S}\n"
+        "reflow: {teacher_path: T}\ndataset: {repo_id: ID}\noutput_dir: out\njob_name: mine\n"
+        "wandb: {run_id: fresh}\nuse_policy_training_preset: false\noptimizer: {type: adamw}\n"
+    )
+    given, rest = completed(f"--config_path={file}")
+    assert given["policy.optimizer_lr"] == "3e-4"
+    assert given["policy.repo_id"] == "me/student"
+    assert given["policy.push_to_hub"] == "true"
+    assert given["policy.path"] == "S"
+    assert rest == {
+        "dataset": {"repo_id": "ID"},
+        "output_dir": "out",
+        "job_name": "mine",
+        "wandb": {"run_id": "fresh"},
+        "use_policy_training_preset": False,
+        "optimizer": {"type": "adamw"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("resume: true", "says resume: true, and a run is resumed from the command line"),
+        ("reward_model: {type: sarm}", "trains a reward model"),
+        ("save_checkpoint_to_hub: true", "--save_checkpoint_to_hub=true needs --policy.repo_id"),
+        ("policy: {push_to_hub: true}", "--policy.push_to_hub=true needs --policy.repo_id"),
+    ],
+)
+def test_what_a_file_may_not_say(tmp_path, text, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{text}\ndataset: {{repo_id: ID}}\n")
+    with pytest.raises(ReflowError, match=said):
+        complete([f"--config_path={file}", "--reflow.teacher_path=T"])
+
+
+def test_a_file_is_named_by_its_folder_too(saved, tmp_path, monkeypatch):
+    """As LeRobot takes it, from a folder or the hub; and as it is for resuming."""
+    saved()
+    whole = completed(f"--config_path={tmp_path / 'train_config.json'}", "--reflow.teacher_path=T")
+    assert completed(f"--config_path={tmp_path}", "--reflow.teacher_path=T") == whole
+    monkeypatch.setattr(
+        "smolvla_reflow.training.inherited.hf_hub_download", lambda repo_id, name: tmp_path / repo_id[-1:] / ".." / name
+    )
+    (tmp_path / "r").mkdir()
+    assert completed("--config_path=some/repor", "--reflow.teacher_path=T") == whole
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere/at_all", "does not exist, and as a hub id it cannot be read"),
+        ("{tmp}", "is a folder, and holds no train_config.json"),
+        ("{tmp}/no.yaml", "does not exist"),
+    ],
+)
+def test_files_that_are_not_there(tmp_path, path, said):
+    with pytest.raises(ReflowError, match=said):
+        complete([f"--config_path={path.format(tmp=tmp_path)}", "--reflow.teacher_path=T"])
+
+
+# --- where the teacher came from --------------------------------------------------------------------------------
+
+
+def destination(repo_id, **changes):
+    policy = SimpleNamespace(repo_id=repo_id, push_to_hub=True, **changes.pop("policy", {}))
+    return SimpleNamespace(policy=policy, **changes)
+
+
+def teacher(repo_id=None, source="/here/teacher", commit=None):
+    return SimpleNamespace(config=SimpleNamespace(repo_id=repo_id), source=source, commit=commit)
+
+
+@pytest.mark.parametrize("of", [teacher(TEACHERS), teacher(source=TEACHERS, commit="c")], ids=["config", "hub id"])
+def test_the_teachers_repository_has_to_be_typed(of):
+    with pytest.raises(ReflowError, match=f"would push into {TEACHERS}, the teacher's own repository"):
+        check_destination(destination(TEACHERS), of, {"policy.push_to_hub"})
+    check_destination(destination(TEACHERS), of, {"policy.repo_id"})
+    check_destination(destination("me/student"), of, set())
+
+
+def test_averaged_weights_go_beside_the_students():
+    cfg = destination(TEACHERS, ema=SimpleNamespace(enable=True))
+    assert hub_destinations(cfg) == [TEACHERS, f"{TEACHERS}-ema"]
+    with pytest.raises(ReflowError, match=f"{TEACHERS}-ema, the teacher's"):
+        check_destination(cfg, teacher(f"{TEACHERS}-ema"), {"policy.repo_id"})
+
+
+@pytest.fixture
+def published(workshop, tmp_path):
+    """The workshop's teacher, with the repository that it was pushed to, and the flags of a run with it."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for path in (workshop / "1rf" / LAST).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "train_config.json"):
+        content = json.loads((folder / name).read_text())
+        content.get("policy", content).update(repo_id=TEACHERS, push_to_hub=True)
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """The repositories that anything is pushed to meanwhile, which is then not done."""
+    found = []
+
+    class Hub:
+        def create_repo(self, repo_id, **kwargs):
+            found.append(repo_id)
+            raise ConnectionError("not in a test")
+
+    for module in ("lerobot.policies.pretrained", "lerobot.utils.hub", "lerobot.common.train_utils"):
+        try:
+            monkeypatch.setattr(f"{module}.HfApi", Hub)
+        except (ImportError, AttributeError):  # not in this LeRobot
+            continue
+    return found
+
+
+def test_nothing_of_a_run_names_the_teachers_repository(workshop, published, tmp_path, capsys, pushed):
+    """Not its saved files, nor a later run that is told to push."""
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=published))
+    for name in ("config.json", "train_config.json"):
+        assert TEACHERS not in (run / LAST / name).read_text()
+    resume = ["--resume=true", f"--config_path={run}", "--steps=2"]
+    assert "'repo_id' argument missing" in refused(
+        capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true"]
+    ).replace("'policy.repo_id'", "'repo_id'")
+    if "save_checkpoint_to_hub" in TrainPipelineConfig.__dataclass_fields__:
+        line = refused(capsys, reflow_train_main, [*resume, "--save_checkpoint_to_hub=true"])
+        assert "save_checkpoint_to_hub requires --policy.repo_id" in line
+    with pytest.raises(ConnectionError):
+        reflow_train_main([*resume, "--policy.push_to_hub=true", "--policy.repo_id=me/student"])
+    assert pushed == ["me/student"]
+
+
+def test_a_student_that_still_names_it_is_not_pushed_there(workshop, published, tmp_path, capsys, pushed):
+    """One that an earlier version of this package saved."""
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=published))
+    file = run / LAST / "train_config.json"
+    content = json.loads(file.read_text())
+    content["policy"]["repo_id"] = TEACHERS
+    file.write_text(json.dumps(content))
+    resume = ["--resume=true", f"--config_path={run}", "--steps=2", "--policy.push_to_hub=true"]
+    assert f"would push into {TEACHERS}" in refused(capsys, reflow_train_main, resume)
+    assert pushed == []
+    with pytest.raises(ConnectionError):
+        reflow_train_main([*resume, f"--policy.repo_id={TEACHERS}"])
+    assert pushed == [TEACHERS]
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_the_file_of_a_resumed_run(workshop, tmp_path, capsys):
+    """It takes its own steps, from the teacher's weights, with an optimizer of its own."""
+    first = tmp_path / "first"
+    reflow_train_main(reflow_run(workshop, first, steps=2))
+    reflow_train_main(["--resume=true", f"--config_path={first}", "--steps=3"])
+    file = first / LAST / "train_config.json"
+    assert json.loads(file.read_text())["resume"]
+    reflow_train_main([f"--config_path={file}", f"--output_dir={tmp_path / 'second'}", "--save_freq=1"])
+    reflow_train_main(reflow_run(workshop, tmp_path / "same", steps=3, save_freq=1, policy__scheduler_decay_steps=2))
+    for step in (1, 3):
+        one, other = (
+            load_file(tmp_path / run / f"checkpoints/00000{step}/pretrained_model/model.safetensors")
+            for run in ("second", "same")
+        )
+        assert all((one[name] == other[name]).all() for name in other)
+
+
+def test_a_run_from_the_teachers_file(workshop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = workshop / "1rf" / LAST / "train_config.json"
+    before = {path: path.read_bytes() for path in (workshop / "1rf").rglob("*") if path.is_file()}
+    flags = [f"--config_path={file}", f"--reflow.teacher_path={file.parent}", "--steps=1", "--wandb.mode=disabled"]
+    reflow_train_main(flags)
+    (made,) = tmp_path.glob(f"outputs/train/*/*_smolvla/{LAST}")
+    saved = json.loads((made / "train_config.json").read_text())
+    assert saved["optimizer"]["lr"] == 2e-5
+    assert saved["dataset"]["root"] == str(workshop / "dataset")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_merged_adapter_that_says_it_is_one(workshop, tmp_path):
+    """`use_peft: true` stays in the config of a checkpoint whose adapter has been merged, and in its training's."""
+    lora = {"peft__method_type": "LORA", "peft__r": 2}
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    for path in (workshop / "1rf" / LAST).iterdir():
+        (merged / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "train_config.json"):
+        content = json.loads((merged / name).read_text())
+        content.get("policy", content)["use_peft"] = True
+        (merged / name).write_text(json.dumps(content))
+    reflow_train_main(reflow_run(workshop, tmp_path / "full", steps=1, reflow__teacher_path=merged))
+    assert not json.loads((tmp_path / "full" / LAST / "config.json").read_text())["use_peft"]
+    flags = reflow_run(workshop, tmp_path / "lora", steps=1, reflow__teacher_path=merged, **lora)
+    reflow_train_main([*flags, f"--config_path={merged}"])
+    reflow_train_main(["--resume=true", f"--config_path={tmp_path / 'lora'}", "--steps=2"])
+    assert (tmp_path / "lora" / "checkpoints/000002/pretrained_model/adapter_model.safetensors").is_file()
+
+
+def test_what_tells_a_saved_file(workshop):
+    """LeRobot writes a field into it that nobody can set."""
+    assert "checkpoint_path" in json.loads((workshop / "1rf" / LAST / "train_config.json").read_text())
+    assert not TrainPipelineConfig.__dataclass_fields__["checkpoint_path"].init

@@ -1,0 +1,248 @@
+"""Stored pairs come with the batch: read by the data loader's processes, chosen at random, and used once."""
+
+import dataclasses
+import os
+import pickle
+
+import lerobot
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import reflow_run, reflow_train_main, refused
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from packaging.version import Version
+from pairs_helpers import CHUNK, WIDTH, observed
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, default_collate
+
+from smolvla_reflow import Pairs, Recipe, attach
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.pairs import store
+from smolvla_reflow.pairs.loading import CollateWithPairs, read_in_loader
+from smolvla_reflow.pairs.manifest import shard_path
+
+streams_images = pytest.mark.skipif(
+    Version(lerobot.__version__) < Version("0.6.0"), reason="this LeRobot streams videos only"
+)
+
+
+@pytest.fixture
+def dataset(workshop):
+    return LeRobotDataset(REPO_ID, root=workshop / "dataset")
+
+
+@pytest.fixture
+def items(dataset):
+    """Of frames 0, 7, 20 and 47; the set has 16 frames in a shard."""
+    return [dataset[i] for i in (0, 7, 20, 47)]
+
+
+def brought(batch):
+    return batch["info"][store.BROUGHT]
+
+
+def picks(batch, per_frame=1):
+    """Which of a frame's three stored pairs is in the batch, and that it is one, read from the files by other means."""
+    for frame, noises, actions in zip(
+        batch["index"].tolist(), brought(batch)["noise"], brought(batch)["actions"], strict=True
+    ):
+        assert noises.shape == actions.shape == (per_frame, CHUNK, WIDTH)
+        stored = [pair_noise(0, frame, pair, (CHUNK, WIDTH)) for pair in range(3)]
+        pairs = [[torch.equal(noise, other) for other in stored].index(True) for noise in noises]
+        yield tuple(pairs)
+
+
+def with_pairs(folder, *, per_frame=1, process=0, collate=default_collate):
+    return CollateWithPairs(collate, Pairs(folder), per_frame, process)
+
+
+# --- what is brought ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [{"num_workers": 0}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
+def test_pairs_get_through_loader_accelerator_and_preprocessor(workshop, stored, dataset, workers):
+    """The batch that the policy gets holds, for each frame, the noise and the actions of one of its pairs."""
+    loader = DataLoader(dataset, batch_size=24, **workers)
+    read_in_loader(loader, Pairs(stored), per_frame=2)
+    loader = Accelerator(cpu=True).prepare(loader)
+    policy, _ = observed(workshop)
+    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
+    files = [load_file(shard_path(stored, shard))["actions"].float() for shard in range(3)]
+    seen = []
+    for loaded in loader:
+        batch = preprocessor(loaded)
+        for i, pairs in enumerate(picks(batch, per_frame=2)):
+            frame = int(batch["index"][i])
+            seen.append(frame)
+            assert len(set(pairs)) == 2
+            for k, pair in enumerate(pairs):
+                assert torch.equal(brought(batch)["actions"][i, k], files[frame // 16][frame % 16, pair])
+    assert seen == list(range(48))
+
+
+def test_a_batch_of_its_own_kind_is_left_alone(workshop, stored, items):
+    """Nothing to find the pairs by, an "info" that the dataset has, and a batch of which a collate made nothing."""
+    without = [{name: value for name, value in item.items() if name != "index"} for item in items]
+    assert "info" not in with_pairs(stored)(without)
+    batch = with_pairs(stored)([{**item, "info": torch.tensor(3)} for item in items])
+    assert batch["info"].tolist() == [3] * 4
+    assert with_pairs(stored, collate=lambda items: None)(items) is None
+    policy, _ = observed(workshop)
+    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
+    batch = {**preprocessor(batch), "action": torch.zeros(4, CHUNK, 2)}
+    with attach(policy, pairs=stored):
+        assert torch.isfinite(policy.train().forward(batch)[0])
+
+
+# --- chosen at random -----------------------------------------------------------------------------------------
+
+
+def test_processes_that_are_seeded_alike_choose_for_themselves(stored, items):
+    def chosen(process):
+        torch.manual_seed(5)
+        collate = with_pairs(stored, process=process)
+        return [pair for _ in range(20) for pair in picks(collate(items))]
+
+    assert chosen(0) == chosen(0)
+    first, second = chosen(0), chosen(1)
+    assert 10 < sum(a == b for a, b in zip(first, second, strict=True)) < 45  # of 80, a third by chance
+    assert set(first) == {(0,), (1,), (2,)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_epoch_chooses_anew(stored, dataset, num_workers):
+    loader = DataLoader(dataset, batch_size=6, num_workers=num_workers)
+    read_in_loader(loader, Pairs(stored), per_frame=1)
+    torch.manual_seed(0)
+    epochs = [[pair for batch in loader for pair in picks(batch)] for _ in range(2)]
+    assert 5 < sum(a == b for a, b in zip(*epochs, strict=True)) < 30  # of 48, a third by chance
+    if num_workers:  # nor do its processes choose alike
+        assert epochs[0][:6] != epochs[0][6:12]
+
+
+def test_choosing_takes_no_random_numbers_from_others(stored, items):
+    """So that image transforms are those of plain LeRobot."""
+    collate = with_pairs(stored)
+    torch.manual_seed(0)
+    collate(items)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_used_collate_can_be_sent_to_another_process(stored, items):
+    collate = with_pairs(stored)
+    assert list(picks(pickle.loads(pickle.dumps(collate))(items)))
+
+
+# --- used in the step -----------------------------------------------------------------------------------------
+
+
+def test_a_step_takes_what_its_batch_brought_and_reads_if_asked_again(workshop, stored, items, monkeypatch):
+    policy, _ = observed(workshop)
+    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
+    batch = preprocessor(with_pairs(stored, per_frame=2)(items))
+    batch["action"] = torch.zeros(4, CHUNK, 2)
+    noise, actions = (brought(batch)[name].flatten(0, 1) for name in ("noise", "actions"))
+    opened = []
+    safe_open = store.safe_open
+    monkeypatch.setattr(store, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
+    attach(policy, pairs=stored, recipe=Recipe(couplings_per_frame=2))
+    forward_standard, seen = policy.model.forward_standard, []
+    policy.model.forward_standard = lambda *args: seen.append(args[-3:-1]) or forward_standard(*args)
+    policy.train().forward(batch)
+    assert not opened
+    assert torch.equal(seen[0][0], actions)
+    assert torch.equal(seen[0][1], noise)
+    policy.forward(batch)
+    assert len(opened) == 3
+    assert not torch.equal(seen[1][1], noise)
+
+
+@pytest.mark.parametrize("change", ["frames", "per_frame"])
+def test_what_does_not_belong_to_the_batch_is_not_used(workshop, stored, items, change):
+    policy, batch = observed(workshop)
+    batch = {**batch, "action": torch.zeros(4, CHUNK, 2)}
+    batch["info"] = with_pairs(stored, per_frame=2 if change == "per_frame" else 1)(items)["info"]
+    if change == "frames":
+        batch["index"] = batch["index"].flip(0)
+    attach(policy, pairs=stored)
+    forward_standard, seen = policy.model.forward_standard, []
+    policy.model.forward_standard = lambda *args: seen.append(args[-2]) or forward_standard(*args)
+    policy.train().forward(batch)
+    for frame, noise in zip(batch["index"].tolist(), seen[0], strict=True):
+        assert any(torch.equal(noise, pair_noise(0, frame, pair, (CHUNK, WIDTH))) for pair in range(3))
+
+
+def test_a_batch_opens_each_file_once(stored, monkeypatch):
+    opened = []
+    safe_open = store.safe_open
+    monkeypatch.setattr(store, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
+    pairs, frames = Pairs(stored), [40, 3, 20, 41, 4, 21, 3]
+    coupling = pairs.draw(frames, torch.device("cpu"), per_frame=3)
+    assert len(opened) == len(set(opened)) == 3
+    for i, frame in enumerate(frame for frame in frames for _ in range(3)):
+        every = [pairs.lookup(frame, pair) for pair in range(3)]
+        (k,) = [k for k in range(3) if torch.equal(every[k].noise, coupling.noise[i])]
+        assert torch.equal(every[k].actions, coupling.actions[i])
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=streams_images)])
+def test_training_reads_no_pair_itself(workshop, stored, tmp_path, monkeypatch, streaming):
+    log = tmp_path / "opened"
+    safe_open = store.safe_open
+
+    def logged(path, **how):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return safe_open(path, **how)
+
+    monkeypatch.setattr(store, "safe_open", logged)
+    flags = {"reflow__pairs_path": stored, "num_workers": 1, "steps": 2, "reflow__couplings_per_frame": 2}
+    if streaming:
+        flags["dataset__streaming"] = "true"
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    assert str(os.getpid()) not in (log.read_text().splitlines() if log.exists() else [])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_is_gone_is_a_sentence(workshop, copied, tmp_path, capsys, monkeypatch, num_workers):
+    check = Pairs.check
+
+    def then_gone(pairs, process=None):
+        check(pairs, process)
+        for shard in range(3):
+            shard_path(copied, shard).unlink()
+
+    monkeypatch.setattr(Pairs, "check", then_gone)
+    flags = reflow_run(workshop, tmp_path / "run", reflow__pairs_path=copied, num_workers=num_workers)
+    assert "cannot be read (" in refused(capsys, reflow_train_main, flags)
+
+
+def test_each_start_hashes_every_file_once(workshop, stored, tmp_path, monkeypatch):
+    hashed = []
+    check_shards = store.check_shards
+    monkeypatch.setattr(store, "check_shards", lambda *of: hashed.append(of) or check_shards(*of))
+    flags = {"reflow__pairs_path": stored, "steps": 1, "save_freq": 1}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    assert len(hashed) == 1
+    reflow_train_main([f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=2"])
+    assert len(hashed) == 2
+
+
+def test_only_the_first_process_of_a_node_reads_and_all_learn_of_it(copied):
+    @dataclasses.dataclass
+    class Process:
+        is_local_main_process: bool
+
+    pairs = Pairs(copied)
+    shard_path(copied, 1).unlink()
+    with pytest.raises(ValueError, match="pairs-00001.safetensors is not the file that was written"):
+        pairs.check(Process(is_local_main_process=True))
+    pairs.check(Process(is_local_main_process=False))  # it would learn it from the other, which is not there

@@ -1,0 +1,139 @@
+"""Recorded actions in a reflow batch: every entry that counts weighs the same, by d loss / d losses."""
+
+import lerobot
+import pytest
+import torch
+from helpers import ACTION_DIM, CHUNK, WIDTH, make_batch
+from packaging.version import Version
+
+from smolvla_reflow import Losses, Recipe, attach, register_loss_strategy
+
+BATCH = 8
+LEAVES_OUT_PADDING = Version(lerobot.__version__) >= Version("0.5.0")  # LeRobot's loss on recorded actions
+
+
+@pytest.fixture
+def batch():
+    """Padded steps in every second frame, so that they are among the recorded rows and among the others."""
+    made = make_batch(BATCH)
+    made["action_is_pad"] = torch.zeros(BATCH, CHUNK, dtype=torch.bool)
+    made["action_is_pad"][::2, -2:] = True
+    return made
+
+
+def unreduced(policy):
+    """Let the student's unreduced losses be a leaf; returns the list that they are put into."""
+    leaves, forward_standard = [], policy.model.forward_standard
+
+    def leaf(*args):
+        leaves.append(forward_standard(*args).detach().requires_grad_())
+        return leaves[-1]
+
+    policy.model.forward_standard = leaf
+    return leaves
+
+
+def weights(policy, batch, reduction="mean", of=None):
+    """The loss of a training step, its gradient to the unreduced losses, and those."""
+    leaves = unreduced(policy)
+    torch.manual_seed(0)
+    loss, metrics = policy.train().forward(dict(batch), reduction=reduction)
+    (loss.sum() if of is None else loss[of]).backward()
+    (leaf,) = leaves
+    return loss.detach(), leaf.grad, leaf.detach(), metrics
+
+
+def counted(batch, recorded):
+    """Entries that count, (BATCH, CHUNK, WIDTH): all of a coupling's, and what is real of the first `recorded` rows."""
+    counts = torch.ones(BATCH, CHUNK, WIDTH)
+    if LEAVES_OUT_PADDING:
+        counts[:recorded] *= ~batch["action_is_pad"][:recorded, :, None]
+        counts[:recorded, :, ACTION_DIM:] = 0
+    return counts
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.875])
+def test_every_entry_that_counts_weighs_the_same(policy, teacher, batch, ratio):
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=ratio))
+    loss, gradient, losses, metrics = weights(policy, batch)
+    counts = counted(batch, int(ratio * BATCH))
+    torch.testing.assert_close(gradient, counts / counts.sum())
+    torch.testing.assert_close(loss, (counts * losses).sum() / counts.sum())
+    assert metrics == {"loss": pytest.approx(loss.item())}
+
+
+@pytest.mark.parametrize("frame", [0, 1, BATCH - 2, BATCH - 1])
+def test_so_does_it_in_one_loss_per_frame(policy, teacher, batch, frame):
+    """Padded or not, on recorded actions or not."""
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.25))
+    by_frame, gradient, losses, _ = weights(policy, batch, "none", of=frame)
+    counts = counted(batch, 2)
+    expected = torch.zeros(BATCH, CHUNK, WIDTH)
+    expected[frame] = counts[frame] * BATCH / counts.sum()
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(by_frame, (counts * losses).sum(dim=(1, 2)) * BATCH / counts.sum())
+    torch.testing.assert_close(by_frame.mean(), (counts * losses).sum() / counts.sum())
+
+
+def test_the_recorded_share_of_the_gradient_is_the_ratio(policy, teacher, batch):
+    """On the robot's own dimensions, without padded steps: what the user asked for, on any LeRobot."""
+    batch["action_is_pad"][:] = False
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.25))
+    _, gradient, _, _ = weights(policy, batch)
+    own = gradient[..., :ACTION_DIM].sum(dim=(1, 2))
+    torch.testing.assert_close(own[:2].sum() / own.sum(), torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.001])
+def test_a_batch_of_couplings_alone_is_the_plain_mean(policy, teacher, batch, ratio):
+    """Also where a fraction of a frame is rounded down to none."""
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=ratio))
+    loss, gradient, losses, _ = weights(policy, batch)
+    assert torch.equal(loss, losses.mean())
+    torch.testing.assert_close(gradient, torch.full_like(losses, 1 / losses.numel()))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "settings", [{"recipe": Recipe(real_data_ratio=1.0)}, {"strategy": "standard"}], ids=["ratio 1", "standard"]
+)
+def test_recorded_actions_alone_are_lerobots_own_loss(policy, teacher, batch, settings, reduction):
+    """Bitwise, with its metrics: against stock LeRobot on the same noise and times."""
+    noise, time = torch.randn(BATCH, CHUNK, WIDTH), torch.rand(BATCH)
+    stock, stock_metrics = policy.train().forward(dict(batch), noise=noise, time=time, reduction=reduction)
+    attach(policy, teacher, **settings)
+    loss, metrics = policy.train().forward(dict(batch), noise=noise, time=time, reduction=reduction)
+    assert torch.equal(loss, stock)
+    assert metrics == stock_metrics
+
+
+def test_the_couplings_of_a_frame_share_its_weight(policy, teacher, batch):
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.25, couplings_per_frame=3))
+    _, gradient, _, _ = weights(policy, batch)
+    counts = counted(batch, 2)
+    torch.testing.assert_close(gradient, (counts / counts.sum() / 3).repeat_interleave(3, dim=0))
+
+
+def test_an_uncounted_entry_may_hold_anything(policy, teacher, batch, registry):
+    """A loss of one's own, NaN where no recorded action exists."""
+
+    @register_loss_strategy("half_recorded")
+    def half_recorded(step):
+        values = torch.where(counted(batch, 4) == 1, 2.0, torch.nan).requires_grad_()
+        return Losses(values, recorded=torch.arange(BATCH) < 4)
+
+    attach(policy, teacher, strategy="half_recorded")
+    loss, _ = policy.train().forward(dict(batch))
+    by_frame, _ = policy.forward(dict(batch), reduction="none")
+    assert [loss.item(), by_frame.mean().item()] == pytest.approx([2.0, 2.0])
+
+
+def test_it_needs_no_gradient_to_be_known(policy, teacher, batch):
+    """In one's own loop a loss in train mode may be asked for without gradient."""
+    noise, time = torch.randn(BATCH, CHUNK, WIDTH), torch.rand(BATCH)
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5))
+    with torch.no_grad():
+        without, _ = policy.train().forward(dict(batch), noise=noise, time=time)
+    loss, _ = policy.forward(dict(batch), noise=noise, time=time)
+    assert torch.equal(without, loss)
+    assert loss.requires_grad
