@@ -82,22 +82,22 @@ class Attachment:
             model=self.policy.model,
             forward=self.policy.model.forward_standard,
             observation=seen,
-            teachers_observation=self.teachers(seen, batch or {}),
             actions=actions,
-            source=self.source,
+            source=self.source.in_batch(batch or {}) if isinstance(self.source, Pairs) else self.source,
             recipe=self.recipe,
             batch=batch or {},
             noise=noise,
             time=time,
             features=self.features,
+            teachers_observation=self.teachers(seen, batch or {}),
         )
 
-    def teachers(self, seen: Observation, batch: Mapping[str, Any]) -> Observation:
-        """What the teacher sees of the batch of which the student sees this; see `FrozenTeacher.observe`."""
+    def teachers(self, seen: Observation, batch: Mapping[str, Any]) -> Observation | None:
+        """What the teacher sees of a batch of which the student sees this, None if it is the same."""
         if not isinstance(self.source, FrozenTeacher):
-            return seen
+            return None
         by_teacher = self.source.observe(batch, self.policy, seen)
-        return seen if by_teacher is seen else self.in_encoder_dtype(by_teacher)
+        return None if by_teacher is seen else self.in_encoder_dtype(by_teacher)
 
     def in_encoder_dtype(self, observation: Observation) -> Observation:
         return observation if self.features is None else self.features.in_dtype(observation)
@@ -174,8 +174,9 @@ class ModelMixin:
         `noise` is drawn as the stock sampler draws it unless it is given.
         """
         attachment = attachment_of(self)
-        seen = attachment.teachers(Observation(images, img_masks, lang_tokens, lang_masks, state), batch={})
-        return attachment.source(seen, frames=None, noise=noise, per_frame=1)
+        observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
+        attachment.teachers(observation, batch={})  # which raises where they do not do for the teacher
+        return attachment.source(observation, frames=None, noise=noise, per_frame=1)
 
 
 def attach(

@@ -40,9 +40,8 @@ class Losses:
     Attributes:
         values: (B, chunk_size, max_action_dim) float32, unreduced: squared errors of the velocity, weighed, and
             averaged over each frame's couplings.
-        recorded: of which frames these are losses on recorded actions: of all, none, or (B,) bool. LeRobot's own
-            reduction applies to those, which from LeRobot 0.5 on leaves out the padded parts of a chunk; any other
-            frame's loss is the mean over its whole chunk, every entry of which a teacher has given a value.
+        recorded: of which frames these are losses on recorded actions: of all, none, or (B,) bool. From LeRobot 0.5 on
+            their padded parts do not count; every entry that counts weighs the same (`reduction.py`).
     """
 
     values: Tensor
@@ -59,7 +58,6 @@ class Step:
         model: the student's VLAFlowMatching.
         forward: the student's own training forward, from (*observation, actions, noise, t) to squared errors of v.
         observation: what the student sees of the B frames.
-        teachers_observation: what the teacher sees of them; the same object, unless its cameras are others.
         actions: (B, chunk_size, max_action_dim) float32, the recorded ones, normalised and padded.
         source: of couplings.
         recipe: the user's choices of times, couplings per frame and share of recorded data.
@@ -68,13 +66,13 @@ class Step:
         noise: (B, chunk_size, max_action_dim) where the caller of forward fixed it, else None.
         time: (B,) where the caller of forward fixed it, else None.
         features: of the images, which student and teacher share; None if each has its own.
+        teachers_observation: what the teacher sees, if its cameras are others than the student's, else None.
         metrics: what `log` has collected.
     """
 
     model: VLAFlowMatching
     forward: Callable[..., Tensor]
     observation: Observation
-    teachers_observation: Observation
     actions: Tensor
     source: CouplingSource
     recipe: Recipe
@@ -82,6 +80,7 @@ class Step:
     noise: Tensor | None = None
     time: Tensor | None = None
     features: SharedFeatures | None = None
+    teachers_observation: Observation | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
 
     @property
@@ -101,7 +100,7 @@ class Step:
             ReflowError: the source fails, or gives something else than such lines.
         """
         per_frame = self.couplings_per_frame
-        coupling = self.source(self.teachers_observation, frames=self.frames, noise=self.noise, per_frame=per_frame)
+        coupling = self.source(self._teachers_view, frames=self.frames, noise=self.noise, per_frame=per_frame)
         if not isinstance(coupling, Coupling):
             raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
         self._check(coupling, len(self.actions) * per_frame)
@@ -248,6 +247,10 @@ class Step:
             weights=None if weights is None else torch.where(in_chunks, torch.ones_like(weights), weights),
         )
 
+    @property
+    def _teachers_view(self) -> Observation:
+        return self.observation if self.teachers_observation is None else self.teachers_observation
+
     def _repeated(self, per_frame: int) -> Observation:
         if per_frame == 1:
             return self.observation
@@ -269,7 +272,7 @@ class Step:
                 "The teacher's velocity is defined in its own normalised space, which is not that of these batches; "
                 "fine-tune the teacher on this dataset first."
             )
-        return self.source.velocity(self.teachers_observation)
+        return self.source.velocity(self._teachers_view)
 
 
 class _Lines(NamedTuple):

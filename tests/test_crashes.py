@@ -124,7 +124,7 @@ def test_a_torn_checkpoint_is_refused_and_the_whole_one_named(run, capsys):
     shutil.rmtree(run / "checkpoints/000003")
     for step in ("000001", "000002"):
         (run / f"checkpoints/{step}/training_state/training_step.json").write_text("{")
-    assert "That run has no whole checkpoint." in refused(capsys, reflow_train_main, resume_flags(run, "000004"))
+    assert "That run has none." in refused(capsys, reflow_train_main, resume_flags(run, "000004"))
 
 
 # --- a loss that is lost --------------------------------------------------------------------------------------

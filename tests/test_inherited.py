@@ -1,6 +1,7 @@
 """A new run from the config file of another: what it takes over, what it decides anew, and that it pushes nowhere."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -271,10 +272,7 @@ def test_averaged_weights_go_beside_the_students():
 @pytest.fixture
 def published(workshop, tmp_path):
     """The workshop's teacher, with the repository that it was pushed to, and the flags of a run with it."""
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    for path in (workshop / "1rf" / LAST).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
     for name in ("config.json", "train_config.json"):
         content = json.loads((folder / name).read_text())
         content.get("policy", content).update(repo_id=TEACHERS, push_to_hub=True)
@@ -288,6 +286,9 @@ def pushed(monkeypatch):
     found = []
 
     class Hub:
+        def __init__(self, token=None):
+            pass
+
         def create_repo(self, repo_id, **kwargs):
             found.append(repo_id)
             raise ConnectionError("not in a test")
@@ -370,10 +371,7 @@ def test_a_run_from_the_teachers_file(workshop, tmp_path, monkeypatch):
 def test_a_merged_adapter_that_says_it_is_one(workshop, tmp_path):
     """`use_peft: true` stays in the config of a checkpoint whose adapter has been merged, and in its training's."""
     lora = {"peft__method_type": "LORA", "peft__r": 2}
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    for path in (workshop / "1rf" / LAST).iterdir():
-        (merged / path.name).write_bytes(path.read_bytes())
+    merged = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "merged"))
     for name in ("config.json", "train_config.json"):
         content = json.loads((merged / name).read_text())
         content.get("policy", content)["use_peft"] = True

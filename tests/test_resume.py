@@ -59,6 +59,7 @@ def flags(*argv):
         ("checkpoints/000001", "000001"),
         ("checkpoints/000001/pretrained_model", "000001"),
         (f"checkpoints/000001/{CONFIG}", "000001"),
+        ("checkpoints/000001/pretrained_model/config.json", "000001"),
     ],
 )
 def test_every_way_to_name_a_checkpoint(run, path, step, monkeypatch):
@@ -92,6 +93,8 @@ def test_a_runs_folder_resumes_from_its_newest_whole_checkpoint(run):
             "run/checkpoints/000009",
             "000009 does not exist. The newest whole one of that run is --config_path={run}/checkpoints/000002/",
         ),
+        ("run/checkpoints/lst", "lst does not exist. The newest whole one of that run is --config_path={run}/"),
+        ("run/checkpoints/000001/training_state", "training_state holds no checkpoint of a training run."),
         ("run/wandb", "run/wandb holds no checkpoint of a training run."),
         ("hand.yaml", "hand.yaml does not belong to a whole checkpoint: {parent}/config.json is missing."),
     ],
@@ -109,8 +112,8 @@ def test_a_run_without_a_whole_checkpoint(run, capsys):
         (folder / "training_state/rng_state.safetensors").unlink()
     for path in (run, run / "checkpoints/last"):
         line = refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}"])
-        assert line.endswith("That run has no whole checkpoint.")
-    assert "training_state/rng_state.safetensors is missing" in line
+        assert ("holds no whole checkpoint" in line) is (path == run)
+    assert line.endswith(": training_state/rng_state.safetensors is missing. That run has none.")
 
 
 def test_weights_cannot_be_chosen_for_a_resumed_run(run, capsys):
@@ -120,13 +123,22 @@ def test_weights_cannot_be_chosen_for_a_resumed_run(run, capsys):
     assert "--reflow.num_stepz is unknown" in refused(capsys, reflow_train_main, argv)
 
 
+def test_a_file_that_another_lerobot_saved(run, capsys, workshop):
+    edit(run / "checkpoints/000002" / CONFIG, frobnicate=3)
+    line = refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={run}"])
+    assert "`frobnicate` are not valid" in line
+    assert "saved has such fields; resume with the one that saved it." in line
+    line = refused(capsys, reflow_train_main, [f"--config_path={run}"])
+    assert "take them out of the file." in line
+
+
 # --- which files a checkpoint has -------------------------------------------------------------------------------
 
 
 def test_every_file_that_lerobot_saves_is_needed(run):
     """Missing, and cut off."""
     checkpoint = run / "checkpoints/000002"
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    files = [path for path in checkpoint.glob("*/*") if path.is_file()]  # deeper down is what a tokenizer has saved
     assert len(files) == 12
     for path in files:
         name, content = path.relative_to(checkpoint), path.read_bytes()
@@ -160,13 +172,13 @@ def test_other_layouts(run):
 
     preprocessor = policy / "policy_preprocessor.json"
     steps = json.loads(preprocessor.read_text())["steps"]
-    steps[0]["artifacts"] = {"tokenizer_name": "tokenizer"}
+    steps[0]["artifacts"] = {"tokenizer_name": "words"}
     edit(preprocessor, steps=steps)
-    assert flaw(checkpoint) == "pretrained_model/tokenizer is missing"
-    (policy / "tokenizer").mkdir()
-    (policy / "tokenizer" / "tokenizer.json").write_text("{")
-    assert flaw(checkpoint) == "pretrained_model/tokenizer/tokenizer.json is not complete"
-    (policy / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert flaw(checkpoint) == "pretrained_model/words is missing"
+    (policy / "words").mkdir()
+    (policy / "words" / "tokenizer.json").write_text("{")
+    assert flaw(checkpoint) == "pretrained_model/words/tokenizer.json is not complete"
+    (policy / "words" / "tokenizer.json").write_text("{}")
     assert flaw(checkpoint) is None
 
     edit(config, checkpoint_format="DCP")

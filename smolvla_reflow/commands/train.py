@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import lerobot
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
@@ -64,6 +65,14 @@ def parsed(arguments: Arguments) -> ReflowTrainPipelineConfig:
     try:
         with parse_errors():
             return parse()
+    except ReflowError as error:
+        if "are not valid for" not in str(error):
+            raise
+        what_to_do = "resume with the one that saved it" if arguments.resume else "take them out of the file"
+        raise ReflowError(
+            f"{error} A file that another LeRobot than the installed {lerobot.__version__} saved has such fields; "
+            f"{what_to_do}."
+        ) from None
     finally:
         if arguments.config_file is not None:
             arguments.config_file.unlink()

@@ -19,7 +19,6 @@ def load_frames(
     positions: Sequence[int],
     *,
     chunk_size: int,
-    fps: int | None = None,
     batch_size: int,
     tolerance_s: float = TOLERANCE_S,
 ) -> Iterator[dict[str, Any]]:
@@ -29,7 +28,6 @@ def load_frames(
         dataset: whose frames they are. If it has a share of episodes held out from training, the frames are of those.
         positions: of the frames among all that are chosen.
         chunk_size: how many actions.
-        fps: not looked at.
         batch_size: frames at once.
         tolerance_s: by how many seconds a video's frame may be off its time.
 

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import frame_ranges, open_metadata
+from smolvla_reflow.dataset import chosen_episodes, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings, with_success
@@ -35,7 +35,8 @@ def run(cfg: EvalConfig) -> None:
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
     if cfg.env is not None:
         check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
-    positions = evenly_spaced(sum(map(len, frame_ranges(metadata, cfg.dataset.episodes))), cfg.num_frames)
+    chosen = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset, held_out=True))
+    positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
     policies = [
         load_measured_policy(name, checkpoint, cfg.policy.device, cfg.rename_map)
         for name, checkpoint in checkpoints.items()
@@ -78,7 +79,9 @@ def measure(
         seed=cfg.seed,
     )
     chunk_size = policies[0].policy.config.chunk_size
-    batches = load_frames(cfg.dataset, positions, chunk_size=chunk_size, fps=metadata.fps, batch_size=cfg.batch_size)
+    batches = load_frames(
+        cfg.dataset, positions, chunk_size=chunk_size, batch_size=cfg.batch_size, tolerance_s=cfg.tolerance_s
+    )
     with tqdm(total=len(positions), desc="measuring", unit="frame") as bar:
         return evaluate(policies, batches, settings, progress=bar.update)
 

@@ -14,12 +14,14 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
+from lerobot.datasets.video_utils import FrameTimestampError
 from safetensors import SafetensorError
 from torch import nn
 
 from smolvla_reflow.attach import attach
 from smolvla_reflow.compat import gradient_accumulation
 from smolvla_reflow.compat import train as lerobot_train
+from smolvla_reflow.dataset import frame_error
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
@@ -133,6 +135,8 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         lerobot_train(cfg, hooked)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_continue(cfg, arguments)) from None
+    except FrameTimestampError as error:
+        raise ReflowError(f"{frame_error(error, cfg.tolerance_s)} {how_to_continue(cfg, arguments)}") from None
     except (OSError, SafetensorError) as error:
         if not cannot_write(error):
             raise

@@ -93,7 +93,7 @@ def find_config(path: Path) -> Path | None:
     Args:
         path: of the file, or of a policy's, a checkpoint's or a run's folder, of which it is the newest whole one's.
     """
-    config = _config_meant(path) or _newest(path)
+    config = _newest(path) if _is_run(path) else _config_meant(path)
     return config if config is not None and config.is_file() else None
 
 
@@ -105,24 +105,27 @@ def resumable_config(path: Path) -> Path:
     Raises:
         ReflowError: there is no such checkpoint, or it is not whole.
     """
-    config = _config_meant(path)
+    config = None if _is_run(path) else _config_meant(path)
     lacks = None if config is None else flaw(config.parent.parent, config.parent.name)
     if config is not None and lacks is None:
         return config
-    newest, is_in_run = _newest(path), (_run_of(path) / CHECKPOINTS_DIR).is_dir()
-    if newest is not None and (config is None or config.parent.parent.name == LAST_CHECKPOINT_LINK):
+    newest = _newest(path)
+    if newest is not None and (
+        _is_run(path) or (config is not None and config.parent.parent.name == LAST_CHECKPOINT_LINK)
+    ):
         return newest
+    if _is_run(path):
+        raise ReflowError(f"--config_path={path} holds no whole checkpoint, with training_state and all.")
     if not path.exists():
-        problem = " does not exist."
+        problem = "does not exist"
     elif lacks is not None:
-        problem = f" does not belong to a whole checkpoint: {lacks}."
+        problem = f"does not belong to a whole checkpoint: {lacks}"
     else:
-        problem = ":" if is_in_run else " holds no checkpoint of a training run."
+        problem = "holds no checkpoint of a training run"
+    hint = " That run has none." if (_run_of(path) / CHECKPOINTS_DIR).is_dir() else ""
     if newest is not None:
-        problem += f" The newest whole one of that run is --config_path={newest}"
-    elif is_in_run:
-        problem += " That run has no whole checkpoint."
-    raise ReflowError(f"--config_path={path}{problem}")
+        hint = f" The newest whole one of that run is --config_path={newest}"
+    raise ReflowError(f"--config_path={path} {problem}.{hint}")
 
 
 def training_step(checkpoint: Path) -> int:
@@ -139,16 +142,21 @@ def how_to_go_on(output_dir: Path, typed: Sequence[str] = ()) -> str:
     return f"Go on from the last good checkpoint with {flags}"
 
 
+def _is_run(path: Path) -> bool:
+    """Whether a path is a run's output folder, or that of its checkpoints."""
+    return (path / CHECKPOINTS_DIR).is_dir() or (path.absolute().name == CHECKPOINTS_DIR and path.is_dir())
+
+
 def _config_meant(path: Path) -> Path | None:
     """The `train_config.json` of the checkpoint that a path means, there or not; None if it means no certain one."""
     path = path.absolute()
-    is_step = path.name.isdecimal() or path.name == LAST_CHECKPOINT_LINK
-    if path.is_file() or path.name == TRAIN_CONFIG_NAME:
-        return path
     if path.name == PRETRAINED_MODEL_DIR or (path / TRAIN_CONFIG_NAME).is_file():
         return path / TRAIN_CONFIG_NAME
-    if (path / CHECKPOINTS_DIR).is_dir():
-        return None
+    if path.name == CONFIG_NAME and path.with_name(TRAIN_CONFIG_NAME).is_file():  # the policy's, and no user's own
+        return path.with_name(TRAIN_CONFIG_NAME)
+    if path.is_file() or path.name == TRAIN_CONFIG_NAME:
+        return path
+    is_step = path.name.isdecimal() or path.name == LAST_CHECKPOINT_LINK
     if (path / PRETRAINED_MODEL_DIR).is_dir() or (is_step and path.parent.name == CHECKPOINTS_DIR):
         return path / CONFIG
     return None
