@@ -1,6 +1,8 @@
 """Fixtures: a small SmolVLA, a batch for it, and a 1-rectified flow that `lerobot-train` trained."""
 
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import shutil
@@ -27,6 +29,9 @@ from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.flags import one_rectified_flow_flags
 from smolvla_reflow.demo.task import write_dataset
 
+# draccus looks for the help of each field in the source of its class, which it reads anew for each field of each command
+# line: most of the time that a short command takes.
+inspect.getsource = functools.cache(inspect.getsource)
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
 
 

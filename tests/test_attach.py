@@ -133,7 +133,8 @@ def test_teacher_is_in_nothing_that_is_saved_or_trained(policy, teacher, batch, 
 
 
 def test_teacher_stays_frozen_and_in_eval_mode(policy, teacher, batch):
-    attach(policy, teacher)
+    """Also of a student that is in train mode already."""
+    attach(policy.train(), teacher)
     frozen = policy.model.teacher
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     for _ in range(3):

@@ -20,7 +20,7 @@ from pairs_helpers import pairs_flags
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from smolvla_reflow import ReflowError
+from smolvla_reflow import ReflowError, attach
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
@@ -432,6 +432,16 @@ def test_a_run_from_the_hub_keeps_its_commit(workshop, cache, tmp_path):
 def test_training_on_a_revision(workshop, cache, tmp_path):
     student = train_on(workshop, "me/teacher", tmp_path / "run", reflow__teacher_revision="v1")
     assert json.loads((student / "train_config.json").read_text())["reflow"]["teacher_commit"] == COMMITS[0]
+
+
+@pytest.mark.parametrize(("revision", "commit"), [(None, COMMITS[1]), ("v1", COMMITS[0])])
+def test_attaching_a_revision(workshop, cache, revision, commit):
+    student = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST)
+    attached = attach(student, "me/teacher", revision=revision).teacher
+    expected = SmolVLAPolicy.from_pretrained(cache / "snapshots" / commit).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in attached.state_dict().items())
+    with pytest.raises(ReflowError, match="revision has no effect on a teacher that is not named by its hub id"):
+        attach(SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST), student, revision="v1")
 
 
 def test_evaluating_a_revision(workshop, cache, tmp_path, capsys):

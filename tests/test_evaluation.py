@@ -318,22 +318,22 @@ def test_recommendation(student, tolerance, expected):
 
 
 def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, capsys):
-    """With a teacher of 10 steps and a student measured at 1 alone; its own default of 10 is measured too."""
+    """With a student measured at 1 step, at the 3 that are its own default, and at the 10 of its teacher."""
     poor = Path(shutil.copytree(student, tmp_path / "poor"))
     config = json.loads((poor / "config.json").read_text())
-    (poor / "config.json").write_text(json.dumps({**config, "num_steps": 1}))
+    (poor / "config.json").write_text(json.dumps({**config, "num_steps": 3}))
     weights = load_file(poor / "model.safetensors")
     weights["model.action_out_proj.bias"] += 3.0  # its actions end three deviations off, at any number of steps
     save_file(weights, poor / "model.safetensors", {"format": "pt"})
     flags = {"policy__path": poor, "teacher_path": workshop / "1rf" / LAST, "num_steps": "[1]"}
     found = run_eval(workshop, tmp_path / "report", write_num_steps="true", **flags)
-    assert [row["num_steps"] for row in found["rows"] if row["policy"] == "student"] == [1, 10]
+    assert [row["num_steps"] for row in found["rows"] if row["policy"] == "student"] == [1, 3, 10]
     assert found["recommended_num_steps"] is None
     said = capsys.readouterr().out
     assert "No number of steps that was measured brings the student as close" in said
     assert "What helps: training longer" in said
     assert "Stored num_steps" not in said
-    assert json.loads((poor / "config.json").read_text())["num_steps"] == 1
+    assert json.loads((poor / "config.json").read_text())["num_steps"] == 3
 
 
 def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, student, tmp_path):

@@ -88,6 +88,28 @@ def test_training_the_policy_that_the_teacher_was_taken_from_does_not_change_it(
     assert frozen.config.num_steps == 10
 
 
+@pytest.mark.parametrize("stored", ["first", "second"])
+def test_tied_parameters_stay_tied(policy, teacher, tmp_path, stored):
+    """One tensor under two names, of which a checkpoint has one."""
+    names = ["model.state_proj.bias", "model.action_in_proj.bias"]
+    for one in (policy, teacher):
+        one.model.action_in_proj.bias = one.model.state_proj.bias
+    teacher.save_pretrained(tmp_path)
+    bias = teacher.model.state_proj.bias.detach()
+    kept, left_out = names if stored == "first" else reversed(names)
+    edit_weights(tmp_path, lambda w: (w.update({kept: bias.clone()}), w.pop(left_out, None)))
+    assert not torch.equal(bias, policy.model.state_proj.bias)
+    frozen = frozen_teacher(policy, open_checkpoint(tmp_path))
+    assert frozen.model.state_proj.bias is frozen.model.action_in_proj.bias
+    assert torch.equal(frozen.model.state_proj.bias, bias)
+
+
+def test_a_teacher_whose_config_names_no_features_has_the_students(policy, teacher):
+    """As LeRobot's guide to PEFT has it, `--policy.input_features=null`."""
+    teacher.config.input_features = None
+    assert frozen_teacher(policy, teacher).config.input_features == policy.config.input_features
+
+
 def test_what_guides_or_compiles_a_sampler_stays_with_the_policy(policy, teacher):
     """Real-time chunking would guide the couplings by a chunk that there is none of."""
     teacher.config.rtc_config, teacher.config.compile_model = RTCConfig(enabled=True), True
