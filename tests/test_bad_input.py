@@ -66,7 +66,6 @@ def other_backbone(tmp_path_factory):
         ({"reflow__pairs_path": "no/such/pairs"}, "no/such/pairs"),
         ({"steps": 0}, "--steps=0: at least 1 is needed"),
         ({"batch_size": 0}, "--batch_size=0: at least 1 is needed"),
-        ({"save_freq": 0}, "--save_freq=0: at least 1 is needed"),
         ({"num_workers": -1}, "--num_workers=-1: at least 0 is needed"),
         ({"dataset__episodes": "[0,99]"}, "--dataset.episodes: the dataset has 8, and no episode 99"),
         ({"policy__device": "gpu"}, "gpu"),

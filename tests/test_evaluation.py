@@ -5,6 +5,7 @@ import math
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -21,12 +22,22 @@ from smolvla_reflow import Solver
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
-from smolvla_reflow.evaluation.measure import Evaluation, Row, Settings, evaluate
+from smolvla_reflow.evaluation import latency, measure
+from smolvla_reflow.evaluation.measure import (
+    Evaluation,
+    Row,
+    Settings,
+    Solutions,
+    evaluate,
+    frame_records,
+    path_straightness,
+)
 from smolvla_reflow.evaluation.metrics import absolute_error, spread, squared_error, straightness
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
 from smolvla_reflow.evaluation.recommendation import recommend
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.solver import Path as SolverPath
 
 # --- metrics --------------------------------------------------------------------------------------------------
 
@@ -266,8 +277,37 @@ def test_each_policy_is_judged_by_the_steps_that_it_executes(workshop):
     assert executed_error([student]) != pytest.approx(executed_error([teacher]))
 
 
-def test_memory_does_not_grow_with_the_frames(workshop):
-    """Of the batches that went by, none is still held."""
+def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
+    """Against the same solutions cut to the dimension that moves."""
+    n, k, t = 2, 3, 4
+    fine, half, sampled, reference = torch.randn(4, n, k, t, 2, generator=torch.Generator().manual_seed(0))
+    batch = {"action": torch.zeros(n, t, 2), "action_is_pad": torch.zeros(n, t, dtype=torch.bool)}
+
+    def records(std):
+        width, settings = len(std), Settings(torch.tensor(std), [1], k, 2, seed=0)
+        cut = [actions[..., :width] for actions in (fine, half, sampled, reference)]
+        solved = Solutions(cut[0], cut[1], {1: cut[2]}, torch.zeros(n, k))
+        of_width = {**batch, "action": batch["action"][..., :width]}
+        return frame_records(solved, 1, cut[3], of_width, executed=2, settings=settings)
+
+    for found, expected in zip(records([0.5, 0.0]), records([0.5]), strict=True):
+        for name in ("flow_error", "own_flow_error", "fine_error", "spread", "fine_spread"):
+            assert getattr(found, name) == getattr(expected, name) > 0
+        assert found.action_error[:1] == expected.action_error
+        assert len(found.action_error) == len(found.action_error_executed) == 2
+
+
+def test_nor_is_a_path_crooked_in_it():
+    """A path of three dimensions, of which the robot has two, of which one moves."""
+    times, points = torch.linspace(1, 0, 5), torch.randn(5, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+    settings = Settings(torch.tensor([0.5, 0.0]), [1], 2, 2, seed=0)
+    found = path_straightness(SolverPath(times, points), lambda x, t: x * t, torch.tensor([3.0, 7.0]), settings)
+    one = points[..., :1] * 6
+    torch.testing.assert_close(found, straightness(one, one * times.reshape(-1, 1, 1, 1), times))
+
+
+def test_memory_does_not_grow_with_the_frames(workshop, monkeypatch):
+    """Of the batches that went by, none is still held; of the first, one frame, by which the latency is measured."""
     measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
     dataset = LeRobotDataset(
         REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
@@ -276,15 +316,41 @@ def test_memory_does_not_grow_with_the_frames(workshop):
 
     def batches():
         for i in range(4):
-            batch = torch.utils.data.default_collate([dataset[i]])
+            batch = torch.utils.data.default_collate([dataset[i], dataset[i + 1]])
             assert sum(ref() is not None for ref in alive) <= 1  # the one of the step before, at most
             alive.append(weakref.ref(batch["observation.images.top"]))
             yield batch
             del batch
 
+    def held(policy, frame, num_steps):
+        for name, value in frame.items():
+            assert len(value) == 1, name
+            if isinstance(value, torch.Tensor):
+                assert value.untyped_storage().nbytes() == value.nbytes, name  # no view of the whole batch
+        return latency.Latency(1.0, 1.0)
+
+    monkeypatch.setattr(measure, "measure_latency", held)
     settings = Settings(torch.ones(2), num_steps=[1], num_noises=2, reference_steps=2, seed=0)
-    evaluate([measured], batches(), settings)
+    assert len(evaluate([measured], batches(), settings).rows) == 2
     assert len(alive) == 4
+
+
+def test_latency_is_that_of_the_steps_asked_for_without_the_warm_up(policy, monkeypatch):
+    """By a clock of its own: three slow calls, then thirty of 1, 2, ... 30 ms."""
+    clock, durations, seen = [0.0], iter([900.0] * 3 + [*range(1, 31)]), []
+
+    def chunk(observation):
+        seen.append((policy.config.num_steps, sorted(observation)))
+        clock[0] += next(durations) / 1e3
+
+    vars(policy)["predict_action_chunk"] = chunk
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured = MeasuredPolicy("policy", policy, lambda frame: frame, None, None, 10)
+    frame = {"observation.state": torch.zeros(1, 3), "action": torch.zeros(1), "action_is_pad": torch.zeros(1)}
+    found = latency.measure_latency(measured, frame, num_steps=4)
+    assert (found.p50, found.p95) == (pytest.approx(15.5), pytest.approx(28.55))
+    assert seen == [(4, ["observation.state"])] * 33  # a robot has no recorded actions to prepare
+    assert policy.config.num_steps == 10
 
 
 # --- recommendation -------------------------------------------------------------------------------------------
