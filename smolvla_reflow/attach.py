@@ -175,7 +175,7 @@ class ModelMixin:
         """
         attachment = attachment_of(self)
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
-        attachment.teachers(observation, batch={})  # which raises where they do not do for the teacher
+        attachment.teachers(observation, batch={})  # which raises where they cannot serve the teacher
         return attachment.source(observation, frames=None, noise=noise, per_frame=1)
 
 

@@ -126,7 +126,7 @@ class FrozenTeacher:
         if not batch:
             raise ReflowError(
                 "Teacher and student list other cameras in their configs, or in another order, so that images without "
-                "names do not do for both; call policy.forward(batch)."
+                "names cannot serve both; call policy.forward(batch)."
             )
         return observe(self.policy, batch)
 

@@ -11,9 +11,9 @@ at full width, every entry of which a teacher has given a value. A batch of both
     d "mean" / d losses[i, t, d] = counts[i, t, d] / N
 
 LeRobot counts everything up to 0.4.4, and from 0.5 on the robot's own dimensions of the steps before the episode's end.
-Where an entry counts on either kind of row, as the robot's dimensions do, the recorded rows' share of the gradient is
-thus their share of the batch, on every LeRobot. If no frame is a recorded one this is the plain mean, and if all are,
-"mean" is LeRobot's own.
+Where an entry counts on either kind of row, as the robot's dimensions before the episode's end do, the recorded rows'
+share of the gradient is thus their share of the batch, of each process's own if there are several. If no frame is a
+recorded one this is the plain mean, and if all are, "mean" is LeRobot's own.
 """
 
 from collections.abc import Callable
@@ -46,11 +46,11 @@ def reduce(
         As LeRobot's forward does: the loss, a scalar or (B,), and metrics to log.
     """
     values, recorded = losses.values, losses.recorded
-    if torch.as_tensor(recorded).all():
+    if recorded is True:
         return lerobot_loss(values, step, policy, policy_forward, reduction)
     if isinstance(recorded, Tensor):
         counts = ~recorded[:, None, None] | counted_by_lerobot(values, step, policy, policy_forward)
-        values = values.masked_fill(~counts, 0) * (counts.numel() / counts.sum())
+        values = values.masked_fill(~counts, 0) * (counts.numel() / counts.sum().clamp_min(1))
     loss = values.mean(dim=(1, 2)) if reduction == "none" else values.mean()
     return loss, {"loss": loss.mean().item()}
 

@@ -152,7 +152,9 @@ class Step:
         if lines.weights is not None:
             values = values * lines.weights
         values = values.unflatten(0, (frames, per_frame)).mean(dim=1)
-        return Losses(values, coupling.recorded if lines.recorded is None else lines.recorded[::per_frame])
+        if lines.recorded is None or self.recipe.real_data_ratio == 1:
+            return Losses(values, coupling.recorded or lines.recorded is not None)
+        return Losses(values, lines.recorded[::per_frame])
 
     def student_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The student's v(x, t), with gradient unless under `torch.no_grad()`.

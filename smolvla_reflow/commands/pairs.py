@@ -59,7 +59,7 @@ def make(cfg: PairsConfig) -> None:
     """Make the pairs, or what is missing of them, and say what there is."""
     check_values(cfg)
     process = cfg.policy.this_process()
-    # What is left of the connection to the others when Python ends can abort it, whatever the exit code was to be.
+    # A process group that is still open when Python ends can abort the process, and replace its exit code.
     atexit.register(process.destroy_process_group)
     with own_log(process.is_main_process):
         made = make_pairs(cfg, process)

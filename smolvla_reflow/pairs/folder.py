@@ -73,8 +73,8 @@ def _locked(folder: Path) -> Iterator[None]:
             raise
     finally:
         if lock.is_locked:
-            # Removed while it is held: whoever has opened it meanwhile gets a lock on a file that is gone, which
-            # FileLock knows for none.
+            # Removed while it is held: whoever has opened it meanwhile gets a lock on a file that is gone, and
+            # FileLock does not take that for a lock.
             with contextlib.suppress(OSError):
                 (folder / LOCK_NAME).unlink()
             lock.release()
@@ -96,7 +96,7 @@ def _clear_unless_begun(folder: Path) -> None:
     manifest = folder / MANIFEST_NAME
     if manifest.exists() and read_manifest(folder).checksums:
         return
-    for path in (manifest, *folder.glob(f"{MANIFEST_NAME}.partial"), *folder.glob("pairs-*.safetensors*")):
+    for path in (manifest, folder / f"{MANIFEST_NAME}.partial", *folder.glob("pairs-*.safetensors*")):
         path.unlink(missing_ok=True)
 
 
@@ -181,7 +181,6 @@ def record(folder: Path, manifest: Manifest, finished: dict[int, str], process: 
         ReflowError: the main process does not see some of them, so that not all processes write to the same folder;
             those that it sees are in the manifest. Or the disk is full or read-only.
     """
-
     if not finished:
         return manifest
 
@@ -193,8 +192,7 @@ def record(folder: Path, manifest: Manifest, finished: dict[int, str], process: 
         seen = {shard: checksum for shard, checksum in finished.items() if shard not in unseen}
         write_manifest(folder, replace(manifest, checksums={**manifest.checksums, **seen}))
         if unseen:
-            others = "of some the main process does not see the files that they wrote"
-            raise ReflowError(not_shared(folder, others))
+            raise ReflowError(not_shared(folder, "of some the main process does not see the files that they wrote"))
 
     together(seen_and_written if process.is_main_process else lambda: None)
     return replace(manifest, checksums={**manifest.checksums, **finished})

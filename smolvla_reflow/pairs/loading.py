@@ -47,6 +47,6 @@ class CollateWithPairs:
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """Of this process of the loader; its seed is another one for each of them and in each epoch."""
+        """Seeded once in each process of the loader, from the seed that torch has there."""
         seed = np.random.SeedSequence([torch.initial_seed(), self.process]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed[0]))

@@ -174,6 +174,8 @@ def _check_values(manifest: Manifest) -> None:
         raise ValueError("a checksum without a shard")
     if not isinstance(manifest.made_from, dict):
         raise ValueError("made_from is not an object")
+    if not isinstance(manifest.made_from.get("rename_map") or {}, dict):
+        raise ValueError("made_from.rename_map is not an object")
 
 
 def shard_path(folder: Path, shard: int) -> Path:

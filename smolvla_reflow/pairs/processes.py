@@ -31,13 +31,12 @@ def together(action: Callable[[], T]) -> T:
 
 def agree(failure: Exception | None) -> None:
     """Raise this process's failure; or, if it has none, a ReflowError with another's."""
-    said = str(failure) if isinstance(failure, ReflowError) else f"Another process failed: {_named(failure)}"
-    reasons = gather_object([] if failure is None else [said])
+    said = []
+    if failure is not None:
+        named = f"Another process failed: {type(failure).__name__}: {first_line(failure)}"
+        said = [str(failure) if isinstance(failure, ReflowError) else named]
+    reasons = gather_object(said)
     if failure is not None:
         raise failure
     if reasons:
         raise ReflowError(reasons[0])
-
-
-def _named(failure: Exception | None) -> str:
-    return "" if failure is None else f"{type(failure).__name__}: {first_line(failure)}"

@@ -64,9 +64,10 @@ def verify(cfg: VerifyConfig) -> Verification:
     made = pairs.manifest.provenance
     check_named(cfg, pairs.manifest.made_from)
     teacher = open_checkpoint(cfg.teacher_path or "", _revision(cfg, pairs), cfg.policy.vlm_model_name)
-    if teacher.fingerprint() != made.teacher:
+    found = teacher.fingerprint()
+    if found != made.teacher:
         raise ReflowError(
-            f"{teacher.source} is not the teacher of these pairs: its fingerprint is {teacher.fingerprint()}, and the "
+            f"{teacher.source} is not the teacher of these pairs: its fingerprint is {found}, and the "
             f"one in their manifest is {made.teacher}. Name the teacher with --teacher_path."
         )
     where, tolerance_s = as_it_was_opened(cfg, pairs.manifest)
@@ -93,7 +94,7 @@ def verify(cfg: VerifyConfig) -> Verification:
 
 def _revision(cfg: VerifyConfig, pairs: Pairs) -> str | None:
     """Of a teacher on the hub: what was asked for, or else the commit that the pairs were made with."""
-    if cfg.teacher_revision or Path(cfg.teacher_path or "").exists():
+    if cfg.teacher_revision or Path(cfg.teacher_path or "").expanduser().exists():
         return cfg.teacher_revision
     return pairs.manifest.made_from.get("teacher_commit")
 
@@ -110,7 +111,7 @@ def check_named(cfg: VerifyConfig, origin: dict[str, Any]) -> None:
 
 
 class Opened(NamedTuple):
-    """A dataset to open, and by how many seconds a video's frame may be off its time."""
+    """Which dataset to open, and by how many seconds a video's frame may be off its time."""
 
     dataset: DatasetConfig
     tolerance_s: float

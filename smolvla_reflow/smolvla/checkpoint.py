@@ -156,7 +156,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, backbone: s
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a checkpoint whatever its weights are, for those of an adapter lie in two places.
+    """Open a checkpoint without its weights, of which an adapter's has only a part.
 
     Raises:
         ReflowError: its configuration or processors cannot be used.
@@ -181,7 +181,7 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
         raise ReflowError(f"{source} is here, not on the hub, so the revision {revision} has no effect; leave it out.")
     if here:
         located = Located(path, str(path.resolve()))
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+    elif may_be_hub_id(str(source)):
         folder = _download(str(source), revision)
         located = Located(folder, str(source), commit=folder.name)
     else:
@@ -192,6 +192,11 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
     if not (folder / CONFIG_NAME).is_file():
         raise ReflowError(f"{source} is no checkpoint: it holds no {CONFIG_NAME}.{_suggestion(folder)}")
     return located
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's id, owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -157,9 +157,11 @@ def _state_map(here: _Space, there: _Space, width: int) -> Affine:
 
 def _action_map(here: _Space, there: _Space, width: int) -> Affine:
     """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
-    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION), CONSTANT_IN_ONE)
     undone, applied, value = there.unnormaliser(ACTION), here.unnormaliser(ACTION), here.value(ACTION)
     line = _Line(undone.slope / applied.slope, (undone.offset - applied.offset) / applied.slope)
+    # A checkpoint that saved no "min" and "max" may have the very same deviation, of a dimension that never moves.
+    unlike = ~(line.change() <= NEGLIGIBLE)
+    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & unlike, CONSTANT_IN_ONE)
     seen_there, seen_here = there.normaliser(ACTION)(value), here.normaliser(ACTION)(value)
     return _with_constants(ACTION, line, seen_there, seen_here, here, there).padded(width)
 
@@ -185,9 +187,9 @@ def _with_constants(feature: str, line: "_Line", before: Tensor, after: Tensor, 
     alike = (after - before).abs() <= NEGLIGIBLE
     slope = torch.where(still, alike.to(line.slope), line.slope)
     offset = torch.where(still, torch.where(alike, 0.0, after), line.offset)
-    change = (slope - 1).abs() + offset.abs()
-    _refuse(feature, ~(change < HOPELESS) & ~both, CONSTANT_IN_ONE)
-    return _Line(slope, offset)
+    mapped = _Line(slope, offset)
+    _refuse(feature, ~(mapped.change() < HOPELESS) & ~both, CONSTANT_IN_ONE)
+    return mapped
 
 
 def _refuse(feature: str, dimensions: Tensor, why: str) -> None:
@@ -228,6 +230,10 @@ class _Line(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.slope * x + self.offset
+
+    def change(self) -> Tensor:
+        """The largest change of each dimension for x in [-1, 1], (D,)."""
+        return (self.slope - 1).abs() + self.offset.abs()
 
     def padded(self, width: int) -> Affine:
         """The same line, which leaves the dimensions up to `width` alone."""

@@ -17,6 +17,7 @@ from smolvla_reflow.smolvla.backbone import check_backbone, load_tokenizer
 from smolvla_reflow.smolvla.checkpoint import (
     POSTPROCESSOR_NAME,
     PREPROCESSOR_NAME,
+    STATISTICS_AMONG_WEIGHTS,
     TOKENIZER_STEP,
     Checkpoint,
 )
@@ -47,13 +48,13 @@ def misfit(error: Exception) -> str | None:
 
 
 def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
-    """Raise ReflowError where LeRobot warns at most: if weights were missing, unknown, or are not finite."""
+    """Raise ReflowError for missing, unknown or non-finite weights, of which LeRobot warns at most."""
     stored = checkpoint.weights()
     # Tied parameters are one object under several names, of which a checkpoint stores one.
     loaded = {id(parameter) for name, parameter in policy.named_parameters(remove_duplicate=False) if name in stored}
     missing = [name for name, parameter in policy.named_parameters() if id(parameter) not in loaded]
     known = policy.state_dict()
-    unknown = [name for name in stored if name not in known]
+    unknown = [name for name in stored if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS)]
     for problem, found in (("lack", missing), ("have the unknown", unknown)):
         if found:
             raise ReflowError(

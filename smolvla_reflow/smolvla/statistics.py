@@ -69,7 +69,7 @@ def robot_width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
 
 
 def never_moves(stats: Mapping[str, Any], width: int) -> np.ndarray:
-    """Which dimensions of a feature are constant, (width,) bool.
+    """Which dimensions of a state or an action are constant, (width,) bool.
 
     Its "min" and "max" decide. The standard deviation that LeRobot aggregates over episodes does not tell: of a
     constant 100.3 it can be 0.06.

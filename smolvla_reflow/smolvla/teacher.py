@@ -16,7 +16,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.smolvla.checkpoint import STATISTICS_AMONG_WEIGHTS, Checkpoint
 
 TeacherSource: TypeAlias = Checkpoint | SmolVLAPolicy | None
 
@@ -124,7 +124,7 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
 
     missing = [aliases[0] for aliases in names.values() if not any(n in weights for n in aliases)]
     known = {name for aliases in names.values() for name in aliases} | dict(teacher.named_buffers()).keys()
-    unexpected = [name for name in weights if name not in known]
+    unexpected = [name for name in weights if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS)]
     for problem, found in (("lack", missing), ("have the unknown", unexpected)):
         if found:
             raise ReflowError(

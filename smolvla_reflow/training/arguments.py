@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import lerobot
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.migration import rename_fork_flags
+from smolvla_reflow.smolvla.checkpoint import may_be_hub_id
 from smolvla_reflow.training.config import LEARNING_RATE, ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
 from smolvla_reflow.training.run_folder import resumable_config
@@ -108,13 +107,7 @@ def _resumed(given: Mapping[str, Any], typed: frozenset[str]) -> Arguments:
 
 def _is_on_hub(path: str) -> bool:
     """Whether a path is not here, and may be the id of a repository."""
-    if Path(path).exists() or Path(path).parent.exists() or path.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
+    return not Path(path).exists() and not Path(path).parent.exists() and may_be_hub_id(path)
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

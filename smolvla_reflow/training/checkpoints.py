@@ -142,10 +142,10 @@ def _corrected(start: Checkpoint) -> dict[str, dict[str, Any]]:
         corrected[CONFIG_NAME] = {**config, "use_peft": False}
     if start.tokenizer is not None:
         preprocessor = read_json(start.folder / PREPROCESSOR_NAME)
-        (step,) = (step for step in preprocessor["steps"] if step.get("registry_name") == TOKENIZER_STEP)
-        name = _lasting_tokenizer(start, start.tokenizer)
-        if step["config"].get("tokenizer_name") != name:
-            step["config"]["tokenizer_name"] = name
+        step = next(step for step in preprocessor["steps"] if step.get("registry_name") == TOKENIZER_STEP)
+        settings, name = step.get("config") or {}, _lasting_tokenizer(start, start.tokenizer)
+        if settings.get("tokenizer_name") != name:
+            step["config"] = {**settings, "tokenizer_name": name}
             step.pop("artifacts", None)
             corrected[PREPROCESSOR_NAME] = preprocessor
     return corrected

@@ -5,7 +5,6 @@ that run came from and where it went: its weights, its optimizer, its outputs. A
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,16 @@ from huggingface_hub import hf_hub_download
 
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.migration import rename_fork_flags
-from smolvla_reflow.smolvla.checkpoint import TRAIN_CONFIG_NAME
+from smolvla_reflow.smolvla.checkpoint import TRAIN_CONFIG_NAME, may_be_hub_id
 from smolvla_reflow.training.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO
 from smolvla_reflow.training.run_folder import find_config
 
-# LeRobot saves it with every run, and nobody can set it.
-WRITTEN_BY_LEROBOT = "checkpoint_path"
+# LeRobot writes every field of a run; what somebody writes by hand has the few that were wanted.
+FIELDS_OF_EVERY_RUN = {"resume", "output_dir", "job_name", "use_policy_training_preset", "optimizer", "wandb"}
 # How far a run was, what it wrote where and under which name, and where its weights came from.
 OF_THAT_RUN = (
     "resume",
-    WRITTEN_BY_LEROBOT,
+    "checkpoint_path",
     "output_dir",
     "job_name",
     "job",
@@ -43,6 +42,7 @@ OF_STANDARD_TRAINING = (
     "use_policy_training_preset",
     "optimizer",
     "scheduler",
+    "peft",
     "policy.optimizer_lr",
     "policy.scheduler_decay_lr",
     "policy.scheduler_warmup_steps",
@@ -89,7 +89,7 @@ def inherit(path: str, given: Mapping[str, Any]) -> Inherited:
         if value is not None
     }
     file = Inherited(rename_fork_flags(flags), rest)
-    if WRITTEN_BY_LEROBOT in rest:
+    if rest.keys() >= FIELDS_OF_EVERY_RUN:
         return _of_a_saved_run(file, given)
     if str(rest.get("resume")).lower() == "true":
         raise ReflowError(
@@ -112,7 +112,7 @@ def _find(path: str) -> Path:
     here = find_config(Path(path))
     if here is not None:
         return here
-    if not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+    if not Path(path).exists() and may_be_hub_id(path):
         try:
             return Path(hf_hub_download(path, TRAIN_CONFIG_NAME))
         except Exception as error:  # the hub client's errors share no base class

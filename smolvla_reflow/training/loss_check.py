@@ -9,7 +9,7 @@ from typing import Any
 from smolvla_reflow.errors import ReflowError
 
 EXPLODED = 1e4
-# A gradient scaler begins at 2 ** 16 and halves with each step it skips: overflow ends before that, NaN does not.
+# A gradient scaler begins at 2 ** 16 and halves with each step it skips: by then overflow has ended, and NaN has not.
 SKIPPED_IN_A_ROW = 20
 
 

@@ -171,7 +171,7 @@ def check_pairs(
     assert isinstance(policy, SmolVLAConfig)
     here = replace(
         made,
-        teacher=teacher.fingerprint(),
+        teacher=cfg.reflow.teacher_fingerprint or teacher.fingerprint(),
         dataset=cfg.dataset.repo_id,
         total_frames=metadata.total_frames,
         statistics=fingerprint(teacher.config, stats),
