@@ -31,10 +31,11 @@ from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, reduce
 from smolvla_reflow.smolvla.binding import Binding, bind
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.features import saved_rename_map
 from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.statistics import Statistics
-from smolvla_reflow.smolvla.teacher import base_policy, frozen_teacher
+from smolvla_reflow.smolvla.teacher import TeacherSource, base_policy, frozen_teacher
 from smolvla_reflow.smolvla.velocity import Observation, observe, recorded_actions, with_one_state
 from smolvla_reflow.smolvla.vision import SharedFeatures, share_features
 from smolvla_reflow.solver import Solver
@@ -323,12 +324,19 @@ def _frozen(
 ) -> FrozenTeacher:
     """Build the frozen teacher."""
     origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
-    space = None
+    space, rename_map = None, _own_names(origin)
     if dataset_stats is not None:
         if not isinstance(origin, Checkpoint):
             raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
         space = space_maps(origin, dataset_stats)
-    return FrozenTeacher(frozen_teacher(student, origin, solver.num_steps), solver, space)
+    return FrozenTeacher(frozen_teacher(student, origin, solver.num_steps), solver, space, rename_map)
+
+
+def _own_names(origin: TeacherSource) -> dict[str, str]:
+    """The rename map saved with the teacher, for batches whose names are a dataset's own."""
+    if isinstance(origin, Checkpoint) and (origin.folder / PREPROCESSOR_NAME).is_file():
+        return saved_rename_map(origin)
+    return {}
 
 
 def _stored(

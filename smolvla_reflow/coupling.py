@@ -13,7 +13,7 @@ A source of couplings is anything that can be called like `FrozenTeacher`. The o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -71,11 +71,13 @@ class FrozenTeacher:
         policy: the teacher; it moves to the student's device by itself.
         solver: of the teacher's ODE.
         space: the maps into the teacher's normalised space and back, if that is not the student's.
+        rename_map: from a dataset's own names to the teacher's, for batches that have none of the teacher's cameras.
     """
 
     policy: SmolVLAPolicy
     solver: Solver
     space: SpaceMaps | None = None
+    rename_map: Mapping[str, str] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(
@@ -121,14 +123,17 @@ class FrozenTeacher:
         """
         teachers, students = self.policy.config, student.config
         names = batch or {*teachers.image_features, *students.image_features}
-        if cameras_seen(teachers, names) == cameras_seen(students, names):
+        renames = {} if any(cameras_seen(teachers, names)) else self.rename_map
+        by_teacher = {renames.get(name, name): name for name in names}
+        images = tuple(by_teacher.get(name, name) for name in cameras_seen(teachers, by_teacher))
+        if images == cameras_seen(students, names):
             return seen
         if not batch:
             raise ReflowError(
                 "Teacher and student list other cameras in their configs, or in another order, so that images without "
                 "names cannot serve both; call policy.forward(batch)."
             )
-        return observe(self.policy, batch)
+        return observe(self.policy, {renamed: batch[name] for renamed, name in by_teacher.items()})
 
     def sees(self, observation: Observation) -> Observation:
         """The student's observation in the teacher's normalised space."""

@@ -65,6 +65,8 @@ def other_backbone(tmp_path_factory):
         ({"reflow__time_sampling": "grid:0"}, "--reflow.time_sampling"),
         ({"reflow__pairs_path": "no/such/pairs"}, "no/such/pairs"),
         ({"steps": 0}, "--steps=0: at least 1 is needed"),
+        ({"rename_map": "{{a: b"}, "A flag's value cannot be read"),
+        ({"dataset__episodes": "[0,"}, "A flag's value cannot be read"),
         ({"batch_size": 0}, "--batch_size=0: at least 1 is needed"),
         ({"num_workers": -1}, "--num_workers=-1: at least 0 is needed"),
         ({"dataset__episodes": "[0,99]"}, "--dataset.episodes: the dataset has 8, and no episode 99"),

@@ -5,7 +5,8 @@ import torch
 from helpers import ACTION_DIM, CHUNK, STATE_DIM, WIDTH, make_batch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
-from smolvla_reflow import ReflowError, attach
+from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.coupling import FrozenTeacher
 from smolvla_reflow.smolvla.velocity import observe, recorded_actions
 
 TOP, WRIST, SIDE = (f"observation.images.{name}" for name in ("top", "wrist", "side"))
@@ -108,3 +109,20 @@ def test_images_are_encoded_once_where_the_cameras_agree(two, batch_of):
     batch = batch_of(TOP)
     step = attachment.step(*prepared(student, batch), noise=None, time=None, batch=batch)
     assert step.teachers_observation is None
+
+
+def test_a_batch_with_the_datasets_own_names_is_renamed_for_the_teacher(two, batch_of):
+    """`--policy.input_features=null` gives the student those, and the teacher knows them by its saved rename map."""
+    teacher, student = two((TOP, WRIST), (SIDE,))
+    teacher.requires_grad_(False)
+    noise, batch = torch.randn(3, CHUNK, WIDTH), batch_of(SIDE)
+    renamed = {**batch, TOP: batch[SIDE]}
+    expected = teacher.model.sample_actions(*prepared(teacher, renamed)[0], noise=noise)
+    source = FrozenTeacher(teacher, Solver("euler"), rename_map={SIDE: TOP})
+    observation = source.observe(batch, student, prepared(student, batch)[0])
+    assert torch.equal(source(observation, frames=None, noise=noise, per_frame=1).actions, expected)
+
+    swapped = FrozenTeacher(teacher, Solver("euler"), rename_map={TOP: WRIST, WRIST: TOP})
+    batch = batch_of(TOP, WRIST)  # in the teacher's names already
+    seen = prepared(teacher, batch)[0]
+    assert swapped.observe(batch, teacher, seen) is seen

@@ -99,7 +99,7 @@ DAMAGES = {
     "no deviation": (stats(lambda s: s["action"].pop("std")), "'action' has no 'std'", AUGMENT),
     "statistics too wide": (
         stats(lambda s: s["action"].update(std=[1.0] * 3)),
-        "'action' has a 'std' of shape (3,), and the feature is (2,)",
+        "'action' has a 'std' of shape (3,), and meta/info.json says that the feature has (2,)",
         AUGMENT,
     ),
     "statistics of words": (stats(lambda s: s["action"].update(std="wide")), "is no list of numbers", AUGMENT),

@@ -11,7 +11,7 @@ from helpers import as_flags, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from people import REPO_ID, ROBOT_DIM, dataset_flags, edit_json, fine_tune
+from people import RENAME_MAP, REPO_ID, ROBOT_DIM, dataset_flags, edit_json, fine_tune
 from safetensors.torch import load_file
 
 from smolvla_reflow.commands import eval as reflow_eval
@@ -138,10 +138,25 @@ def test_input_features_of_the_dataset_as_lerobots_guide_to_peft_has_it(people, 
     reflow_train_main(flags)
     assert (tmp_path / "2rf" / LAST / "adapter_model.safetensors").is_file()
 
-    renamed = reflow_flags(people, tmp_path / "no", steps=1, **null)
+    renamed = reflow_flags(people, tmp_path / "no", steps=1, **null, rename_map=json.dumps(RENAME_MAP))
     assert "observation.images.front, observation.images.wrist, and finds none" in refused(
         capsys, reflow_train_main, renamed
     )
+    reflow_train_main(reflow_flags(people, tmp_path / "own_names", steps=1, **null))  # its teacher renames for itself
+
+
+def test_pairs_of_other_cameras_are_others(people, tmp_path, capsys):
+    """Swapped, they would be targets for images that the teacher has not seen."""
+    reflow_pairs.main(pairs_flags(people, tmp_path / "pairs"))
+    front, wrist = RENAME_MAP
+    swapped = json.dumps({front: RENAME_MAP[wrist], wrist: RENAME_MAP[front]})
+    line = refused(capsys, reflow_pairs.main, pairs_flags(people, tmp_path / "pairs", rename_map=swapped))
+    assert "holds other pairs: rename_map is" in line
+    flags = reflow_flags(people, tmp_path / "run", rename_map=swapped, reflow__pairs_path=tmp_path / "pairs")
+    assert "are not this run's: rename_map is" in refused(capsys, reflow_train_main, flags)
+    typed = json.dumps(RENAME_MAP)  # the teacher's own, in words
+    reflow_pairs.main(pairs_flags(people, tmp_path / "pairs", rename_map=typed))
+    reflow_train_main(reflow_flags(people, tmp_path / "run", rename_map=typed, reflow__pairs_path=tmp_path / "pairs"))
 
 
 def test_a_student_in_another_order_of_cameras(people, tmp_path):

@@ -163,7 +163,8 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher,
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint"])
-def test_the_solvers_own_number_of_steps_comes_before_the_policys(teacher, batch, noise_and_time, method):
+def test_the_solvers_own_number_of_steps_comes_before_the_policys(make_policy, batch, noise_and_time, method):
+    teacher = make_policy(seed=1, **SMOOTH)
     noise, flow = noise_and_time[0].requires_grad_(), Flow(teacher, batch)
     found = solve(teacher, observe(teacher, batch), noise, Solver(method, num_steps=3))
     with torch.no_grad():

@@ -112,16 +112,17 @@ def test_a_teacher_whose_config_names_no_features_has_the_students(policy, teach
 
 def test_what_guides_or_compiles_a_sampler_stays_with_the_policy(policy, teacher):
     """Real-time chunking would guide the couplings by a chunk that there is none of."""
-    teacher.config.rtc_config, teacher.config.compile_model = RTCConfig(enabled=True), True
-    teacher.init_rtc_processor()
-    guide = teacher.model.rtc_processor
-    assert guide is not None
+    for one in (policy, teacher):
+        one.config.rtc_config, one.config.compile_model = RTCConfig(enabled=True), True
+        one.init_rtc_processor()
+    guides = [one.model.rtc_processor for one in (policy, teacher)]
+    assert None not in guides
     frozen = frozen_teacher(policy, teacher)
     assert frozen.rtc_processor is frozen.model.rtc_processor is frozen.config.rtc_config is None
     assert frozen.config.compile_model is False
     assert frozen.model.config is frozen.config
-    assert teacher.model.rtc_processor is guide
-    assert teacher.config.rtc_config is not None
+    assert [one.model.rtc_processor for one in (policy, teacher)] == guides
+    assert None not in (policy.config.rtc_config, teacher.config.rtc_config)
 
 
 @pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.to(torch.float64), prepared])

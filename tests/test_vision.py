@@ -92,6 +92,26 @@ def test_a_trained_encoder_is_not_shared(make_policy, two_cameras, batch):
     assert any(p.grad is not None and p.grad.any() for p in vision_encoder(policy).parameters())
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_without_a_teacher_it_is_shared_among_a_frames_couplings_alone(make_policy, two_cameras, frozen):
+    """There is nobody else to share it with; and trained, it is asked for each of them."""
+    policy = make_policy(seed=0, **two_cameras, train_expert_only=frozen, freeze_vision_encoder=frozen)
+    for per_frame, shared in ((1, False), (2, frozen)):
+        with attach(policy, pairs=lambda *_, **__: None, recipe=Recipe(couplings_per_frame=per_frame)) as attachment:
+            assert (attachment.features is not None) is shared
+
+
+def test_an_encoder_in_train_mode_is_asked_each_time(make_policy, two_cameras, batch):
+    """It may drop out."""
+    policy = make_policy(seed=0, **two_cameras)
+    assert attach(policy).features is not None
+    counts = encoded_images(policy, policy.model.teacher)
+    policy.train()
+    vision_encoder(policy).train()
+    policy.forward(dict(batch))
+    assert len(counts) == 2 * len(CAMERAS)
+
+
 def test_a_differing_encoder_is_not_shared(make_policy, two_cameras, batch):
     policy = make_policy(seed=0, **two_cameras)
     teacher = with_other_head(make_policy, policy, **two_cameras)

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 import draccus
+import yaml
 from lerobot.configs import parser
 
 from smolvla_reflow.errors import ReflowError
@@ -68,6 +69,8 @@ def parse_errors() -> Iterator[None]:
         if not exit.code:
             raise
         raise ReflowError(f"{_one_line(errors.getvalue().rpartition('error: ')[2])}. See --help.") from None
+    except yaml.YAMLError as error:
+        raise ReflowError(f"A flag's value cannot be read: {_one_line(str(error))}. See --help.") from None
     except draccus.utils.DraccusException as error:
         cause = f" ({_one_line(str(error.__cause__))})" if error.__cause__ else ""
         raise ReflowError(f"{_one_line(str(error))}{cause}. See --help.") from None

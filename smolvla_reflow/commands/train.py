@@ -15,7 +15,7 @@ import lerobot
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors
+from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors, with_values
 from smolvla_reflow.compat import refuse_remote_job
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.training.arguments import Arguments, complete
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if asks_for_help(argv, __doc__):
             with command_line(PROGRAM, ["--policy.type=smolvla", "--help"]):
                 parse()
-        run(complete(argv))
+        run(complete(with_values(argv, "resume")))
 
 
 def run(arguments: Arguments) -> None:

@@ -126,14 +126,17 @@ def unusable_statistics(
                 return Damage(f"in {STATS_PATH}, '{feature}' {problem}", anew)
     if use_imagenet_stats and needs_camera_statistics():
         for camera in metadata.camera_keys:
-            if camera not in stats:
+            if not isinstance(stats.get(camera), dict):
                 unneeded = "--dataset.use_imagenet_stats=false does without, as SmolVLA's images are not normalised. "
                 return Damage(f"{STATS_PATH} has nothing about the camera '{camera}'", unneeded + anew)
     return None
 
 
 def _statistic_problem(metadata: LeRobotDatasetMetadata, feature: str, statistic: str) -> str | None:
-    values = metadata.stats.get(feature, {}).get(statistic)
+    of_feature = metadata.stats.get(feature, {})
+    if not isinstance(of_feature, dict):
+        return "has no statistics by name"
+    values = of_feature.get(statistic)
     if values is None:
         return f"has no '{statistic}', by which it is normalised"
     try:
@@ -141,7 +144,9 @@ def _statistic_problem(metadata: LeRobotDatasetMetadata, feature: str, statistic
     except (TypeError, ValueError):
         return f"has a '{statistic}' that is no list of numbers"
     shape = tuple(metadata.features[feature]["shape"])
-    return None if array.shape == shape else f"has a '{statistic}' of shape {array.shape}, and the feature is {shape}"
+    if array.shape == shape:
+        return None
+    return f"has a '{statistic}' of shape {array.shape}, and {INFO_PATH} says that the feature has {shape}"
 
 
 def not_finite(metadata: LeRobotDatasetMetadata, policy: SmolVLAConfig) -> str | None:

@@ -42,6 +42,7 @@ class Provenance:
         seed: of the noise.
         couplings_per_frame: stored for each frame.
         dtype: in which actions are stored.
+        rename_map: from the dataset's names to the teacher's; None in a set that was made before this was noted.
     """
 
     teacher: str
@@ -54,6 +55,7 @@ class Provenance:
     seed: int
     couplings_per_frame: int
     dtype: str
+    rename_map: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,8 @@ def not_as_written(shards: list[int]) -> str:
 def differences(here: Provenance, in_the_pairs: Provenance) -> list[str]:
     """The values in which the two differ, each as a text with its name and both values."""
     now, then = _by_flag(here), _by_flag(in_the_pairs)
+    if in_the_pairs.rename_map is None:
+        now["rename_map"] = None
     return [f"{name} is {then[name]} in the pairs and {now[name]} here" for name in now if now[name] != then[name]]
 
 

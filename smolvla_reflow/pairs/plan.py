@@ -1,6 +1,6 @@
 """What a run of `smolvla-reflow-pairs` is to make, before anything is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ra
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
-from smolvla_reflow.smolvla.features import fitted, saved_rename_map
+from smolvla_reflow.smolvla.features import fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
 
@@ -40,13 +40,13 @@ def plan_pairs(cfg: PairsConfig, teacher: Checkpoint) -> Plan:
         ReflowError: there is no such dataset, or it does not fit the teacher.
     """
     metadata = open_metadata(cfg.dataset, teacher.config)
-    rename_map = cfg.rename_map or saved_rename_map(teacher)
+    rename_map = rename_map_in_use(teacher, cfg.rename_map, metadata.features)
     teacher = fitted(teacher, dataset_to_policy_features(metadata.features), rename_map)
     stats = renamed_statistics(dataset_statistics(metadata, cfg.dataset), rename_map)
     space = space_maps(teacher, stats)
     frames = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset))
     manifest = Manifest(
-        provenance=_provenance(cfg, teacher, metadata, stats),
+        provenance=replace(_provenance(cfg, teacher, metadata, stats), rename_map=rename_map),
         made_from=_made_from(cfg, teacher),
         package_version=version("smolvla-reflow"),
         frames=[[each.start, each.stop] for each in frames],
@@ -80,7 +80,6 @@ def _made_from(cfg: PairsConfig, teacher: Checkpoint) -> dict[str, Any]:
         "teacher_commit": teacher.commit,
         "dataset_root": root and str(Path(root).resolve()),
         "dataset_revision": cfg.dataset.revision,
-        "rename_map": cfg.rename_map,
         "tolerance_s": cfg.tolerance_s,
         "dataset": {name: getattr(cfg.dataset, name) for name in SEEN_THROUGH if hasattr(cfg.dataset, name)},
     }

@@ -144,7 +144,8 @@ def rounding(actions: Tensor, dtype: str) -> float:
 
 def _pair_maker(cfg: VerifyConfig, pairs: Pairs, teacher: Checkpoint, where: DatasetConfig) -> PairMaker:
     device = cfg.policy.on(cfg.policy.this_process())
-    rename_map = pairs.manifest.made_from.get("rename_map") or saved_rename_map(teacher)
+    manifest = pairs.manifest
+    rename_map = manifest.provenance.rename_map or manifest.made_from.get("rename_map") or saved_rename_map(teacher)
     metadata = open_metadata(where, teacher.config)
     teacher = fitted(teacher, dataset_to_policy_features(metadata.features), rename_map)
     space = space_maps(teacher, renamed_statistics(dataset_statistics(metadata, where), rename_map))

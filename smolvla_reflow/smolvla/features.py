@@ -43,6 +43,12 @@ def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
     return {}
 
 
+def rename_map_in_use(checkpoint: Checkpoint, given: dict[str, str], names: Collection[str]) -> dict[str, str]:
+    """Which of a dataset's names the policy knows by others: by the given map, or if that is empty, its own."""
+    rename_map = given or saved_rename_map(checkpoint)
+    return {name: rename_map[name] for name in names if rename_map.get(name, name) != name}
+
+
 def fitted(
     checkpoint: Checkpoint,
     features: Mapping[str, PolicyFeature],

@@ -148,10 +148,10 @@ class _Space:
 
 def _state_map(here: _Space, there: _Space, width: int) -> Affine:
     """Into the teacher's units: undo the dataset's normaliser, apply the teacher's."""
-    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE), CONSTANT_IN_ONE)
     undone, applied, value = here.normaliser(OBS_STATE), there.normaliser(OBS_STATE), here.value(OBS_STATE)
     scale = applied.slope / undone.slope
     line = _Line(scale, applied.offset - scale * undone.offset)
+    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE) & line.changes_something(), CONSTANT_IN_ONE)
     return _with_constants(OBS_STATE, line, undone(value), applied(value), here, there).padded(width)
 
 
@@ -159,9 +159,7 @@ def _action_map(here: _Space, there: _Space, width: int) -> Affine:
     """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
     undone, applied, value = there.unnormaliser(ACTION), here.unnormaliser(ACTION), here.value(ACTION)
     line = _Line(undone.slope / applied.slope, (undone.offset - applied.offset) / applied.slope)
-    # A checkpoint that saved no "min" and "max" may have the very same deviation, of a dimension that never moves.
-    unlike = ~(line.change() <= NEGLIGIBLE)
-    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & unlike, CONSTANT_IN_ONE)
+    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & line.changes_something(), CONSTANT_IN_ONE)
     seen_there, seen_here = there.normaliser(ACTION)(value), here.normaliser(ACTION)(value)
     return _with_constants(ACTION, line, seen_there, seen_here, here, there).padded(width)
 
@@ -234,6 +232,13 @@ class _Line(NamedTuple):
     def change(self) -> Tensor:
         """The largest change of each dimension for x in [-1, 1], (D,)."""
         return (self.slope - 1).abs() + self.offset.abs()
+
+    def changes_something(self) -> Tensor:
+        """Which dimensions it does not leave alone, (D,) bool.
+
+        Statistics without "min" and "max" do not say that a dimension never moves, but are then the very same ones.
+        """
+        return ~(self.change() <= NEGLIGIBLE)
 
     def padded(self, width: int) -> Affine:
         """The same line, which leaves the dimensions up to `width` alone."""

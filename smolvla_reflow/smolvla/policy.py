@@ -119,7 +119,10 @@ def _load(
         )
     except Exception as error:  # LeRobot's loader lets through whatever a broken file leads it to
         reason = " ".join(str(error).split())
-        raise ReflowError(f"The processors of {checkpoint.source} cannot be loaded: {reason}") from error
+        raise ReflowError(
+            f"The processors of {checkpoint.source} cannot be loaded: {reason}. If a file was cut off, copy the "
+            "checkpoint again."
+        ) from error
 
 
 def _tokenizer(checkpoint: Checkpoint, name: str) -> Any:

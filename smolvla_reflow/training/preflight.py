@@ -31,7 +31,7 @@ from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.backbone import check_backbone
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, read_checkpoint
-from smolvla_reflow.smolvla.features import check_students_cameras, fitted
+from smolvla_reflow.smolvla.features import check_students_cameras, fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.policy import check_processors
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint, saved_statistics
@@ -177,6 +177,7 @@ def check_pairs(
         statistics=fingerprint(teacher.config, stats),
         chunk_size=policy.chunk_size,
         max_action_dim=policy.max_action_dim,
+        rename_map=rename_map_in_use(teacher, cfg.rename_map, metadata.features),
     )
     unlike = differences(here, made)
     if unlike:

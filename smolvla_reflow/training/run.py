@@ -32,7 +32,7 @@ from smolvla_reflow.smolvla.policy import misfit
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import keep_whole
 from smolvla_reflow.training.accelerator import hook
-from smolvla_reflow.training.arguments import Arguments
+from smolvla_reflow.training.arguments import NOTHING, Arguments
 from smolvla_reflow.training.checkpoints import by_name, name_start, open_start, open_teacher
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 from smolvla_reflow.training.loss_check import LossCheck
@@ -83,7 +83,8 @@ def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
     backbone = flags.get("policy.vlm_model_name") if cfg.policy is None else getattr(cfg.policy, "vlm_model_name", None)
     teacher = open_teacher(reflow, arguments.typed, backbone, resume=arguments.resume)
     start = None if arguments.resume else open_start(arguments.flags, teacher, backbone)
-    if not cfg.resume and not cfg.rename_map and "rename_map" not in arguments.typed:
+    names_of_dataset = flags.get("policy.input_features", "").lower() in NOTHING[1:]  # which LeRobot then gives it
+    if not cfg.resume and not cfg.rename_map and "rename_map" not in arguments.typed and not names_of_dataset:
         cfg.rename_map = saved_rename_map(teacher)
     pairs = Pairs(reflow.pairs_path) if reflow.pairs_path else None
     if pairs is not None:
