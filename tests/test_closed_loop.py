@@ -142,7 +142,10 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"env__type": "pusht"}, "needs one of the cameras observation.images.top, and --env.type=pusht has observation.image"),
+        (
+            {"env__type": "pusht"},
+            "needs one of the cameras observation.images.top, and --env.type=pusht has observation.image",
+        ),
         ({"env__type": "holodeck"}, "holodeck"),
         ({"env__obstakle": 1}, "env.obstakle"),
         ({"env__discover_packages_path": "no.such.package"}, "--env.discover_packages_path=no.such.package"),
