@@ -28,7 +28,7 @@ from smolvla_reflow.times import STOCK, TimeSampling
 REPORTED_BY_LEROBOT = frozenset(
     {
         *("loss", "grad_norm", "lr", "update_s", "dataloading_s", "gpu_mem_gb", "samples_per_s"),
-        *("steps", "samples", "episodes", "epochs"),
+        *("preprocessing_s", "step_s", "steps", "samples", "episodes", "epochs"),
     }
 )
 

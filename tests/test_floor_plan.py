@@ -55,6 +55,10 @@ def test_every_room_has_a_floor():
     assert set(files()) == {name for floor in FLOORS for name in floor}
 
 
+def test_imports_are_found():
+    assert {"smolvla_reflow.losses.get_loss_strategy", "smolvla_reflow.step.Step"} <= imports(PACKAGE / "attach.py")
+
+
 def test_imports_point_one_way():
     height = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}
     wrong = []

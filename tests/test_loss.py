@@ -27,6 +27,7 @@ def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batc
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
     assert len(gradients) > 10
+    assert gradients.keys() == {name for name, p in policy.named_parameters() if p.grad is not None}
     for name, parameter in policy.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, **TOLERANCE)

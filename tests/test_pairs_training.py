@@ -162,6 +162,9 @@ def test_augmented_images_when_asked_for(workshop, stored, tmp_path):
         "reflow__pairs_path": stored,
     }
     reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **flags))
+    reflow_train_main(reflow_run(workshop, tmp_path / "as_recorded", steps=1, reflow__pairs_path=stored))
+    augmented, plain = weights(tmp_path / "run"), weights(tmp_path / "as_recorded")
+    assert any(not torch.equal(augmented[name], plain[name]) for name in plain)
 
 
 def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):

@@ -8,6 +8,7 @@ from helpers import SMOOTH
 
 from smolvla_reflow import Solver, attach
 from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.vision import vision_encoder
 
 DEVICES = [
     "cpu",
@@ -63,8 +64,14 @@ def test_an_adaptive_solver_copes_with_rounded_velocities(make_policy, batch, no
 
 def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_time, nothing_shared):
     noise, time = noise_and_time
-    losses = []
+    losses, passes = [], []
     for shared in (contextlib.nullcontext(), nothing_shared()):
-        with shared, attach(policy, teacher), torch.autocast("cpu", torch.bfloat16):
+        with shared, attach(policy, teacher) as attachment, torch.autocast("cpu", torch.bfloat16):
+            seen = []
+            for each in (policy, attachment.teacher):
+                layer = vision_encoder(each).encoder.layers[0]
+                layer.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(module))
             losses.append(policy.train().forward(dict(batch), noise=noise, time=time)[0])
+            passes.append(len(seen))
     assert torch.equal(*losses)
+    assert passes[0] < passes[1]

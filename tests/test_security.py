@@ -201,9 +201,14 @@ def test_a_manifest_leads_nowhere(workshop, tmp_path):
         ]
     )
     manifest = json.loads((stored / "manifest.json").read_text())
-    for checksums in ({"../../elsewhere": "0"}, {"-1": "0"}, {"9": "0"}, {"0": "0", "1": "../x"}):
+    for checksums, why in (
+        ({"../../elsewhere": "0"}, "is damaged"),
+        ({"-1": "0"}, "a checksum without a shard"),
+        ({"9": "0"}, "a checksum without a shard"),
+        ({"0": "0", "1": "../x"}, "a checksum without a shard"),
+    ):
         (stored / "manifest.json").write_text(json.dumps({**manifest, "checksums": checksums}))
-        with pytest.raises(ReflowError):
+        with pytest.raises(ReflowError, match=why):
             Pairs(stored).check()
     (stored / "manifest.json").write_text(json.dumps(manifest))
     Pairs(stored).check()
