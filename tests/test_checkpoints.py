@@ -91,9 +91,19 @@ def stock(folder: Path):
 # --- every command says the same ------------------------------------------------------------------------------
 
 
+def tokenizer_at(name: str) -> Callable[[dict[str, Any]], None]:
+    """An edit of the step: its tokenizer is at `name`, and not inside the checkpoint as from LeRobot 0.6.2 on."""
+
+    def edited(step: dict[str, Any]) -> None:
+        step["config"]["tokenizer_name"] = name
+        step.pop("artifacts", None)
+
+    return edited
+
+
 def another_machines(folder: Path) -> None:
     edit(folder / "config.json", lambda config: config.update(vlm_model_name=ELSEWHERE))
-    edit_step(folder, "tokenizer_processor", lambda step: step["config"].update(tokenizer_name=ELSEWHERE))
+    edit_step(folder, "tokenizer_processor", tokenizer_at(ELSEWHERE))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,7 @@ def another_machines(folder: Path) -> None:
         ),
         (lambda f: edit_step(f, "device_processor", lambda s: s.update(config=[1])), "is no mapping"),
         (
-            lambda f: edit_step(f, "tokenizer_processor", lambda s: s["config"].update(tokenizer_name=ELSEWHERE)),
+            lambda f: edit_step(f, "tokenizer_processor", tokenizer_at(ELSEWHERE)),
             f"names the tokenizer '{ELSEWHERE}', which is not here",
         ),
         (
@@ -265,7 +275,7 @@ def test_a_backbone_that_is_somewhere_else_here(workshop, teacher, tmp_path):
 def test_either_of_two_names_may_be_another_machines(workshop, teacher, config_says, step_says):
     here = str(workshop / "backbone")
     edit(teacher / "config.json", lambda config: config.update(vlm_model_name=config_says or here))
-    edit_step(teacher, "tokenizer_processor", lambda step: step["config"].update(tokenizer_name=step_says or here))
+    edit_step(teacher, "tokenizer_processor", tokenizer_at(step_says or here))
     opened = open_checkpoint(teacher, backbone=here)
     assert (opened.tokenizer, opened.config.vlm_model_name) == (here, here)
 
@@ -274,7 +284,7 @@ def test_a_tokenizer_of_its_own_is_kept(workshop, teacher, tmp_path):
     """Of a base from the hub that was fine-tuned with a backbone from a folder, say."""
     own = tmp_path / "own"
     AutoTokenizer.from_pretrained(workshop / "backbone").save_pretrained(own)
-    edit_step(teacher, "tokenizer_processor", lambda step: step["config"].update(tokenizer_name=str(own)))
+    edit_step(teacher, "tokenizer_processor", tokenizer_at(str(own)))
     moved = Path(shutil.copytree(workshop / "backbone", tmp_path / "moved"))
     assert open_checkpoint(teacher, backbone=str(moved)).tokenizer == str(own)
 

@@ -153,6 +153,7 @@ def test_no_tokenizer_brings_code(checkpoint, sprung):
     saved = json.loads(file.read_text())
     (step,) = (step for step in saved["steps"] if step["registry_name"] == "tokenizer_processor")
     step["config"]["tokenizer_name"] = str(evil)
+    step.pop("artifacts", None)
     file.write_text(json.dumps(saved))
     opened = open_checkpoint(checkpoint)
     with pytest.raises(ReflowError, match="names the tokenizer"):
