@@ -1,4 +1,4 @@
-"""The one error this package raises on purpose, and two helpers that word its messages."""
+"""The one error this package raises on purpose, and what words its messages."""
 
 import difflib
 from collections.abc import Collection
@@ -18,3 +18,8 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, in a line: its first one that is not blank, or else the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def in_one_line(error: object) -> str:
+    """All that another library's error says, in one line."""
+    return " ".join(str(error).split())

@@ -11,7 +11,7 @@ import draccus
 import yaml
 from lerobot.configs import parser
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, in_one_line
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -118,4 +118,4 @@ def is_given(argv: Sequence[str], flag: str) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")
+    return in_one_line(text).rstrip(".")

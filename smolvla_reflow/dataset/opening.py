@@ -34,7 +34,7 @@ from smolvla_reflow.dataset.damage import (
     unusable_statistics,
     wrong_counts,
 )
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.errors import ReflowError, first_line, in_one_line
 from smolvla_reflow.smolvla.statistics import Statistics
 
 # lerobot-train's --tolerance_s, in seconds.
@@ -98,11 +98,11 @@ def _refuse(dataset: DatasetConfig, root: Path, error: Exception) -> NoReturn:
         command = f" As it is in a folder: {conversion_command(dataset.repo_id, root)}" if here else ""
         if isinstance(error, NotImplementedError):  # LeRobot's converter begins with v2.1
             command = f" Its format is {_format(root)}, and this LeRobot reads {CODEBASE_VERSION}." if here else ""
-        raise ReflowError(f"The installed LeRobot cannot open {where}. {_whole(error)}{command}") from None
+        raise ReflowError(f"The installed LeRobot cannot open {where}. {in_one_line(error)}{command}") from None
     if not here and not any((root / name).exists() for name in ("meta/stats.json", "meta/episodes", "data")):
         within = root / dataset.repo_id
         suggestion = f" Did you mean --dataset.root={within}?" if (within / INFO_PATH).is_file() else ""
-        said = _whole(error) if isinstance(error, RuntimeError | RevisionNotFoundError) else first_line(error)
+        said = in_one_line(error) if isinstance(error, RuntimeError | RevisionNotFoundError) else first_line(error)
         raise ReflowError(
             f"There is no LeRobotDataset at {where}, nor could it be downloaded ({said}).{suggestion}"
         ) from None
@@ -114,7 +114,7 @@ def _refuse(dataset: DatasetConfig, root: Path, error: Exception) -> NoReturn:
 def _refuse_damage(dataset: DatasetConfig, root: Path, damage: Damage) -> NoReturn:
     found = _format(root)
     if found is not None and found > Version(CODEBASE_VERSION):
-        reason = _whole(ForwardCompatibilityError(dataset.repo_id, found))
+        reason = in_one_line(ForwardCompatibilityError(dataset.repo_id, found))
         raise ReflowError(f"The dataset at {_where(dataset)} cannot be used: {damage.what}. {reason}") from None
     raise ReflowError(
         f"The dataset at {_where(dataset)} is damaged or incomplete: {damage.what}. {damage.remedy}"
@@ -127,11 +127,6 @@ def _format(root: Path) -> Version | None:
         return Version(json.loads((root / INFO_PATH).read_text())["codebase_version"])
     except (OSError, ValueError, TypeError, KeyError, InvalidVersion):
         return None
-
-
-def _whole(error: Exception) -> str:
-    """All that LeRobot says, in one line."""
-    return " ".join(str(error).split())
 
 
 def _where(dataset: DatasetConfig) -> str:

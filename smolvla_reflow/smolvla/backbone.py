@@ -6,7 +6,7 @@ from typing import Any
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.errors import ReflowError, first_line, in_one_line
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 
@@ -23,7 +23,7 @@ def check_backbone(config: SmolVLAConfig) -> None:
             f"downloaded ({first_line(error)}). If it has moved, say where it is now."
         ) from None
     except Exception as error:  # a package that transformers misses, and what damaged files lead it to
-        raise ReflowError(f"--policy.vlm_model_name={name} cannot be used: {' '.join(str(error).split())}") from error
+        raise ReflowError(f"--policy.vlm_model_name={name} cannot be used: {in_one_line(error)}") from error
     folder = Path(name)
     if config.load_vlm_weights and folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
         raise ReflowError(

@@ -17,7 +17,7 @@ from lerobot.processor import NormalizerProcessorStep
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.files import sha256
 from smolvla_reflow.smolvla.backbone import load_tokenizer
 from smolvla_reflow.smolvla.saved_steps import NEWER, SavedStep, named_files, saved_steps
@@ -218,7 +218,7 @@ def read_config(folder: Path) -> SmolVLAConfig:
     except SystemExit:  # draccus leaves a wrong type of policy to argparse
         raise ReflowError(f"The installed LeRobot cannot read {path}.") from None
     except Exception as error:  # LeRobot, draccus and their converters raise whatever a value leads them to
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error) or type(error).__name__
         unknown = read_json(path).keys() - SmolVLAConfig.__dataclass_fields__.keys() - {"type"}
         raise ReflowError(
             f"The installed LeRobot cannot read {path}: {reason}" + f". {NEWER}" * bool(unknown)
@@ -336,8 +336,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client's errors share no base class
         at = f" (revision {revision})" if revision else ""
         raise ReflowError(
-            f"There is no folder {repo_id}, and as a hub id{at} it cannot be downloaded "
-            f"({' '.join(str(error).split())})."
+            f"There is no folder {repo_id}, and as a hub id{at} it cannot be downloaded ({in_one_line(error)})."
         ) from None
     return folder
 

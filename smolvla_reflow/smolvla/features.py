@@ -14,7 +14,7 @@ from lerobot.policies.utils import validate_visual_features_consistency
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint
 from smolvla_reflow.smolvla.statistics import saved_width
 
@@ -129,4 +129,4 @@ def _check_cameras(
         try:
             validate_visual_features_consistency(config, dict(here))
         except ValueError as error:
-            raise ReflowError(f"{source} cannot use {where}: {' '.join(str(error).split())}") from None
+            raise ReflowError(f"{source} cannot use {where}: {in_one_line(error)}") from None

@@ -12,7 +12,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.errors import ReflowError, first_line, in_one_line
 from smolvla_reflow.smolvla.backbone import check_backbone, load_tokenizer
 from smolvla_reflow.smolvla.checkpoint import (
     POSTPROCESSOR_NAME,
@@ -35,7 +35,7 @@ def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     try:
         policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device)
     except Exception as error:  # LeRobot and transformers let through whatever a checkpoint leads them to
-        reason = misfit(error) or " ".join(str(error).split())
+        reason = misfit(error) or in_one_line(error)
         raise ReflowError(f"The policy in {checkpoint.source} cannot be loaded: {reason}") from error
     check_loaded(policy, checkpoint)
     return policy.eval().requires_grad_(False)
@@ -118,7 +118,7 @@ def _load(
             checkpoint.config, str(checkpoint.folder), preprocessor_overrides=before, postprocessor_overrides=after
         )
     except Exception as error:  # LeRobot's loader lets through whatever a broken file leads it to
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ReflowError(
             f"The processors of {checkpoint.source} cannot be loaded: {reason}. If a file was cut off, copy the "
             "checkpoint again."

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import hf_hub_download
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.migration import rename_fork_flags
 from smolvla_reflow.smolvla.checkpoint import TRAIN_CONFIG_NAME, may_be_hub_id
 from smolvla_reflow.training.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO
@@ -117,8 +117,7 @@ def _find(path: str) -> Path:
             return Path(hf_hub_download(path, TRAIN_CONFIG_NAME))
         except Exception as error:  # the hub client's errors share no base class
             raise ReflowError(
-                f"--config_path={path} does not exist, and as a hub id it cannot be read "
-                f"({' '.join(str(error).split())})."
+                f"--config_path={path} does not exist, and as a hub id it cannot be read ({in_one_line(error)})."
             ) from None
     return Path(path)
 
