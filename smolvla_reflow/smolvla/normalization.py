@@ -46,7 +46,7 @@ OTHER_CONSTANTS = "constant in both, but at different values"
 
 @dataclass(frozen=True)
 class Affine:
-    """`scale * x + shift` in the last dimension; padded dimensions have scale 1 and shift 0."""
+    """`scale * x + shift` in the last dimension."""
 
     scale: Tensor  # (width,) float64
     shift: Tensor  # (width,) float64
@@ -58,6 +58,11 @@ class Affine:
     def change(self) -> Tensor:
         """The largest change of each dimension for x in [-1, 1], (width,)."""
         return (self.scale - 1).abs() + self.shift.abs()
+
+    def padded(self, width: int) -> "Affine":
+        """The same map, which leaves the dimensions up to `width` alone."""
+        missing = (0, width - len(self.scale))
+        return Affine(scale=pad(self.scale, missing, value=1.0), shift=pad(self.shift, missing, value=0.0))
 
 
 @dataclass(frozen=True)
@@ -128,10 +133,10 @@ class _Space:
     config: SmolVLAConfig
     stats: Statistics
 
-    def normaliser(self, feature: str) -> "_Line":
+    def normaliser(self, feature: str) -> Affine:
         return _probe(NormalizerProcessorStep, feature, self.config, self.stats)
 
-    def unnormaliser(self, feature: str) -> "_Line":
+    def unnormaliser(self, feature: str) -> Affine:
         return _probe(UnnormalizerProcessorStep, feature, self.config, self.stats)
 
     def still(self, feature: str) -> Tensor:
@@ -149,22 +154,30 @@ class _Space:
 def _state_map(here: _Space, there: _Space, width: int) -> Affine:
     """Into the teacher's units: undo the dataset's normaliser, apply the teacher's."""
     undone, applied, value = here.normaliser(OBS_STATE), there.normaliser(OBS_STATE), here.value(OBS_STATE)
-    scale = applied.slope / undone.slope
-    line = _Line(scale, applied.offset - scale * undone.offset)
-    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE) & line.changes_something(), CONSTANT_IN_ONE)
-    return _with_constants(OBS_STATE, line, undone(value), applied(value), here, there).padded(width)
+    scale = applied.scale / undone.scale
+    moving = Affine(scale, applied.shift - scale * undone.shift)
+    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE) & _changed(moving), CONSTANT_IN_ONE)
+    return _with_constants(OBS_STATE, moving, undone(value), applied(value), here, there).padded(width)
 
 
 def _action_map(here: _Space, there: _Space, width: int) -> Affine:
     """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
     undone, applied, value = there.unnormaliser(ACTION), here.unnormaliser(ACTION), here.value(ACTION)
-    line = _Line(undone.slope / applied.slope, (undone.offset - applied.offset) / applied.slope)
-    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & line.changes_something(), CONSTANT_IN_ONE)
+    moving = Affine(undone.scale / applied.scale, (undone.shift - applied.shift) / applied.scale)
+    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & _changed(moving), CONSTANT_IN_ONE)
     seen_there, seen_here = there.normaliser(ACTION)(value), here.normaliser(ACTION)(value)
-    return _with_constants(ACTION, line, seen_there, seen_here, here, there).padded(width)
+    return _with_constants(ACTION, moving, seen_there, seen_here, here, there).padded(width)
 
 
-def _with_constants(feature: str, line: "_Line", before: Tensor, after: Tensor, here: _Space, there: _Space) -> "_Line":
+def _changed(moving: Affine) -> Tensor:
+    """Which dimensions a map does not leave alone, (D,) bool.
+
+    Statistics without "min" and "max" do not say that a dimension never moves, but are then the very same ones.
+    """
+    return ~(moving.change() <= NEGLIGIBLE)
+
+
+def _with_constants(feature: str, moving: Affine, before: Tensor, after: Tensor, here: _Space, there: _Space) -> Affine:
     """The map, in which a dimension that never moves gets the value that it has after it.
 
     Its standard deviation is rounding noise, or 0, by which a map would multiply or divide. But what LeRobot's
@@ -172,7 +185,7 @@ def _with_constants(feature: str, line: "_Line", before: Tensor, after: Tensor, 
 
     Args:
         feature: which.
-        line: the map of the dimensions that move.
+        moving: the map of the dimensions that move.
         before, after: (D,), the dataset's constant, normalised in the space that is mapped from, and to.
         here, there: the space of the batches, and the teacher's.
 
@@ -183,9 +196,10 @@ def _with_constants(feature: str, line: "_Line", before: Tensor, after: Tensor, 
     same = torch.isclose(here.value(feature), there.value(feature), rtol=1e-5, atol=1e-6)
     _refuse(feature, both & ~same, OTHER_CONSTANTS)
     alike = (after - before).abs() <= NEGLIGIBLE
-    slope = torch.where(still, alike.to(line.slope), line.slope)
-    offset = torch.where(still, torch.where(alike, 0.0, after), line.offset)
-    mapped = _Line(slope, offset)
+    mapped = Affine(
+        scale=torch.where(still, alike.to(moving.scale), moving.scale),
+        shift=torch.where(still, torch.where(alike, 0.0, after), moving.shift),
+    )
     _refuse(feature, ~(mapped.change() < HOPELESS) & ~both, CONSTANT_IN_ONE)
     return mapped
 
@@ -212,38 +226,12 @@ def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
     """
     saved = saved_statistics(checkpoint)
     _check(checkpoint.source, checkpoint.config, saved, saved)
-    line = _probe(UnnormalizerProcessorStep, ACTION, checkpoint.config, saved)
+    unnormalised = _probe(UnnormalizerProcessorStep, ACTION, checkpoint.config, saved)
     if not checkpoint.config.adapt_to_pi_aloha:
-        return Affine(scale=line.slope, shift=line.offset)
-    encoded = [policy._pi_aloha_encode_actions(torch.full((1, 1, len(line.slope)), x).double()) for x in (0.0, 1.0)]
-    offset, slope = encoded[0][0, 0], (encoded[1] - encoded[0])[0, 0]
-    return Affine(scale=line.slope * slope, shift=line(offset))
-
-
-class _Line(NamedTuple):
-    """`slope * x + offset`, each (D,) float64."""
-
-    slope: Tensor
-    offset: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.slope * x + self.offset
-
-    def change(self) -> Tensor:
-        """The largest change of each dimension for x in [-1, 1], (D,)."""
-        return (self.slope - 1).abs() + self.offset.abs()
-
-    def changes_something(self) -> Tensor:
-        """Which dimensions it does not leave alone, (D,) bool.
-
-        Statistics without "min" and "max" do not say that a dimension never moves, but are then the very same ones.
-        """
-        return ~(self.change() <= NEGLIGIBLE)
-
-    def padded(self, width: int) -> Affine:
-        """The same line, which leaves the dimensions up to `width` alone."""
-        missing = (0, width - len(self.slope))
-        return Affine(scale=pad(self.slope, missing, value=1.0), shift=pad(self.offset, missing, value=0.0))
+        return unnormalised
+    width = len(unnormalised.scale)
+    encoded = [policy._pi_aloha_encode_actions(torch.full((1, 1, width), x).double())[0, 0] for x in (0.0, 1.0)]
+    return Affine(scale=unnormalised.scale * (encoded[1] - encoded[0]), shift=unnormalised(encoded[0]))
 
 
 def _probe(
@@ -251,8 +239,8 @@ def _probe(
     name: str,
     config: SmolVLAConfig,
     stats: Statistics,
-) -> _Line:
-    """The line that LeRobot's (un)normaliser is for one feature, found by its values at 0 and 1."""
+) -> Affine:
+    """What LeRobot's (un)normaliser does to one feature, found by its values at 0 and 1."""
     width = robot_width(config, stats, name)
     step = kind(
         features={name: PolicyFeature(TYPES[name], (width,))},
@@ -266,8 +254,8 @@ def _probe(
             return step(create_transition(action=x))[TransitionKey.ACTION]
         return step(create_transition(observation={name: x}))[TransitionKey.OBSERVATION][name]
 
-    offset = at(0.0)
-    return _Line(slope=at(1.0) - offset, offset=offset)
+    shift = at(0.0)
+    return Affine(scale=at(1.0) - shift, shift=shift)
 
 
 def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Statistics) -> None:
