@@ -17,7 +17,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
-from helpers import ACTION_DIM, CHUNK, STATE_DIM, WIDTH, lerobot_train_main, make_batch, short
+from helpers import ACTION_DIM, CHUNK, STATE_DIM, TINY, WIDTH, lerobot_train_main, make_batch, short
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -44,15 +44,12 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(backbone: Path) -> Callable[..., SmolVLAConfig]:
     def make(**overrides: Any) -> SmolVLAConfig:
         fields = {
-            "device": "cpu",
+            **TINY,
             "vlm_model_name": str(backbone),
-            "load_vlm_weights": False,
-            "num_vlm_layers": 2,
             "chunk_size": CHUNK,
             "n_action_steps": CHUNK,
             "max_action_dim": WIDTH,
             "max_state_dim": WIDTH,
-            "resize_imgs_with_padding": (32, 32),
             "push_to_hub": False,
             "input_features": {
                 "observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,)),

@@ -20,6 +20,8 @@ from smolvla_reflow.demo.task import REPO_ID
 
 # Of the tests' small policy and its batches.
 STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
+# Of the smallest policy that the real SmolVLA code can be.
+TINY = {"device": "cpu", "load_vlm_weights": False, "num_vlm_layers": 2, "resize_imgs_with_padding": (32, 32)}
 # Periods of the time embedding for which even random weights make a velocity that is smooth in time.
 SMOOTH = {"min_period": 1.0, "max_period": 4.0}
 

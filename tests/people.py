@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import lerobot_train_main
+from helpers import TINY, lerobot_train_main
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -42,15 +42,12 @@ class People:
 def write_base(folder: Path, backbone: Path, **overrides: Any) -> Path:
     """A tiny `lerobot/smolvla_base`: six dimensions, three cameras, two processors without statistics."""
     fields = {
-        "device": "cpu",
+        **TINY,
         "vlm_model_name": str(backbone),
-        "load_vlm_weights": False,
-        "num_vlm_layers": 2,
         "chunk_size": CHUNK,
         "n_action_steps": CHUNK,
         "max_action_dim": WIDTH,
         "max_state_dim": WIDTH,
-        "resize_imgs_with_padding": (32, 32),
         "tokenizer_max_length": 24,
         "pad_language_to": "max_length",
         "prefix_length": 0,
