@@ -73,7 +73,8 @@ def _damage(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, policy: Sm
     damage = wrong_counts(metadata)
     if damage is not None:
         return damage
-    if not sum(map(len, frame_ranges(metadata, chosen_by_lerobot(dataset, metadata.total_episodes)))):
+    episodes = chosen_by_lerobot(dataset, metadata.total_episodes)
+    if not sum(map(len, frame_ranges(metadata, episodes))):
         raise ReflowError(f"The episodes at {_where(dataset)} hold 0 frames; record some, or choose others.")
     damage = unusable_statistics(metadata, policy, use_imagenet_stats=dataset.use_imagenet_stats)
     if damage is not None:
@@ -82,7 +83,6 @@ def _damage(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, policy: Sm
         raise ReflowError(sentence)
     if dataset.streaming and not _streams_from_its_folder(dataset):
         return None
-    episodes = chosen_by_lerobot(dataset, metadata.total_episodes)
     return damaged_data(metadata, episodes, streaming=dataset.streaming)
 
 

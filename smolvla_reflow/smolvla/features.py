@@ -16,7 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint
-from smolvla_reflow.smolvla.statistics import saved_width
+from smolvla_reflow.smolvla.statistics import Statistics, saved_statistics, width_of
 
 EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"
 
@@ -68,13 +68,14 @@ def fitted(
     """
     rename_map = rename_map or saved_rename_map(checkpoint)
     here = {rename_map.get(name, name): feature for name, feature in features.items()}
+    saved = saved_statistics(checkpoint)
     for name in (OBS_STATE, ACTION):
         if name not in here:
             raise ReflowError(
                 f"{checkpoint.source} needs '{name}', which {where} lacks (it has {', '.join(sorted(here))}); "
                 "if it is there under another name, map it with --rename_map."
             )
-        _check_width(checkpoint, name, here[name], where)
+        _check_width(checkpoint.source, saved, name, here[name], where)
     config = copy.deepcopy(checkpoint.config)
     config.output_features = {ACTION: here[ACTION]}
     if not config.input_features:
@@ -104,12 +105,12 @@ def check_students_cameras(
         )
 
 
-def _check_width(checkpoint: Checkpoint, name: str, feature: PolicyFeature, where: str) -> None:
+def _check_width(source: str, saved: Statistics, name: str, feature: PolicyFeature, where: str) -> None:
     """Raise ReflowError unless the policy was trained on a feature of this width."""
-    width = saved_width(checkpoint, name)
+    width = width_of(saved.get(name, {}))
     if width is not None and tuple(feature.shape) != (width,):
         raise ReflowError(
-            f"'{name}' has shape {tuple(feature.shape)} in {where}, and {checkpoint.source} was trained on {width} "
+            f"'{name}' has shape {tuple(feature.shape)} in {where}, and {source} was trained on {width} "
             "dimensions (so say the statistics it was saved with)."
         )
 

@@ -50,21 +50,16 @@ def saved_statistics(checkpoint: Checkpoint) -> Statistics:
     return nested
 
 
-def saved_width(checkpoint: Checkpoint, feature: str) -> int | None:
-    """How many dimensions of a state or an action this checkpoint was trained on; None if its statistics do not say.
-
-    Raises:
-        ReflowError: its processors cannot be loaded.
-    """
-    saved = saved_statistics(checkpoint).get(feature, {})
-    return next((len(saved[name]) for name in ("mean", "min", "q01", "q10") if name in saved), None)
+def width_of(stats: Mapping[str, Any]) -> int | None:
+    """How many dimensions a state or an action has by its statistics; None if there are none."""
+    return next((len(stats[name]) for name in ("mean", "min", "q01", "q10") if name in stats), None)
 
 
 def robot_width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
     """How many dimensions a robot's state or action has: what its statistics say, or else what the config says."""
-    for statistic in ("mean", "min", *in_use(config, feature)):
-        if statistic in stats.get(feature, {}):
-            return len(stats[feature][statistic])
+    width = width_of(stats.get(feature, {}))
+    if width is not None:
+        return width
     return {**(config.input_features or {}), **(config.output_features or {})}[feature].shape[0]
 
 
