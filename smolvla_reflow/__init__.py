@@ -11,7 +11,7 @@ from smolvla_reflow.losses import (
 )
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.smolvla.velocity import Observation
+from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
 

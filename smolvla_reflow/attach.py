@@ -6,6 +6,9 @@
 
 In train mode a batch takes this way:  policy.forward -> Step -> loss strategy -> Losses -> loss.
 
+Teacher and student share the prefix (images, language, state) wherever they can: `attach` freezes the student's
+`state_proj`, the one part of it that a fine-tuned SmolVLA trains, and `detach` thaws it.
+
 No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this one instance,
 in the slot LeRobot itself uses when it compiles a policy (`self.forward = ...`), and puts the teacher where
 `nn.Module` does not look for submodules. `detach` restores what `vars()` of each module held.
@@ -34,9 +37,11 @@ from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
 from smolvla_reflow.smolvla.normalization import space_maps
+from smolvla_reflow.smolvla.observation import Observation, observe, recorded_actions, with_one_state
+from smolvla_reflow.smolvla.prefix import different_part, is_trained, trained_part
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import TeacherSource, base_policy, frozen_teacher
-from smolvla_reflow.smolvla.velocity import Observation, observe, recorded_actions, with_one_state
+from smolvla_reflow.smolvla.velocity import compile_velocity
 from smolvla_reflow.smolvla.vision import SharedFeatures, share_features
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
@@ -53,16 +58,20 @@ class Attachment:
         source: of couplings, a frozen teacher or stored pairs.
         recipe: where on the couplings' lines the student learns, how many for a frame, with how much recorded data.
         features: of the images, shared by student and teacher; None if the vision encoder is trained or differs.
+        own_prefix: why the student encodes the prefix for itself, with gradient, in words; None if it does not.
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
+        frozen: the parameters that were trained before.
     """
 
     policy: SmolVLAPolicy
     source: CouplingSource
     recipe: Recipe
     features: SharedFeatures | None
+    own_prefix: str | None
     policy_forward: PolicyForward
     bindings: tuple[Binding, ...]
+    frozen: tuple[nn.Parameter, ...]
 
     @property
     def teacher(self) -> SmolVLAPolicy | None:
@@ -76,9 +85,13 @@ class Attachment:
         noise: Tensor | None,
         time: Tensor | None,
         batch: Mapping[str, Any] | None = None,
+        *,
+        strategy: str,
     ) -> Step:
-        """What a loss sees of one forward pass."""
+        """What the loss of this name sees of one forward pass."""
         seen = self.in_encoder_dtype(observation)
+        by_teacher = self.teachers(seen, batch or {})
+        joint = bool(self.own_prefix or get_loss_strategy(strategy).joint_forward or trained_part(self.policy))
         return Step(
             model=self.policy.model,
             forward=self.policy.model.forward_standard,
@@ -89,8 +102,9 @@ class Attachment:
             batch=batch or {},
             noise=noise,
             time=time,
-            features=self.features,
-            teachers_observation=self.teachers(seen, batch or {}),
+            joint_forward=joint,
+            one_prefix=self.teacher is not None and by_teacher is None and not joint,
+            teachers_observation=by_teacher,
         )
 
     def teachers(self, seen: Observation, batch: Mapping[str, Any]) -> Observation | None:
@@ -138,7 +152,7 @@ class PolicyMixin:
             return attachment.policy_forward(batch, noise, time, reduction)
         batch = with_one_state(attachment.policy, batch)
         observation, actions = observe(attachment.policy, batch), recorded_actions(attachment.policy, batch)
-        step = attachment.step(observation, actions, noise, time, batch)
+        step = attachment.step(observation, actions, noise, time, batch, strategy=self.model.training_mode)
         losses = attachment.losses(step, self.model.training_mode)
         loss, metrics = reduce(losses, step, attachment.policy, attachment.policy_forward, reduction)
         return loss, metrics | {name: float(value) for name, value in step.metrics.items()}
@@ -159,7 +173,8 @@ class ModelMixin:
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
         if not self.training:
             return self.forward_standard(*observation, actions, noise, time)
-        return attachment.losses(attachment.step(observation, actions, noise, time), self.training_mode).values
+        step = attachment.step(observation, actions, noise, time, strategy=self.training_mode)
+        return attachment.losses(step, self.training_mode).values
 
     def forward_reflow(
         self, images, img_masks, lang_tokens, lang_masks, state, actions, noise=None, time=None
@@ -167,7 +182,7 @@ class ModelMixin:
         """Unreduced reflow losses `(B, chunk_size, max_action_dim)`, whatever `training_mode` says."""
         attachment = attachment_of(self)
         observation = Observation(images, img_masks, lang_tokens, lang_masks, state)
-        return attachment.losses(attachment.step(observation, actions, noise, time), "reflow").values
+        return attachment.losses(attachment.step(observation, actions, noise, time, strategy="reflow"), "reflow").values
 
     def generate_reflow_target(self, images, img_masks, lang_tokens, lang_masks, state, noise=None) -> Coupling:
         """Couple noise to the teacher's actions, both `(B, chunk_size, max_action_dim)`, without gradient.
@@ -190,6 +205,7 @@ def attach(
     recipe: Recipe | None = None,
     solver: Solver | str | None = None,
     dataset_stats: Statistics | None = None,
+    train_state_proj: bool = False,
 ) -> Attachment:
     """Make `policy.forward` compute a strategy's loss, on couplings of a frozen teacher or stored pairs.
 
@@ -197,7 +213,11 @@ def attach(
     had, compiled or not), `forward_reflow` and `generate_reflow_target`. The teacher is no submodule: it is
     in no `state_dict()`, `parameters()` or checkpoint, and shares the memory of every parameter that is frozen
     in the policy and equal in both, so load the policy's weights before; and compile or wrap `model.forward` before,
-    or it will not be asked. Where the vision encoder is shared, each image goes through it once per training step.
+    or it will not be asked.
+
+    Where all that encodes the prefix is frozen, but for `state_proj`, and equal in both, that is frozen too, until
+    `detach`, and the prefix is encoded once per training step for both. Otherwise each encodes it, and where the vision
+    encoder is shared each image goes through it once. What is the case and why is logged, and in `own_prefix`.
 
     Args:
         policy: a SmolVLAPolicy, or one wrapped by PEFT.
@@ -213,6 +233,8 @@ def attach(
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped. Pairs know what they
             are normalised by, and are refused if it is not this.
+        train_state_proj: train `state_proj` with the rest, if the policy's config does, for which the student has to
+            encode the prefix itself, with gradient.
 
     Raises:
         ReflowError: the policy is no SmolVLA, not one of a supported LeRobot, or attached already; the strategy or
@@ -228,7 +250,10 @@ def attach(
         if not isinstance(teacher, str):
             raise ReflowError("revision has no effect on a teacher that is not named by its hub id; leave it out.")
         teacher = open_checkpoint(teacher, revision)
-    _check_effect(get_loss_strategy(strategy), recipe, teacher=teacher, pairs=pairs, solver=solver)
+    loss = get_loss_strategy(strategy)
+    _check_effect(loss, recipe, teacher=teacher, pairs=pairs, solver=solver)
+    if train_state_proj and not is_trained(base.model.state_proj):
+        raise ReflowError("train_state_proj has no effect on a policy whose own state_proj is frozen; leave it out.")
     source: CouplingSource
     if pairs is not None:
         source = _stored(pairs, base, dataset_stats)
@@ -237,9 +262,9 @@ def attach(
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
         source = _frozen(teacher, policy, ode, dataset_stats)
         features = share_features(base, source.policy)
-    attachment = _bind(base, source, strategy, recipe, features)
-    if attachment.teacher is not None:
-        _report_sharing(base, attachment.teacher, features)
+    own_prefix = _why_own_prefix(base, source, loss, train_state_proj)
+    attachment = _bind(base, source, strategy, recipe, features, own_prefix)
+    _report_sharing(attachment)
     return attachment
 
 
@@ -263,6 +288,8 @@ def detach(policy: nn.Module) -> None:
     _take_back_teacher(base.model, attachment)
     for binding in attachment.bindings:
         binding.undo()
+    for parameter in attachment.frozen:
+        parameter.requires_grad_(True)
     for module in (base, base.model):
         del vars(module)[_STATE]
 
@@ -353,13 +380,44 @@ def _stored(
     return source
 
 
+def _why_own_prefix(
+    student: SmolVLAPolicy, source: CouplingSource, loss: LossStrategy, train_state_proj: bool
+) -> str | None:
+    """Why a student has to encode the prefix for itself, with gradient; None if it need not."""
+    if loss.joint_forward:
+        return f"strategy={loss.name} trains it with the rest"
+    if train_state_proj:
+        return "train_state_proj=true"
+    if not student.config.use_cache:
+        return "the policy's use_cache=false"
+    trained = trained_part(student)
+    if trained not in (None, "state_proj"):
+        return f"the student trains {trained}"
+    if not isinstance(source, FrozenTeacher):
+        return None
+    if source.space is not None and source.space.state is not None:
+        return "the state is normalised otherwise than the teacher's"
+    different = different_part(student, source.policy)
+    return None if different is None else f"the student's {different} is not the teacher's"
+
+
 def _bind(
-    base: SmolVLAPolicy, source: CouplingSource, strategy: str, recipe: Recipe, features: SharedFeatures | None
+    base: SmolVLAPolicy,
+    source: CouplingSource,
+    strategy: str,
+    recipe: Recipe,
+    features: SharedFeatures | None,
+    own_prefix: str | None,
 ) -> Attachment:
     model = base.model
     policy_forward, teacher = base.forward, source.policy if isinstance(source, FrozenTeacher) else None
+    trained = () if own_prefix else tuple(p for p in model.state_proj.parameters() if p.requires_grad)
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    models = (model,) if teacher is None else (model, teacher.model)
     bindings = (
         *(features.bindings if features else ()),
+        *(compile_velocity(*models) if base.config.compile_model else ()),
         bind(base, forward=MethodType(PolicyMixin.forward, base)),
         bind(
             model,
@@ -371,18 +429,24 @@ def _bind(
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
         ),
     )
-    attachment = Attachment(base, source, recipe, features, policy_forward, bindings)
+    attachment = Attachment(base, source, recipe, features, own_prefix, policy_forward, bindings, frozen=trained)
     for module in (base, model):
         vars(module)[_STATE] = attachment
     return attachment
 
 
-def _report_sharing(student: SmolVLAPolicy, teacher: SmolVLAPolicy, features: SharedFeatures | None) -> None:
-    of_student = {id(parameter) for parameter in student.parameters()}
-    of_teacher = list(teacher.parameters())
-    logging.getLogger(__name__).info(
-        "Teacher shares %d of its %d parameters with the student%s.",
-        sum(parameter.numel() for parameter in of_teacher if id(parameter) in of_student),
-        sum(parameter.numel() for parameter in of_teacher),
-        "" if features is None else ", and what the vision encoder makes of each image",
-    )
+def _report_sharing(attachment: Attachment) -> None:
+    teacher, own_prefix = attachment.teacher, attachment.own_prefix
+    lines = []
+    if teacher is not None:
+        of_student = {id(parameter) for parameter in attachment.policy.parameters()}
+        of_teacher = list(teacher.parameters())
+        shared = sum(parameter.numel() for parameter in of_teacher if id(parameter) in of_student)
+        total = sum(parameter.numel() for parameter in of_teacher)
+        lines.append(f"Teacher shares {shared} of its {total} parameters with the student.")
+    if own_prefix is None:
+        whom = "for the student" if teacher is None else "for teacher and student"
+        lines.append(f"The prefix (images, language, state) is encoded once {whom}, and state_proj stays as it is.")
+    else:
+        lines.append(f"The student encodes the prefix (images, language, state) for itself, because {own_prefix}.")
+    logging.getLogger(__name__).info(" ".join(lines))

@@ -127,28 +127,26 @@ def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
     return getattr(settings, "steps", 1)
 
 
-def copy_prefix(prefix: dict[str, Any], times: int = 1) -> dict[str, Any]:
-    """What the sampler hands to `denoise_step`, a mask and the cache of keys and values, each sample `times` in a row.
+def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """What the sampler hands to `denoise_step`, a mask and the cache of keys and values, with each tensor changed.
 
     The cache is a dictionary of tensors up to LeRobot 0.6.0 and transformers' own class from 0.6.1 on, into which
-    `denoise_step` writes. The tensors are shared with the original as long as `times` is 1.
+    `denoise_step` writes: it gets layers of its own.
     """
 
-    def copied(value: Any) -> Any:
+    def changed(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if times == 1 else value.repeat_interleave(times, dim=0)
+            return change(value)
         if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
+            return {key: changed(item) for key, item in value.items()}
         if value is not None:
-            # Writing and repeating replace each layer's tensors, so that layers of its own are all the copy needs. A
-            # deep copy would take up memory for nothing, and cannot be made of tensors with a gradient.
             value = copy.copy(value)
             value.layers = [copy.copy(layer) for layer in value.layers]
-            if times > 1:
-                value.batch_repeat_interleave(times)
+            for layer in value.layers:
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
         return value
 
-    return {key: copied(value) for key, value in prefix.items()}
+    return {key: changed(item) for key, item in prefix.items()}
 
 
 def resuming_keeps_statistics() -> bool:

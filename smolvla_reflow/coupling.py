@@ -23,7 +23,9 @@ from torch import Tensor
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.smolvla.features import cameras_seen
 from smolvla_reflow.smolvla.normalization import SpaceMaps
-from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode, observe
+from smolvla_reflow.smolvla.observation import Observation, observe
+from smolvla_reflow.smolvla.prefix import Prefix, encode
+from smolvla_reflow.smolvla.velocity import Velocity, velocity_of
 from smolvla_reflow.solver import Solver
 
 
@@ -34,13 +36,23 @@ class Coupling:
     Attributes:
         noise: (N, chunk_size, max_action_dim) float32, at t = 1.
         actions: (N, chunk_size, max_action_dim) float32, at t = 0.
-        recorded: whether the actions are recorded ones. LeRobot trains on those in its own way: with SmolVLA's times,
-            and not where the chunk is padded.
+        recorded: on which lines the actions are recorded ones, on all, none, or (N,) bool. LeRobot trains on those in
+            its own way: with SmolVLA's times, and not where the chunk is padded.
     """
 
     noise: Tensor
     actions: Tensor
-    recorded: bool = False
+    recorded: bool | Tensor = False
+
+    @property
+    def velocity(self) -> Tensor:
+        """u of each line, the same all along it, in the shape of `noise`."""
+        return self.noise - self.actions
+
+    def at(self, times: Tensor) -> Tensor:
+        """x_t, a point on each line, in the shape of `noise`; `times` is (N,)."""
+        t = times[:, None, None]
+        return t * self.noise + (1 - t) * self.actions
 
 
 class CouplingSource(Protocol):
@@ -81,33 +93,47 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(
-        self, observation: Observation, *, frames: Tensor | None, noise: Tensor | None, per_frame: int
+        self,
+        observation: Observation,
+        *,
+        frames: Tensor | None,
+        noise: Tensor | None,
+        per_frame: int,
+        prefix: Prefix | None = None,
     ) -> Coupling:
         """See `CouplingSource`. Runs under whatever autocast is active, as the teacher's stock sampler would.
 
         The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part
         of the flow's state, and the student's sampler will see them too.
 
+        Args:
+            prefix: of the observation, where the student has encoded it as the teacher would.
+
         Raises:
             ReflowError: the student has begun to train what it shares with the teacher, or the solver fails.
         """
-        device, config = observation.state.device, self.policy.config
+        config = self.policy.config
         if noise is None:
             shape = (len(observation.state) * per_frame, config.chunk_size, config.max_action_dim)
-            noise = self.policy.model.sample_noise(shape, device)
-        follow(self.policy, device)
-        actions = solve(self.policy, self.sees(observation), noise, self.solver)
+            noise = self.policy.model.sample_noise(shape, observation.state.device)
+        velocity = self.velocity(observation, prefix).repeated(per_frame)
+        actions = self.solver.integrate(velocity, noise, config.num_steps)
         return Coupling(noise, actions if self.space is None else self.space.actions(actions))
 
-    def velocity(self, observation: Observation) -> Velocity:
+    def velocity(self, observation: Observation, prefix: Prefix | None = None) -> Velocity:
         """The teacher's v(x, t) for the student's observations, in the teacher's own normalised space.
+
+        Args:
+            observation, prefix: as above.
 
         Raises:
             ReflowError: the student has begun to train what it shares with the teacher.
         """
         follow(self.policy, observation.state.device)
-        with torch.no_grad():
-            return encode(self.policy.model, self.sees(observation))
+        if prefix is None:
+            with torch.no_grad():
+                prefix = encode(self.policy.model, self.sees(observation))
+        return Velocity(self.policy.model, prefix)
 
     def observe(self, batch: Mapping[str, Any], student: SmolVLAPolicy, seen: Observation) -> Observation:
         """A batch as stock inference of the teacher's checkpoint sees it, still in the student's normalised space.
@@ -137,7 +163,7 @@ class FrozenTeacher:
 
     def sees(self, observation: Observation) -> Observation:
         """The student's observation in the teacher's normalised space."""
-        if self.space is None:
+        if self.space is None or self.space.state is None:
             return observation
         return observation._replace(state=self.space.state(observation.state))
 
@@ -150,15 +176,12 @@ def solve(policy: SmolVLAPolicy, observation: Observation, noise: Tensor, solver
         policy: in eval mode, its `config.num_steps` holding where `solver.num_steps` is None.
         observation: prepared tensors on the policy's device.
         noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation, which is encoded once.
-        solver: `euler` with the config's own number of steps is the stock sampler itself.
+        solver: `euler` with the config's own number of steps does what the stock sampler does.
 
     Raises:
         ReflowError: the solver fails.
     """
-    per_observation = len(noise) // len(observation.state)
-    if per_observation == 1 and solver.method == "euler" and solver.num_steps in (None, policy.config.num_steps):
-        return policy.model.sample_actions(*observation, noise=noise)
-    velocity = encode(policy.model, observation).repeated(per_observation)
+    velocity = velocity_of(policy.model, observation).repeated(len(noise) // len(observation.state))
     return solver.integrate(velocity, noise, policy.config.num_steps)
 
 

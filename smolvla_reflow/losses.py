@@ -36,12 +36,15 @@ class LossStrategy:
         function: the loss.
         couples: whether it asks for couplings. Beside one that does not, a solver or stored pairs are refused.
         unused: names of `Recipe` fields that have no effect on it, and are refused beside it.
+        joint_forward: whether it needs the student's whole training forward, which also trains `state_proj`. Other
+            losses are computed on a prefix that student and teacher share, at a fraction of the cost.
     """
 
     name: str
     function: LossFunction
     couples: bool = True
     unused: tuple[str, ...] = ()
+    joint_forward: bool = False
 
     def __call__(self, step: Step) -> Losses:
         """The losses of one step. Raises ReflowError if the function returns anything else."""
@@ -71,13 +74,13 @@ _registry: dict[str, LossStrategy] = {}
 
 
 def register_loss_strategy(
-    name: str, *, couples: bool = True, unused: tuple[str, ...] = ()
+    name: str, *, couples: bool = True, unused: tuple[str, ...] = (), joint_forward: bool = False
 ) -> Callable[[LossFunction], LossFunction]:
     """Decorator: register a loss, a function from a `Step` to `Losses`, under `name`.
 
     Args:
         name: for `attach(strategy=...)`, `model.training_mode` and `--reflow.strategy`.
-        couples, unused: what has no effect on this loss, see `LossStrategy`.
+        couples, unused, joint_forward: see `LossStrategy`.
 
     Raises:
         ReflowError: the name is taken by another function, or `unused` names no field of a recipe.
@@ -92,7 +95,7 @@ def register_loss_strategy(
         taken = _registry.get(name)
         if taken is not None and taken.function is not function:
             raise ReflowError(f"A loss strategy named '{name}' is already registered; choose another name.")
-        _registry[name] = LossStrategy(name, function, couples, unused)
+        _registry[name] = LossStrategy(name, function, couples, unused, joint_forward)
         return function
 
     return decorator
@@ -176,7 +179,7 @@ def _run(file: Path) -> dict[str, LossStrategy]:
     return {**functions, **registered}
 
 
-@register_loss_strategy("standard", couples=False, unused=("time_sampling", "real_data_ratio"))
+@register_loss_strategy("standard", couples=False, unused=("time_sampling", "real_data_ratio"), joint_forward=True)
 def standard(step: Step) -> Losses:
     """Flow matching on recorded actions: what `lerobot-train` trains."""
     return step.losses(step.recorded())

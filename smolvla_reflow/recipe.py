@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.times import TimeSampling
@@ -32,9 +31,9 @@ class Recipe:
         if not 0 <= self.real_data_ratio <= 1:
             raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
 
-    def recorded(self, batch_size: int, device: torch.device) -> Tensor:
-        """Which samples train on recorded actions, `(batch_size,)` bool, their number rounded up or down at random."""
+    def recorded_frames(self, batch_size: int) -> int:
+        """How many of a batch's frames train on recorded actions, rounded up or down at random."""
         share = self.real_data_ratio * batch_size
         if share != int(share):
             share = share + torch.rand(()).item()
-        return torch.arange(batch_size, device=device) < int(share)
+        return int(share)

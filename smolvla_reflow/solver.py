@@ -2,12 +2,13 @@
 
     dx = v(x, t) dt, from t = 1 down to t = 0
 
-The methods are torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
+Equal steps are a loop over numbers with a method's own table, so that a GPU is never waited for; an adaptive method,
+which has to look at its error before it goes on, is torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,41 @@ from torchdiffeq import odeint
 
 from smolvla_reflow.errors import ReflowError, known_are
 
-FIXED_STEP = ("euler", "midpoint", "heun3", "rk4")
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method (Butcher's table; Hairer, Norsett & Wanner, "Solving Ordinary Differential
+    Equations I", section II.1).
+
+    Attributes:
+        stages: for each evaluation of the velocity, how much of each earlier one carries x there from the step's start.
+        weights: how much of each carries x to the step's end.
+    """
+
+    stages: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+    def step(self, velocity: "VelocityField", x: Tensor, t: float, dt: float) -> Tensor:
+        """x at t + dt."""
+        slopes: list[Tensor] = []
+        for stage in self.stages:
+            slopes.append(velocity(_moved(x, dt, stage, slopes), t + sum(stage) * dt))
+        return _moved(x, dt, self.weights, slopes)
+
+
+TABLEAUX = {
+    "euler": Tableau(stages=((),), weights=(1.0,)),
+    "midpoint": Tableau(stages=((), (1 / 2,)), weights=(0.0, 1.0)),
+    "heun3": Tableau(stages=((), (1 / 3,), (0.0, 2 / 3)), weights=(1 / 4, 0.0, 3 / 4)),
+    # Kutta's 3/8 rule, which torchdiffeq has under this name too.
+    "rk4": Tableau(stages=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), weights=(1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}
+FIXED_STEP = tuple(TABLEAUX)
 ADAPTIVE = ("dopri5",)
 DEFAULT_TOLERANCE = 1e-5
 
-# (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t a scalar tensor in [0, 1].
-VelocityField = Callable[[Tensor, Tensor], Tensor]
+# (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t in [0, 1], a number or a scalar tensor.
+VelocityField = Callable[[Tensor, Any], Tensor]
 
 
 class Path(NamedTuple):
@@ -84,22 +114,34 @@ class Solver:
 
     def path(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Path:
         """Solve the ODE and keep x after each step; an adaptive method keeps only the two ends."""
-        steps = 1 if self.method in ADAPTIVE else self.num_steps or num_steps
+        if self.method in ADAPTIVE:
+            return self._adaptive(velocity, noise)
+        steps = self.num_steps or num_steps
         if steps is None:
             raise ReflowError(f"{self.method} needs num_steps.")
-        times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
+        dt, points = -1 / steps, [noise]
+        for k in range(steps):
+            points.append(TABLEAUX[self.method].step(velocity, points[-1], 1 + k * dt, dt))
+        return Path(torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device), torch.stack(points))
+
+    def _adaptive(self, velocity: VelocityField, noise: Tensor) -> Path:
+        times = torch.tensor([1, 0], dtype=noise.dtype, device=noise.device)
+        rtol, atol = self.rtol or DEFAULT_TOLERANCE, self.atol or DEFAULT_TOLERANCE
         try:
             points = odeint(
-                lambda t, x: velocity(x, t),
-                noise,
-                times,
-                method=self.method,
-                rtol=self.rtol or DEFAULT_TOLERANCE,
-                atol=self.atol or DEFAULT_TOLERANCE,
+                lambda t, x: velocity(x, t).to(x.dtype), noise, times, method=self.method, rtol=rtol, atol=atol
             )
         except AssertionError as error:
             raise ReflowError(f"The ODE cannot be solved by {self.method} ({error}).") from None
         return Path(times, points)
+
+
+def _moved(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """x + dt * (the weighed sum of the slopes)."""
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight:
+            x = x + (dt * weight) * slope
+    return x
 
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.

@@ -4,6 +4,10 @@
     step.recorded()         noise and the recorded actions
     step.losses(coupling)   the student's errors on the lines between the two, -> Losses
 
+The prefix is encoded once in a step. The teacher is solved on it, and the student's errors come from it too: one pass
+through the action expert for each line, with gradient. Where the prefix itself is trained, the student's own training
+forward is asked instead, and the teacher encodes for itself.
+
 Times, couplings per frame and the share of recorded data are the step's to decide, so that every loss goes by the
 user's flags.
 """
@@ -11,17 +15,19 @@ user's flags.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.smolvla.velocity import Observation, Velocity, encode
-from smolvla_reflow.smolvla.vision import SharedFeatures
+from smolvla_reflow.smolvla.observation import Observation
+from smolvla_reflow.smolvla.prefix import Prefix, encode
+from smolvla_reflow.smolvla.velocity import Velocity
 from smolvla_reflow.times import STOCK, TimeSampling
 
 # What LeRobot's training logs under names of its own, in one version or another.
@@ -65,7 +71,8 @@ class Step:
             model was called without its policy.
         noise: (B, chunk_size, max_action_dim) where the caller of forward fixed it, else None.
         time: (B,) where the caller of forward fixed it, else None.
-        features: of the images, which student and teacher share; None if each has its own.
+        joint_forward: whether the student's errors come from `forward`, which encodes the prefix with gradient.
+        one_prefix: whether the student's encoded prefix is the teacher's too.
         teachers_observation: what the teacher sees, if its cameras are others than the student's, else None.
         metrics: what `log` has collected.
     """
@@ -79,7 +86,8 @@ class Step:
     batch: Mapping[str, Any] = field(default_factory=dict)
     noise: Tensor | None = None
     time: Tensor | None = None
-    features: SharedFeatures | None = None
+    joint_forward: bool = False
+    one_prefix: bool = False
     teachers_observation: Observation | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
 
@@ -96,20 +104,23 @@ class Step:
     def coupling(self) -> Coupling:
         """Noise and the actions it is carried to by the attached source: B * K lines, K in a row for each frame.
 
+        Frames that are the recipe's share of recorded data are not asked about; their lines are recorded ones.
+
         Raises:
             ReflowError: the source fails, or gives something else than such lines.
         """
-        per_frame = self.couplings_per_frame
-        coupling = self.source(self._teachers_view, frames=self.frames, noise=self.noise, per_frame=per_frame)
-        if not isinstance(coupling, Coupling):
-            raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
-        self._check(coupling, len(self.actions) * per_frame)
-        return coupling
+        first, per_frame = self._recorded_frames, self.couplings_per_frame
+        if not first:
+            return self._coupled(first, per_frame)
+        lines = self._recorded_lines(first, per_frame)
+        if first == len(self.actions):
+            return _joined(lines, lines.noise[:0], lines.actions[:0])
+        coupled = self._coupled(first, per_frame)
+        return _joined(lines, coupled.noise, coupled.actions)
 
     def recorded(self) -> Coupling:
         """Noise and the recorded actions, drawn independently, as in standard training: B * K lines."""
-        actions = self.actions.repeat_interleave(self.couplings_per_frame, dim=0)
-        return Coupling(self._noise_like(actions), actions, recorded=True)
+        return self._recorded_lines(len(self.actions), self.couplings_per_frame)
 
     def times(self) -> Tensor:
         """t of B * K lines, (B * K,) float32, as the recipe draws it, or as the caller of forward fixed it."""
@@ -129,32 +140,59 @@ class Step:
 
         Args:
             coupling: N lines, as many in a row for each frame: B * K of `coupling()` and `recorded()`.
-            times: t of each line, (N,), one t for all, or the name of a distribution (`smolvla_reflow.times`). By
-                default the recipe's, and SmolVLA's own for recorded actions. A time that the caller of forward fixed
-                comes first.
-            weights: factors on the squared errors: one for all, (N,) for each line, or three dimensions that broadcast
-                to (N, chunk_size, max_action_dim).
+            times: t of each line, (N,), M of them on each, (N, M), which cost M passes through the action expert, one
+                t for all, or the name of a distribution (`smolvla_reflow.times`). By default the recipe's, and
+                SmolVLA's own for recorded actions. A time that the caller of forward fixed comes first.
+            weights: factors on the squared errors: one for all, one for each line or time, in the shape of `times`, or
+                three dimensions that broadcast to (N, chunk_size, max_action_dim).
 
         Raises:
             ReflowError: something has another shape.
         """
         count = len(coupling.noise)
         self._check(coupling, count)
+        if not count or count % len(self.actions):
+            raise ReflowError(f"{count} lines for {len(self.actions)} frames: each frame needs as many, in a row.")
         if times is None:
-            times = STOCK if coupling.recorded else self.recipe.time_sampling
-        lines = _Lines(coupling, self._times(count, times), self._weights(count, weights))
-        if self.recipe.real_data_ratio and not coupling.recorded:
-            lines = self._with_recorded(lines)
+            times = STOCK if coupling.recorded is True else self.recipe.time_sampling
+        if isinstance(times, Tensor) and times.ndim == 2 and self.time is None:
+            coupling, times, weights = _once_for_each_time(coupling, times, weights)
+        frames, count = len(self.actions), len(coupling.noise)
+        t, w = self._times(count, times), self._weights(count, weights)
+        if self._recorded_frames and coupling.recorded is not True:
+            lines = self._recorded_lines(self._recorded_frames, count // frames)
+            m = len(lines.noise)
+            coupling = _joined(lines, coupling.noise[m:], coupling.actions[m:])
+            t = torch.cat([self._times(count, STOCK)[:m], t[m:]])
+            w = None if w is None else torch.cat([torch.ones_like(w[:m]), w[m:]])
 
-        frames, per_frame = len(self.actions), count // len(self.actions)
-        observation = self._repeated(per_frame)
-        values = self.forward(*observation, lines.coupling.actions, lines.coupling.noise, lines.times)
-        if lines.weights is not None:
-            values = values * lines.weights
-        values = values.unflatten(0, (frames, per_frame)).mean(dim=1)
-        if lines.recorded is None or self.recipe.real_data_ratio == 1:
-            return Losses(values, coupling.recorded or lines.recorded is not None)
-        return Losses(values, lines.recorded[::per_frame])
+        values = self.squared_errors(coupling, t)
+        if w is not None:
+            values = values * w
+        values = values.unflatten(0, (frames, count // frames)).mean(dim=1)
+        recorded = coupling.recorded
+        if isinstance(recorded, Tensor):
+            # Not whenever all of them happen to be: LeRobot wants the same metrics of every process.
+            recorded = self.recipe.real_data_ratio == 1 or recorded[:: count // frames]
+        return Losses(values, recorded)
+
+    def squared_errors(self, coupling: Coupling, times: Tensor) -> Tensor:
+        """The student's, of its velocity on each line: unreduced, (N, chunk_size, max_action_dim), with gradient.
+
+        Args:
+            coupling: N lines, as many in a row for each frame.
+            times: t of each line, (N,).
+        """
+        if not self.joint_forward:
+            velocity = self.student_velocity(coupling.at(times), times)
+            return mse_loss(velocity, coupling.velocity, reduction="none")
+        # One call for each of a frame's lines, since a batch of them all would hold each image as often.
+        per_frame = len(times) // len(self.actions)
+        calls = zip(
+            *(x.unflatten(0, (-1, per_frame)).unbind(dim=1) for x in (coupling.actions, coupling.noise, times)),
+            strict=True,
+        )
+        return torch.stack([self.forward(*self.observation, *call) for call in calls], dim=1).flatten(0, 1)
 
     def student_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The student's v(x, t), with gradient unless under `torch.no_grad()`.
@@ -163,7 +201,7 @@ class Step:
             x: (B * K, chunk_size, max_action_dim), K in a row for each frame.
             t: a scalar or (B * K,).
         """
-        return self._student_prefix.repeated(len(x) // len(self.actions))(x, t)
+        return self._student.repeated(len(x) // len(self.actions))(x, t).to(x.dtype)
 
     def teacher_velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The teacher's v(x, t), whose only gradient is the one to `x`, if that has one; arguments as above.
@@ -171,7 +209,7 @@ class Step:
         Raises:
             ReflowError: no teacher is attached, or its normalised space is not that of the batches, in which `x` is.
         """
-        return self._teacher_prefix.repeated(len(x) // len(self.actions))(x, t)
+        return self._teacher.repeated(len(x) // len(self.actions))(x, t).to(x.dtype)
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Report a number beside the loss, which LeRobot sends to W&B and, from 0.6 on, prints.
@@ -188,12 +226,31 @@ class Step:
             raise ReflowError(f"The metric '{name}' has {value.numel()} numbers; log one, such as its mean.")
         self.metrics[name] = value.detach() if isinstance(value, Tensor) else value
 
+    def _coupled(self, first: int, per_frame: int) -> Coupling:
+        """What the source couples for the frames from the `first` on."""
+        frames = None if self.frames is None else self.frames[first:]
+        noise = None if self.noise is None else self.noise[first:]
+        encoded = {"prefix": self._prefix.after(first)} if self.one_prefix else {}
+        view = (self.teachers_observation or self.observation).after(first)
+        coupling = self.source(view, frames=frames, noise=noise, per_frame=per_frame, **encoded)
+        if not isinstance(coupling, Coupling):
+            raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
+        self._check(coupling, (len(self.actions) - first) * per_frame)
+        return coupling
+
+    def _recorded_lines(self, frames: int, per_frame: int) -> Coupling:
+        """The first frames' recorded actions, and noise of their own: stored pairs have few noises for a frame."""
+        actions = self.actions[:frames].repeat_interleave(per_frame, dim=0)
+        return Coupling(self._noise_like(actions), actions, recorded=True)
+
     def _noise_like(self, actions: Tensor) -> Tensor:
-        return self.model.sample_noise(actions.shape, actions.device) if self.noise is None else self.noise
+        if self.noise is not None:
+            return self.noise[: len(actions)]
+        return self.model.sample_noise(actions.shape, actions.device)
 
     def _times(self, count: int, times: Tensor | float | str) -> Tensor:
         if self.time is not None:
-            return self.time
+            return self.time[:count]
         if isinstance(times, str):
             return TimeSampling(times).draw(count, self.actions.device, self.model.sample_time)
         t = torch.as_tensor(times, dtype=torch.float32, device=self.actions.device)
@@ -209,12 +266,14 @@ class Step:
         weights = torch.as_tensor(weights, device=self.actions.device)
         if weights.shape == (count,):
             return weights[:, None, None]
-        if weights.ndim not in (0, 3):
+        if weights.ndim == 3:
+            return weights.expand(count, -1, -1)
+        if weights.ndim:
             raise ReflowError(
                 f"weights of shape {tuple(weights.shape)} were given for {count} lines; give one, one for each, or "
                 "three dimensions (lines, steps of the chunk, action dimensions), any of which may be 1."
             )
-        return weights
+        return weights.expand(count, 1, 1)
 
     def _check(self, coupling: Coupling, count: int) -> None:
         config = self.model.config
@@ -226,47 +285,23 @@ class Step:
                 raise ReflowError(f"The source of couplings gave {name} of shape {shape}; {expected} was asked for.")
             if found.dtype != torch.float32:
                 raise ReflowError(f"The source of couplings gave {name} in {found.dtype}; torch.float32 was asked for.")
-        if not count or count % len(self.actions):
-            raise ReflowError(f"{count} lines for {len(self.actions)} frames: each frame needs as many, in a row.")
-
-    def _with_recorded(self, lines: "_Lines") -> "_Lines":
-        """The recipe's share of the frames with recorded actions in all of their lines."""
-        count = len(lines.times)
-        per_frame = count // len(self.actions)
-        chosen = self.recipe.recorded(len(self.actions), self.actions.device).repeat_interleave(per_frame)
-        in_chunks = chosen[:, None, None]
-        # Noise of its own: stored pairs have few noises for a frame, and recorded actions are to meet all.
-        recorded = self.actions.repeat_interleave(per_frame, dim=0)
-        noise = self._noise_like(recorded)
-        weights = lines.weights
-        return _Lines(
-            coupling=Coupling(
-                noise=torch.where(in_chunks, noise, lines.coupling.noise),
-                actions=torch.where(in_chunks, recorded, lines.coupling.actions),
-            ),
-            recorded=chosen,
-            times=torch.where(chosen, self._times(count, STOCK), lines.times),
-            weights=None if weights is None else torch.where(in_chunks, torch.ones_like(weights), weights),
-        )
-
-    @property
-    def _teachers_view(self) -> Observation:
-        return self.observation if self.teachers_observation is None else self.teachers_observation
-
-    def _repeated(self, per_frame: int) -> Observation:
-        if per_frame == 1:
-            return self.observation
-        if self.features is None:
-            return self.observation.repeated(per_frame)
-        return self.features.repeated(self.observation, per_frame)
 
     @cached_property
-    def _student_prefix(self) -> Velocity:
+    def _recorded_frames(self) -> int:
+        """How many of the frames, the first ones, are the recipe's share of recorded data."""
+        return self.recipe.recorded_frames(len(self.actions))
+
+    @cached_property
+    def _prefix(self) -> Prefix:
         with torch.enable_grad():  # a first call without gradient must not take it from a later one
             return encode(self.model, self.observation)
 
     @cached_property
-    def _teacher_prefix(self) -> Velocity:
+    def _student(self) -> Velocity:
+        return Velocity(self.model, self._prefix)
+
+    @cached_property
+    def _teacher(self) -> Velocity:
         if not isinstance(self.source, FrozenTeacher):
             raise ReflowError("No teacher is attached whose velocity could be asked for; attach(policy, teacher=...).")
         if self.source.space is not None:
@@ -274,13 +309,29 @@ class Step:
                 "The teacher's velocity is defined in its own normalised space, which is not that of these batches; "
                 "fine-tune the teacher on this dataset first."
             )
-        return self.source.velocity(self._teachers_view)
+        return self.source.velocity(
+            self.teachers_observation or self.observation, self._prefix if self.one_prefix else None
+        )
 
 
-class _Lines(NamedTuple):
-    """What the student is asked about: N lines, a time and a weight on each, and which of them are recorded ones."""
+def _joined(recorded: Coupling, noise: Tensor, actions: Tensor) -> Coupling:
+    """Recorded lines, and after them others."""
+    joined = torch.cat([recorded.noise, noise])
+    which = torch.arange(len(joined), device=joined.device) < len(recorded.noise)
+    return Coupling(joined, torch.cat([recorded.actions, actions]), recorded=which)
 
-    coupling: Coupling
-    times: Tensor  # (N,)
-    weights: Tensor | None
-    recorded: Tensor | None = None  # (N,) bool, where some are and others are not
+
+def _once_for_each_time(
+    coupling: Coupling, times: Tensor, weights: Tensor | float | None
+) -> tuple[Coupling, Tensor, Tensor | float | None]:
+    """Each line as often as it has times: N lines with times (N, M) become N * M with times (N * M,)."""
+    if len(times) != len(coupling.noise):
+        raise ReflowError(f"times of shape {tuple(times.shape)} were given for {len(coupling.noise)} lines.")
+    if isinstance(weights, Tensor) and weights.shape == times.shape:
+        weights = weights.flatten()
+    each = times.shape[1]
+    noise, actions = (x.repeat_interleave(each, dim=0) for x in (coupling.noise, coupling.actions))
+    recorded = coupling.recorded
+    if isinstance(recorded, Tensor):
+        recorded = recorded.repeat_interleave(each)
+    return Coupling(noise, actions, recorded), times.flatten(), weights

@@ -24,7 +24,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from pairs_helpers import make_pairs
 from people import People, fine_tune, write_base, write_robot_dataset
 
-from smolvla_reflow import losses
+from smolvla_reflow import Coupling, Step, losses
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.flags import one_rectified_flow_flags
 from smolvla_reflow.demo.task import write_dataset
@@ -78,15 +78,18 @@ def policy(make_policy: Callable[..., SmolVLAPolicy]) -> SmolVLAPolicy:
     return make_policy(seed=0)
 
 
-@pytest.fixture
-def teacher(make_policy: Callable[..., SmolVLAPolicy], policy: SmolVLAPolicy) -> SmolVLAPolicy:
-    """A policy like `policy` whose trainable weights differ."""
+@pytest.fixture(params=["one prefix", "own prefix"])
+def teacher(
+    request: pytest.FixtureRequest, make_policy: Callable[..., SmolVLAPolicy], policy: SmolVLAPolicy
+) -> SmolVLAPolicy:
+    """A policy like `policy` whose trainable weights differ, those of the prefix (`state_proj`) too or not."""
+    own_prefix = request.param == "own prefix"
     other = make_policy(seed=1)
     other.load_state_dict(policy.state_dict())
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in other.parameters():
-            if parameter.requires_grad:
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad and (own_prefix or "state_proj" not in name):
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return other
 
@@ -117,6 +120,19 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, losses.LossStrategy]:
     """The registered strategies; what a test adds is forgotten after it."""
     monkeypatch.setattr(losses, "_registry", dict(losses._registry))
     return losses._registry
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What the student is asked about, call by call: actions, noise and times of the lines."""
+    seen, squared_errors = [], Step.squared_errors
+
+    def note(step: Step, coupling: Coupling, times: torch.Tensor) -> torch.Tensor:
+        seen.append((coupling.actions, coupling.noise, times))
+        return squared_errors(step, coupling, times)
+
+    monkeypatch.setattr(Step, "squared_errors", note)
+    return seen
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 
 from smolvla_reflow import ReflowError, Solver, attach
 from smolvla_reflow.coupling import FrozenTeacher
-from smolvla_reflow.smolvla.velocity import observe, recorded_actions
+from smolvla_reflow.smolvla.observation import observe, recorded_actions
 
 TOP, WRIST, SIDE = (f"observation.images.{name}" for name in ("top", "wrist", "side"))
 
@@ -72,7 +72,7 @@ def test_couplings_are_those_of_stock_inference(two, batch_of, case):
         assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
 
     attachment = attach(student, teacher, solver="euler")
-    step = attachment.step(*prepared(student, batch), noise=noise, time=None, batch=batch)
+    step = attachment.step(*prepared(student, batch), noise=noise, time=None, batch=batch, strategy="reflow")
     torch.testing.assert_close(step.coupling().actions[..., :ACTION_DIM], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,7 +107,7 @@ def test_images_are_encoded_once_where_the_cameras_agree(two, batch_of):
     teacher, student = two((SIDE, TOP), (TOP,))
     attachment = attach(student, teacher)
     batch = batch_of(TOP)
-    step = attachment.step(*prepared(student, batch), noise=None, time=None, batch=batch)
+    step = attachment.step(*prepared(student, batch), noise=None, time=None, batch=batch, strategy="reflow")
     assert step.teachers_observation is None
 
 

@@ -56,23 +56,26 @@ def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_t
 
 
 def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeypatch):
-    """Student and teacher see the same tensors, not equal ones prepared twice."""
-    attach(policy, teacher, solver="euler")
+    """Student and teacher see the same tensors, not equal ones prepared twice; which one encoding serves, if it can."""
+    attachment = attach(policy, teacher, solver="euler")
     prepared, seen = [], []
-    prepare, sample = policy.prepare_images, policy.model.teacher.model.sample_actions
-    stock = policy.model.forward_standard
+    prepare = policy.prepare_images
     monkeypatch.setitem(vars(policy), "prepare_images", lambda b: prepared.append(prepare(b)) or prepared[-1])
-    monkeypatch.setitem(
-        vars(policy.model.teacher.model),
-        "sample_actions",
-        lambda *o, noise: seen.append(o) or sample(*o, noise=noise),
-    )
-    monkeypatch.setitem(vars(policy.model), "forward_standard", lambda *o: seen.append(o[:5]) or stock(*o))
+    for model in (policy.model, policy.model.teacher.model):
+        embed = model.embed_prefix
+        monkeypatch.setitem(
+            vars(model),
+            "embed_prefix",
+            lambda *o, state, embed=embed: seen.append((*o, state)) or embed(*o, state=state),
+        )
     policy.train().forward(dict(batch))
     assert len(prepared) == 1
-    by_teacher, by_student = seen
-    assert by_teacher[0][0] is by_student[0][0] is prepared[0][0][0]
-    assert all(a is b for a, b in zip(by_teacher, by_student, strict=True))
+    assert all(one[0][0] is prepared[0][0][0] for one in seen)
+    if attachment.own_prefix is None:
+        assert len(seen) == 1
+    else:
+        by_teacher, by_student = seen
+        assert all(a is b for a, b in zip(by_teacher, by_student, strict=True))
 
 
 def test_recorded_actions_have_no_influence(policy, teacher, batch, noise_and_time):

@@ -12,7 +12,7 @@ from lerobot.policies.smolvla.processor_smolvla import make_smolvla_pre_post_pro
 from smolvla_reflow import ReflowError, attach, register_loss_strategy
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 from smolvla_reflow.smolvla.normalization import space_maps
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 
 WIDTHS = {"action": ACTION_DIM, "observation.state": STATE_DIM}
 ALL = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")

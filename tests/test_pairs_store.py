@@ -20,7 +20,7 @@ from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID, write_dataset
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.manifest import differences, read_manifest, shard_path
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 
 # --- noise ----------------------------------------------------------------------------------------------------
 

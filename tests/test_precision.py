@@ -7,7 +7,7 @@ import torch
 from helpers import SMOOTH
 
 from smolvla_reflow import Solver, attach
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.vision import vision_encoder
 
 DEVICES = [
@@ -66,7 +66,11 @@ def test_features_are_shared_under_autocast(policy, teacher, batch, noise_and_ti
     noise, time = noise_and_time
     losses, passes = [], []
     for shared in (contextlib.nullcontext(), nothing_shared()):
-        with shared, attach(policy, teacher) as attachment, torch.autocast("cpu", torch.bfloat16):
+        with (
+            shared,
+            attach(policy, teacher, train_state_proj=True) as attachment,
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             seen = []
             for each in (policy, attachment.teacher):
                 layer = vision_encoder(each).encoder.layers[0]

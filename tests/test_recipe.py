@@ -17,18 +17,6 @@ def per_sample(policy, batch, noise, time):
     return policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")[0]
 
 
-def notes(policy):
-    """What the stock forward is given in place of (actions, noise, time), call by call."""
-    seen, forward_standard = [], policy.model.forward_standard
-
-    def note(*args):
-        seen.append(args[-3:])
-        return forward_standard(*args)
-
-    policy.model.forward_standard = note
-    return seen
-
-
 @pytest.mark.parametrize(("ratio", "count"), [(0.25, 1), (0.5, 2)])
 def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_time, ratio, count):
     """On one scale with the others: from LeRobot 0.5 on, their padded dimensions do not count (test_recorded_share.py)."""
@@ -49,12 +37,13 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
 
 
 @pytest.mark.parametrize(("strategy", "time_sampling"), [("reflow", "grid:1"), ("distill", "beta")])
-def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, teacher, batch, strategy, time_sampling):
+def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(
+    policy, teacher, batch, asked, strategy, time_sampling
+):
     attach(policy, teacher, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
     policy.model.training_mode = strategy
-    seen = notes(policy)
     policy.train().forward(dict(batch))
-    ((actions, noise, time),) = seen
+    ((actions, noise, time),) = asked
     recorded = policy.prepare_action(batch)
     assert torch.equal(actions[:2], recorded[:2])
     assert not torch.isclose(actions[2:], recorded[2:]).all(dim=(1, 2)).any()
@@ -66,7 +55,7 @@ def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(policy, tea
 def test_a_fractional_share_holds_on_average():
     torch.manual_seed(0)
     recipe = Recipe(real_data_ratio=0.3)
-    counts = [recipe.recorded(4, torch.device("cpu")).sum().item() for _ in range(2000)]
+    counts = [recipe.recorded_frames(4) for _ in range(2000)]
     assert set(counts) == {1, 2}
     assert sum(counts) / len(counts) == pytest.approx(1.2, abs=0.04)  # 4 standard errors
 
@@ -96,15 +85,14 @@ def repeated(batch):
 
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint"])
-def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, solver):
+def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, asked, solver):
     """Against the loss of a batch in which each frame stands three times, with the same noise and times."""
     recipe = Recipe(time_sampling="beta", couplings_per_frame=PER_FRAME)
     attach(policy, teacher, solver=Solver(solver, num_steps=5), recipe=recipe)
-    seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     losses.mean().backward()
     gradient = policy.model.action_out_proj.weight.grad.clone()
-    ((actions, noise, time),) = seen
+    ((actions, noise, time),) = asked
     assert noise.shape == (4 * PER_FRAME, 5, 6)
     assert len(time.unique()) == len(time) == 4 * PER_FRAME
     assert len(noise.flatten().unique()) == noise.numel()
@@ -112,35 +100,37 @@ def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, so
     policy.zero_grad()
     detach(policy)
     attach(policy, teacher, solver=Solver(solver, num_steps=5))
-    seen = notes(policy)
     expected, _ = policy.train().forward(repeated(batch), noise=noise, time=time, reduction="none")
     expected.mean().backward()
-    torch.testing.assert_close(actions, seen[0][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actions, asked[1][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(losses, expected.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, policy.model.action_out_proj.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_frame_is_looked_at_once_for_all_of_its_couplings(policy, teacher, batch):
-    """Its images by the one encoder of both, the whole prefix by the teacher."""
-    counts, prefixes = [], []
-    for encoder in map(vision_encoder, (policy, teacher)):
-        encoder.encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
-    attach(policy, recipe=Recipe(couplings_per_frame=PER_FRAME))
-    model = policy.model.teacher.model
-    embed_prefix = model.embed_prefix
-    vars(model)["embed_prefix"] = lambda images, *a, **k: (
-        prefixes.append(len(images[0])) or embed_prefix(images, *a, **k)
-    )
+@pytest.mark.parametrize("train_state_proj", [False, True])
+def test_a_frame_is_looked_at_once_for_all_of_its_couplings(policy, batch, train_state_proj):
+    """The whole prefix is encoded once for both; if the student trains it, by the teacher once, and each image once."""
+    counts, prefixes = [], {"student": [], "teacher": []}
+    vision_encoder(policy).encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
+    attach(policy, recipe=Recipe(couplings_per_frame=PER_FRAME), train_state_proj=train_state_proj)
+    for name, model in (("student", policy.model), ("teacher", policy.model.teacher.model)):
+        embed = model.embed_prefix
+        vars(model)["embed_prefix"] = lambda images, *a, embed=embed, name=name, **k: (
+            prefixes[name].append(len(images[0])) or embed(images, *a, **k)
+        )
     for step in (1, 2):
         policy.train().forward(dict(batch))[0].backward()
-        assert counts == prefixes == [4] * step
+        assert counts == [4] * step
+        if train_state_proj:
+            assert prefixes == {"student": [4] * PER_FRAME * step, "teacher": [4] * step}
+        else:
+            assert prefixes == {"student": [4] * step, "teacher": []}
 
 
-def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher, batch):
+def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher, batch, asked):
     attach(policy, teacher, recipe=Recipe(couplings_per_frame=PER_FRAME, real_data_ratio=0.5))
-    seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
-    ((actions, noise, time),) = seen
+    ((actions, noise, time),) = asked
     recorded = policy.prepare_action(repeated(batch))
     assert torch.equal(actions[: 2 * PER_FRAME], recorded[: 2 * PER_FRAME])
     assert not torch.isclose(actions, recorded).all(dim=(1, 2))[2 * PER_FRAME :].any()
@@ -158,7 +148,7 @@ def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and
     assert torch.equal(*losses)
 
 
-def test_a_strategy_need_not_know_of_it(policy, teacher, batch, registry):
+def test_a_strategy_need_not_know_of_it(policy, teacher, batch, asked, registry):
     """A strategy of another package gets three lines for each frame without asking for them."""
 
     @register_loss_strategy("late")
@@ -168,9 +158,8 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch, registry):
         return step.losses(coupling, times=torch.full((len(coupling.noise),), 0.9))
 
     attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME))
-    seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
-    ((_, noise, time),) = seen
+    ((_, noise, time),) = asked
     assert (time == 0.9).all()
     detach(policy)
     expected = reflow_losses(policy, teacher, repeated(batch), noise, time, 10).mean(dim=(1, 2))
@@ -178,7 +167,7 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch, registry):
 
 
 @pytest.mark.parametrize("per_frame", [1, PER_FRAME])
-def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, registry, per_frame):
+def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, asked, registry, per_frame):
     """Here other images than the student's."""
     found = []
 
@@ -190,14 +179,13 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, r
         return dark.losses(found[0])
 
     attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame))
-    seen = notes(policy)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     name = "observation.images.top"
     dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}
     with torch.no_grad():  # SmolVLA takes images from [0, 1] to [-1, 1]
         expected = Flow(teacher, dark).midpoint(found[0].noise, 10)
     torch.testing.assert_close(found[0].actions, expected, rtol=1e-4, atol=1e-5)
-    ((_, noise, time),) = seen
+    ((_, noise, time),) = asked
     of_student = reflow_losses(policy, teacher, dark, noise, time, 10).mean(dim=(1, 2))
     torch.testing.assert_close(losses, of_student.unflatten(0, (4, per_frame)).mean(dim=1), rtol=1e-4, atol=1e-5)
 

@@ -10,7 +10,8 @@ from torchdiffeq import odeint
 
 from smolvla_reflow import ReflowError, Solver, attach
 from smolvla_reflow.coupling import solve
-from smolvla_reflow.smolvla.velocity import encode, observe
+from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP
 
 
@@ -158,7 +159,7 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher,
         with attach(policy, teacher, solver=solver):
             assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
     with torch.no_grad():
-        by_torchdiffeq = Solver("euler").integrate(encode(teacher.model, observation), noise, num_steps=7)
+        by_torchdiffeq = Solver("euler").integrate(velocity_of(teacher.model, observation), noise, num_steps=7)
     torch.testing.assert_close(by_torchdiffeq, stock, rtol=1e-4, atol=1e-5)
 
 

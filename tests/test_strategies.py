@@ -54,7 +54,7 @@ def test_a_registered_loss_is_the_one_computed(policy, teacher, batch, noise_and
 
     stock, _ = policy.train().forward(dict(batch), noise=noise, time=torch.ones(4))
     attach(policy, teacher, strategy="at_noise")
-    assert torch.equal(policy.forward(dict(batch), noise=noise)[0], stock)
+    torch.testing.assert_close(policy.forward(dict(batch), noise=noise)[0], stock)
 
 
 def test_a_loss_that_returns_something_else_is_refused(policy, batch):
@@ -140,14 +140,12 @@ def test_example_is_short_and_trains(policy, teacher, batch):
     assert torch.isfinite(loss)
 
 
-def test_example_honours_every_option(policy, teacher, batch):
+def test_example_honours_every_option(policy, teacher, batch, asked):
     """Its loss against the oracle, on the noise and times the student was asked about."""
     recipe = Recipe(time_sampling="grid:2", couplings_per_frame=3, real_data_ratio=0.5)
     attach(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe)
-    seen, forward_standard = [], policy.model.forward_standard
-    policy.model.forward_standard = lambda *args: seen.append(args[-3:]) or forward_standard(*args)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
-    ((actions, noise, time),) = seen
+    ((actions, noise, time),) = asked
     assert len(noise) == 4 * 3
     assert torch.equal(actions[:6], policy.prepare_action(batch).repeat_interleave(3, dim=0)[:6])
     assert {round(t, 4) for t in time[6:].tolist()} == {0.9, 1.0}  # 0.8 + 0.2 t at the times of grid:2

@@ -1,4 +1,4 @@
-"""Shared vision features: each image is encoded once per training step, and nothing else changes."""
+"""Shared vision features, where the prefix is not shared: each image is encoded once per step, and nothing else changes."""
 
 import contextlib
 import copy
@@ -8,7 +8,7 @@ import torch
 from helpers import make_batch
 from lerobot.configs.types import FeatureType, PolicyFeature
 
-from smolvla_reflow import Recipe, attach, detach
+from smolvla_reflow import Recipe, Step, attach, detach
 from smolvla_reflow.smolvla.vision import vision_encoder
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
@@ -51,7 +51,7 @@ CONNECTOR_TRAINED = {"train_expert_only": False, "freeze_vision_encoder": True}
 @pytest.mark.parametrize("overrides", [FROZEN, CONNECTOR_TRAINED], ids=["frozen", "connector trained"])
 def test_each_image_is_encoded_once_per_step(make_policy, two_cameras, batch, overrides):
     policy = make_policy(seed=0, **two_cameras, **overrides)
-    attach(policy, with_other_head(make_policy, policy, **two_cameras, **overrides))
+    attach(policy, with_other_head(make_policy, policy, **two_cameras, **overrides), train_state_proj=True)
     counts = encoded_images(policy, policy.model.teacher)
     policy.train()
     for step in (1, 2, 3):
@@ -68,7 +68,8 @@ def test_loss_and_gradient_are_bitwise_those_without_sharing(
     for shared in (True, False):
         policy = make_policy(seed=0, **two_cameras, **overrides)
         with contextlib.nullcontext() if shared else nothing_shared():
-            attach(policy, with_other_head(make_policy, policy, **two_cameras, **overrides))
+            teacher = with_other_head(make_policy, policy, **two_cameras, **overrides)
+            attach(policy, teacher, train_state_proj=True)
         counts = encoded_images(policy, policy.model.teacher)
         loss, _ = policy.train().forward(dict(batch), noise=noise, time=time)
         loss.backward()
@@ -104,7 +105,7 @@ def test_without_a_teacher_it_is_shared_among_a_frames_couplings_alone(make_poli
 def test_an_encoder_in_train_mode_is_asked_each_time(make_policy, two_cameras, batch):
     """It may drop out."""
     policy = make_policy(seed=0, **two_cameras)
-    assert attach(policy).features is not None
+    assert attach(policy, train_state_proj=True).features is not None
     counts = encoded_images(policy, policy.model.teacher)
     policy.train()
     vision_encoder(policy).train()
@@ -150,11 +151,10 @@ def test_features_last_for_one_step(make_policy, two_cameras, batch, noise_and_t
     """Neither the next step, nor the sampler, nor the stock loss sees the features of an earlier image."""
     noise, time = noise_and_time
     policy = make_policy(seed=0, **two_cameras)
-    attachment = attach(policy, recipe=Recipe(couplings_per_frame=2))
+    attachment = attach(policy, recipe=Recipe(couplings_per_frame=2), train_state_proj=True)
     policy.train()
     policy.forward(dict(batch))
     assert attachment.features.seen is None
-    assert not attachment.features.copies  # nor is an image kept alive
     first, _ = policy.forward(dict(batch), noise=noise, time=time)
     batch[CAMERAS[0]].zero_()  # the same tensor, another picture
     second, _ = policy.forward(dict(batch), noise=noise, time=time)
@@ -173,7 +173,7 @@ def test_an_error_in_a_step_forgets_its_features(policy, batch, monkeypatch):
     attachment = attach(policy)
     policy.train()
     with monkeypatch.context() as patch:
-        patch.setitem(vars(policy.model), "forward_standard", lambda *_: 1 / 0)
+        patch.setattr(Step, "squared_errors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             policy.forward(dict(batch))
     assert attachment.features.seen is None

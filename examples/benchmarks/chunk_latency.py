@@ -22,7 +22,8 @@ from architecture import make_batch, make_policy, write_real_size_backbone
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import machine, synchronise
 
-from smolvla_reflow.smolvla.velocity import encode, observe
+from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.prefix import encode
 
 
 @dataclass

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Subset
 
 from smolvla_reflow import Observation, Solver
 from smolvla_reflow.coupling import solve
-from smolvla_reflow.smolvla.velocity import encode, observe
+from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.velocity import velocity_of
 
 
 @dataclass
@@ -67,7 +68,7 @@ def main() -> None:
 
     @torch.no_grad()
     def nfe(solver: Solver) -> int:
-        count, velocity = 0, encode(policy.model, observation).repeated(cfg.num_noises)
+        count, velocity = 0, velocity_of(policy.model, observation).repeated(cfg.num_noises)
 
         def counting(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             nonlocal count

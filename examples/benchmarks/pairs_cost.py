@@ -31,7 +31,7 @@ from tqdm import tqdm
 from smolvla_reflow import Pairs, Solver, attach, detach
 from smolvla_reflow.pairs.maker import PairMaker
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance, shard_path
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 
 COUPLINGS_PER_FRAME, FRAMES_PER_SHARD, READS = 4, 128, 10_000
 

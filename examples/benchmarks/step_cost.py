@@ -34,7 +34,7 @@ from timing import Loss, machine, take_step
 from torch import Tensor
 
 from smolvla_reflow import Attachment, Losses, Recipe, Solver, Step, attach, register_loss_strategy
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, register_loss_strategy
 from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
-from smolvla_reflow.smolvla.velocity import observe
+from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.solver import SolverFlags
 
 MEASURING_SEED = 1000

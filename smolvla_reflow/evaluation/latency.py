@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.smolvla.velocity import with_one_state
+from smolvla_reflow.smolvla.observation import with_one_state
 
 WARM_UP, REPEATS = 3, 30
 

@@ -20,7 +20,8 @@ from smolvla_reflow.evaluation.latency import Latency, measure_latency
 from smolvla_reflow.evaluation.metrics import Success, absolute_error, spread, squared_error, straightness
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.noise import frames_noise
-from smolvla_reflow.smolvla.velocity import Velocity, encode, observe
+from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.velocity import Velocity, velocity_of
 from smolvla_reflow.solver import Path, Solver
 
 
@@ -206,7 +207,7 @@ def solutions(policy: MeasuredPolicy, batch: dict[str, Any], num_steps: Sequence
     """Solve the policy's ODE for every noise of a batch; each frame's observation is encoded once."""
     config, frames, noises = policy.policy.config, batch["index"].tolist(), settings.num_noises
     observation = observe(policy.policy, policy.preprocessor(dict(batch)))
-    velocity = encode(policy.policy.model, observation).repeated(noises)
+    velocity = velocity_of(policy.policy.model, observation).repeated(noises)
     noise = frames_noise(settings.seed, frames, noises, (config.chunk_size, config.max_action_dim))
     noise = noise.to(observation.state.device)
     width = len(policy.robot_units.scale)
@@ -227,7 +228,7 @@ def solutions(policy: MeasuredPolicy, batch: dict[str, Any], num_steps: Sequence
 
 def path_straightness(path: Path, velocity: Velocity, scale: Tensor, settings: Settings) -> Tensor:
     """Straightness of paths in a policy's normalised space, (N * K,); `scale` (D,) converts to the robot's units."""
-    along = torch.stack([velocity(x, t) for x, t in zip(path.points, path.times, strict=True)])
+    along = torch.stack([velocity(x, t).to(x.dtype) for x, t in zip(path.points, path.times, strict=True)])
     in_deviations = settings.in_deviations(scale).to(path.points)
     moving = settings.action_std > 0
 

@@ -13,8 +13,9 @@ from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.pairs.manifest import DTYPES, Provenance
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.normalization import SpaceMaps
+from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.policy import load_policy, load_processors, stock_autocast
-from smolvla_reflow.smolvla.velocity import encode, observe
+from smolvla_reflow.smolvla.velocity import velocity_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PairMaker:
         noise = frames_noise(made.seed, frames, made.couplings_per_frame, (made.chunk_size, made.max_action_dim))
         observation = observe(self.policy, self.preprocessor(dict(batch)))
         with stock_autocast(self.policy):
-            velocity = encode(self.policy.model, observation).repeated(made.couplings_per_frame)
+            velocity = velocity_of(self.policy.model, observation).repeated(made.couplings_per_frame)
             actions = made.solver.integrate(velocity, noise.to(observation.state.device))
         if self.space is not None:
             actions = self.space.actions(actions)

@@ -19,8 +19,8 @@ from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.manifest import TENSOR_NAME, check_shards, not_as_written, read_manifest, shard_path
+from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
-from smolvla_reflow.smolvla.velocity import Observation
 
 BROUGHT = "smolvla_reflow.pairs"
 
@@ -138,6 +138,8 @@ class Pairs:
                 "and call policy.forward(batch)."
             )
         found = brought.pop(BROUGHT, None) if isinstance(brought, dict) else None
+        if found:  # of the whole batch, the last frames of which are asked for
+            found = {name: tensor[len(tensor) - len(frames) :] for name, tensor in found.items()}
         if found and found["noise"].shape[1] == per_frame and torch.equal(found["frames"].to(frames.device), frames):
             device = observation.state.device
             return Coupling(*(found[name].flatten(0, 1).to(device) for name in ("noise", "actions")))

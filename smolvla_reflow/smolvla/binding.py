@@ -25,10 +25,12 @@ class Binding:
     displaced: dict[str, Any]
 
     def undo(self) -> None:
-        """Restore `vars(module)`."""
+        """Restore `vars(module)`, in its order."""
         for name in self.names:
-            vars(self.module).pop(name, None)
-        vars(self.module).update(self.displaced)
+            if name in self.displaced:
+                vars(self.module)[name] = self.displaced[name]
+            else:
+                vars(self.module).pop(name, None)
 
 
 def bind(module: nn.Module, **attributes: Any) -> Binding:

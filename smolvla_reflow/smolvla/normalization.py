@@ -69,7 +69,7 @@ class Affine:
 class SpaceMaps:
     """The two maps between the normalised spaces of a student and its teacher."""
 
-    state: Affine  # from the student's to the teacher's
+    state: Affine | None  # from the student's to the teacher's, None where a state is the same in both
     actions: Affine  # from the teacher's to the student's
 
 
@@ -103,7 +103,7 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
         largest.dimension,
         largest.size,
     )
-    return SpaceMaps(state, actions)
+    return SpaceMaps(state if state.change().max() > NEGLIGIBLE else None, actions)
 
 
 class _Change(NamedTuple):

@@ -1,12 +1,13 @@
 """Encode each image once: teacher and student share what a frozen vision encoder makes of it.
 
 The encoder is most of a training step's cost, and the teacher looks at the student's images. Within
-`SharedFeatures.once()` the first of the two to encode an image does so for both, and for all of a frame's couplings.
+`SharedFeatures.once()` the first to encode an image does so for both, and for all of a frame's couplings. This is what
+two that cannot share the whole prefix (`prefix.py`) have left in common.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -15,7 +16,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
 from smolvla_reflow.smolvla.binding import Binding, bind
-from smolvla_reflow.smolvla.velocity import Observation
+from smolvla_reflow.smolvla.observation import Observation
 
 
 @dataclass(eq=False)
@@ -26,13 +27,11 @@ class SharedFeatures:
         dtype: of the encoder; images in this dtype reach it as the very tensors that were passed in.
         bindings: on the encoders of student and teacher.
         seen: (image, features) pairs, or None outside of a step.
-        copies: (copies, images, times): batches in which each image of another batch stands `times` in a row.
     """
 
     dtype: torch.dtype
     bindings: tuple[Binding, ...] = ()
     seen: list[tuple[Tensor, Any]] | None = None
-    copies: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -42,18 +41,10 @@ class SharedFeatures:
             yield
         finally:
             self.seen = None
-            self.copies.clear()
 
     def in_dtype(self, observation: Observation) -> Observation:
         """The observation with images that the encoder need not convert, and can therefore be recognised in it."""
         return observation._replace(images=[image.to(self.dtype) for image in observation.images])
-
-    def repeated(self, observation: Observation, times: int) -> Observation:
-        """Each observation `times` in a row, whose images are still encoded once."""
-        each = observation.repeated(times)
-        if self.seen is not None:
-            self.copies += [(*both, times) for both in zip(each.images, observation.images, strict=True)]
-        return each
 
 
 class VisionMixin:
@@ -75,18 +66,9 @@ class VisionMixin:
         for image, features in seen:
             if image is pixel_values:
                 return features
-        for copies, images, times in self.shared_features.copies:
-            if copies is pixel_values:
-                return _repeat_features(self.forward(images, *args, **kwargs), times)
         features = self.forward_standard(pixel_values, *args, **kwargs)
         seen.append((pixel_values, features))
         return features
-
-
-def _repeat_features(features: Any, times: int) -> Any:
-    """What the encoder returned, for each image `times` in a row."""
-    tensors = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-    return type(features)(**{name: value.repeat_interleave(times, dim=0) for name, value in tensors.items()})
 
 
 def share_features(*policies: SmolVLAPolicy) -> SharedFeatures | None:

@@ -36,6 +36,9 @@ class ReflowConfig(SolverFlags):
     once for all of them."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
+    train_state_proj: bool = False
+    """Train state_proj, too. A step costs more then, since teacher and student no longer share the prefix (images,
+    language, state), which otherwise is encoded once for both."""
     pairs_path: str | None = None
     """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then; --reflow.teacher_path still says where
     the student starts."""

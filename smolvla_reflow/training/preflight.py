@@ -57,6 +57,11 @@ def check_options(reflow: ReflowConfig) -> None:
                 f"--reflow.{name}={getattr(reflow, name)} has no effect with --reflow.strategy={reflow.strategy}; "
                 "leave it out."
             )
+    if reflow.train_state_proj and strategy.joint_forward:
+        raise ReflowError(
+            f"--reflow.train_state_proj=true has no effect with --reflow.strategy={reflow.strategy}, which trains it "
+            "anyway; leave it out."
+        )
     if reflow.augment_pairs and not reflow.pairs_path:
         raise ReflowError("--reflow.augment_pairs=true has no effect without --reflow.pairs_path; leave it out.")
 
@@ -81,6 +86,7 @@ def check_run(
         The statistics by which LeRobot will normalise the batches.
     """
     check_numbers(cfg)
+    check_state_proj(cfg)
     check_writable(Path(cfg.output_dir or "."))
     check_student(cfg, teacher, start)
     metadata = open_metadata(cfg.dataset, cfg.policy)
@@ -114,6 +120,16 @@ def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
         raise ReflowError(
             f"--save_freq={cfg.save_freq}: this LeRobot needs at least 1. --save_freq={cfg.steps}, the number of "
             "steps, saves the final checkpoint alone."
+        )
+
+
+def check_state_proj(cfg: ReflowTrainPipelineConfig) -> None:
+    """Raise ReflowError if `state_proj` is to be trained by the one flag and not by the other."""
+    assert isinstance(cfg.policy, SmolVLAConfig)
+    if cfg.reflow.train_state_proj and not cfg.policy.train_state_proj:
+        raise ReflowError(
+            "--reflow.train_state_proj=true has no effect where the policy's own config says train_state_proj=false; "
+            "add --policy.train_state_proj=true, or leave it out."
         )
 
 

@@ -10,7 +10,9 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
@@ -29,8 +31,9 @@ from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
 from smolvla_reflow.smolvla.policy import misfit
+from smolvla_reflow.smolvla.prefix import is_trained
 from smolvla_reflow.smolvla.statistics import Statistics
-from smolvla_reflow.smolvla.teacher import keep_whole
+from smolvla_reflow.smolvla.teacher import base_policy, keep_whole
 from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.arguments import NOTHING, Arguments
 from smolvla_reflow.training.checkpoints import by_name, name_start, open_start, open_teacher
@@ -111,14 +114,18 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         announce(cfg, inputs, arguments)
         if inputs.start is not None:
             name_start(policy, inputs.start)
-        strategy, recipe = cfg.reflow.strategy, cfg.reflow.recipe()
-        if inputs.pairs is not None:
-            attached = attach(policy, pairs=inputs.pairs, strategy=strategy, recipe=recipe, dataset_stats=stats)
-        else:
-            solver = cfg.reflow.to_solver() if get_loss_strategy(strategy).couples else None
-            attached = attach(
-                policy, inputs.teacher, strategy=strategy, recipe=recipe, solver=solver, dataset_stats=stats
-            )
+        source: dict[str, Any] = {"pairs": inputs.pairs}
+        if inputs.pairs is None:
+            solver = cfg.reflow.to_solver() if get_loss_strategy(cfg.reflow.strategy).couples else None
+            source = {"teacher": inputs.teacher, "solver": solver}
+        attached = attach(
+            policy,
+            **source,
+            strategy=cfg.reflow.strategy,
+            recipe=cfg.reflow.recipe(),
+            dataset_stats=stats,
+            train_state_proj=cfg.reflow.train_state_proj or state_has_to_be_learned(policy, inputs),
+        )
         if sharded and attached.teacher is not None:
             keep_whole(attached.teacher)
             logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
@@ -147,6 +154,22 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         if problem is None:
             raise
         raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {problem}") from None
+
+
+def state_has_to_be_learned(policy: nn.Module, inputs: Inputs) -> bool:
+    """Whether a student of stored pairs starts with another `state_proj` than their teacher's, which it trains.
+
+    Of a teacher that is there `attach` finds out itself.
+    """
+    state_proj = base_policy(policy).model.state_proj
+    if inputs.pairs is None or not is_trained(state_proj):
+        return False
+    weights = inputs.teacher.weights()
+    names = {f"model.state_proj.{name}": parameter for name, parameter in state_proj.named_parameters()}
+    learned = not all(name in weights and torch.equal(weights[name].to(p), p) for name, p in names.items())
+    if learned:
+        logging.info("Reflow: the student's state_proj is not that of the pairs' teacher.")
+    return learned
 
 
 def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Arguments) -> None:

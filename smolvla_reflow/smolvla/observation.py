@@ -1,0 +1,63 @@
+"""What SmolVLA's flow is conditioned on, prepared as the policy's own forward prepares it.
+
+observe(policy, batch) -> Observation        recorded_actions(policy, batch) -> Tensor
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+
+class Observation(NamedTuple):
+    """What the flow is conditioned on, in the order SmolVLA's forward takes it. `B` is the batch size."""
+
+    images: list[Tensor]  # per camera (B, 3, H, W) in [-1, 1], float32 or the vision encoder's dtype
+    img_masks: list[Tensor]  # per camera (B,) bool, False where the camera is missing
+    lang_tokens: Tensor  # (B, L) int64
+    lang_masks: Tensor  # (B, L) bool
+    state: Tensor  # (B, max_state_dim) float32, normalised
+
+    def after(self, frames: int) -> "Observation":
+        """Without the first `frames` observations; the tensors are views, or the very same ones if that is 0."""
+        if not frames:
+            return self
+        return Observation(
+            images=[image[frames:] for image in self.images],
+            img_masks=[mask[frames:] for mask in self.img_masks],
+            lang_tokens=self.lang_tokens[frames:],
+            lang_masks=self.lang_masks[frames:],
+            state=self.state[frames:],
+        )
+
+
+def with_one_state(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch, in which Aloha's state has no axis of time, (B, D); LeRobot's conversion stumbles over (B, 1, D)."""
+    if policy.config.adapt_to_pi_aloha and batch[OBS_STATE].ndim > 2:
+        return {**batch, OBS_STATE: batch[OBS_STATE][:, -1]}
+    return dict(batch)
+
+
+def observe(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> Observation:
+    """The observations of a preprocessed batch, prepared as the policy's own forward prepares them."""
+    batch = with_one_state(policy, batch)
+    if policy.config.adapt_to_pi_aloha:
+        # LeRobot's conversion works in place, and the batch is the caller's.
+        batch[OBS_STATE] = policy._pi_aloha_decode_state(batch[OBS_STATE].clone())
+    images, img_masks = policy.prepare_images(batch)
+    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+    return Observation(images, img_masks, tokens, mask, policy.prepare_state(batch))
+
+
+def recorded_actions(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> Tensor:
+    """The recorded actions of a preprocessed batch, as the policy's own forward trains on them.
+
+    Returns:
+        (B, chunk_size, max_action_dim) float32, normalised, padded with zeros beyond the robot's dimensions.
+    """
+    batch = dict(batch)
+    if policy.config.adapt_to_pi_aloha:
+        batch[ACTION] = policy._pi_aloha_encode_actions_inv(batch[ACTION].clone())
+    return policy.prepare_action(batch)

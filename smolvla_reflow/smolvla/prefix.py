@@ -1,0 +1,94 @@
+"""SmolVLA's prefix (images, language, state): encoded once, asked any number of times.
+
+    encode(model, observation) -> Prefix
+
+The prefix never attends to the actions. So the training forward and the sampler's `denoise_step` on an encoded prefix
+are one function of (x, t), with the same gradients for everything behind the prefix. And where a teacher and its
+student agree in all that encodes it, one encoding serves both: in a fine-tuned checkpoint the vision-language model is
+frozen, and the one trained part is `state_proj`, which straightening paths need not change.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from torch import Tensor, nn
+
+from smolvla_reflow.compat import copy_prefix
+from smolvla_reflow.smolvla.binding import bind
+from smolvla_reflow.smolvla.observation import Observation
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """An encoded prefix of `B` observations.
+
+    Attributes:
+        given: what the stock sampler hands to `denoise_step` besides x and t: padding mask and key-value cache.
+    """
+
+    given: dict[str, Any]
+
+    def copied(self) -> dict[str, Any]:
+        """For one call of `denoise_step`, which writes into the cache it is given. The tensors are shared."""
+        return copy_prefix(self.given, lambda tensor: tensor)
+
+    def repeated(self, times: int) -> "Prefix":
+        """Each observation `times` in a row: B become B * times."""
+        return self if times == 1 else Prefix(copy_prefix(self.given, lambda x: x.repeat_interleave(times, dim=0)))
+
+    def after(self, frames: int) -> "Prefix":
+        """Without the first `frames` observations; the tensors are views."""
+        return self if not frames else Prefix(copy_prefix(self.given, lambda x: x[frames:]))
+
+
+def encode(model: VLAFlowMatching, observation: Observation) -> Prefix:
+    """Encode the prefix once, with gradient where gradients are enabled and something in it is trained.
+
+    How a prefix is encoded is LeRobot's to know and differs between its versions. So the stock sampler does it: it runs
+    for one step, unguided, with a `denoise_step` that keeps what it is given and stands still.
+    """
+    given: dict[str, Any] = {}
+
+    def keep(x_t: Tensor, timestep: Tensor, **rest: Any) -> Tensor:
+        given.update(rest)
+        return torch.zeros_like(x_t)
+
+    config = copy.copy(model.config)
+    config.num_steps, config.rtc_config = 1, None
+    noise = observation.state.new_zeros(len(observation.state), config.chunk_size, config.max_action_dim)
+    binding = bind(model, denoise_step=keep, config=config)
+    try:
+        type(model).sample_actions(model, *observation, noise=noise)
+    finally:
+        binding.undo()
+    return Prefix(given)
+
+
+def trained_part(policy: SmolVLAPolicy) -> str | None:
+    """What of the modules that encode the prefix is trained, in words; None if all of them are frozen."""
+    if is_trained(policy.model.vlm_with_expert.vlm):
+        return "part of the vision-language model"
+    return "state_proj" if is_trained(policy.model.state_proj) else None
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether any of a module's parameters is."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def different_part(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> str | None:
+    """In what of the modules that encode the prefix two policies differ, in words; None if they agree in all."""
+    for name in ("vlm_with_expert.vlm", "state_proj"):
+        of_student, of_teacher = (
+            dict(policy.model.get_submodule(name).named_parameters()) for policy in (student, teacher)
+        )
+        alike = of_student.keys() == of_teacher.keys() and all(
+            parameter is of_teacher[key] or torch.equal(parameter, of_teacher[key])
+            for key, parameter in of_student.items()
+        )
+        if not alike:
+            return "vision-language model" if "vlm" in name else name
+    return None
