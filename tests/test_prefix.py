@@ -1,16 +1,20 @@
 """The prefix (images, language, state), encoded once for teacher and student: against stock LeRobot's own forward."""
 
 import contextlib
+import json
 import logging
+import shutil
 
 import pytest
 import torch
-from helpers import CHUNK, WIDTH
+from helpers import CHUNK, WIDTH, reflow_run, reflow_train_main, refused
 from oracle import Flow
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_reflow import Coupling, Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.prefix import encode
 from smolvla_reflow.smolvla.velocity import Velocity
@@ -408,3 +412,69 @@ def test_the_one_denoise_step_of_both_is_compiled(make_policy, policy, teacher, 
         torch.testing.assert_close(by_compiled[name], gradient, rtol=1e-2, atol=1e-4)
     detach(compiled)
     assert "denoise_step" not in vars(compiled.model)
+
+
+# --- in the command -------------------------------------------------------------------------------------------------
+
+SHARED = "The prefix (images, language, state) is encoded once for teacher and student, and state_proj stays as it is."
+
+
+def state_proj_of(folder):
+    return load_file(folder / LAST / "model.safetensors")["model.state_proj.weight"]
+
+
+def trained(workshop, run, **flags):
+    """Whether a run changed `state_proj`."""
+    reflow_train_main(reflow_run(workshop, run, **{"steps": 2, **flags}))
+    return not torch.equal(state_proj_of(run), state_proj_of(workshop / "1rf"))
+
+
+def test_a_run_leaves_state_proj_as_the_teachers_unless_told_otherwise(workshop, tmp_path, capsys):
+    assert not trained(workshop, tmp_path / "frozen")
+    assert SHARED in " ".join(capsys.readouterr().err.split())
+    assert trained(workshop, tmp_path / "trained", reflow__train_state_proj="true")
+    assert "because train_state_proj=true." in " ".join(capsys.readouterr().err.split())
+    for run in ("frozen", "trained"):
+        config = json.loads((tmp_path / run / LAST / "config.json").read_text())
+        assert config["train_state_proj"] is True  # for whoever fine-tunes it next
+    reflow_train_main([f"--config_path={tmp_path / 'frozen'}", "--resume=true", "--steps=3"])
+    assert SHARED in " ".join(capsys.readouterr().err.split())
+    assert torch.equal(state_proj_of(tmp_path / "frozen"), state_proj_of(workshop / "1rf"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"policy__train_state_proj": "false"}, "add --policy.train_state_proj=true, or leave it out"),
+        ({"reflow__strategy": "standard"}, "has no effect with --reflow.strategy=standard, which trains it anyway"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(workshop, tmp_path, capsys, flags, message):
+    flags = reflow_run(workshop, tmp_path / "run", reflow__train_state_proj="true", **flags)
+    assert message in refused(capsys, reflow_train_main, flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_pairs_that_starts_as_their_teacher_leaves_it_too(workshop, stored, tmp_path, capsys):
+    assert not trained(workshop, tmp_path / "run", reflow__pairs_path=stored)
+    assert "is encoded once for the student, and state_proj stays" in " ".join(capsys.readouterr().err.split())
+    reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=3"])
+    assert torch.equal(state_proj_of(tmp_path / "run"), state_proj_of(workshop / "1rf"))
+
+
+def test_one_that_starts_with_another_learns_it(workshop, stored, tmp_path, capsys):
+    """It would be another state to the expert; also where the run is resumed."""
+    start = tmp_path / "start"
+    shutil.copytree(workshop / "1rf" / LAST, start)
+    weights = load_file(start / "model.safetensors")
+    started = weights["model.state_proj.weight"].mul_(1.5)
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    flags = {"reflow__pairs_path": stored, "policy__path": start, "steps": 2}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    said = "the student's state_proj is not that of the pairs' teacher"
+    assert said in " ".join(capsys.readouterr().err.split())
+    after_two = state_proj_of(tmp_path / "run")
+    assert not torch.equal(after_two, started)
+    reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=4"])
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not torch.equal(state_proj_of(tmp_path / "run"), after_two)

@@ -121,7 +121,11 @@ def test_two_processes_choose_pairs_apart(workshop, stored, tmp_path, noting):
     assert chosen[0] != chosen[1]
 
 
-def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
+PREFIXES = pytest.mark.parametrize("one_prefix", [True, False], ids=["one prefix", "own prefix"])
+
+
+@PREFIXES
+def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path, one_prefix):
     """Each draws noise and time for its half; the averaged gradient is one process's on both halves with all of these.
 
     Were both to draw the same, the gradient would be that of half as many noises.
@@ -134,16 +138,21 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
             from safetensors.torch import save_file
+            from lerobot.configs.policies import PreTrainedConfig
             from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
             from smolvla_reflow import Step, attach
+            from smolvla_reflow.attach import attachment_of
             from smolvla_reflow.training.accelerator import hook
 
             checkpoint, folder = {str(workshop / "1rf" / LAST)!r}, {str(tmp_path)!r}
-            policy = SmolVLAPolicy.from_pretrained(checkpoint)
+            config = PreTrainedConfig.from_pretrained(checkpoint)
+            config.train_expert_only = config.freeze_vision_encoder = {one_prefix}
+            policy = SmolVLAPolicy.from_pretrained(checkpoint, config=config)
             torch.manual_seed(0)  # of all processes, as LeRobot does
             with torch.no_grad():  # a student that has moved away from its teacher
-                for p in policy.parameters():
-                    p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
+                for name, p in policy.named_parameters():
+                    if p.requires_grad and "state_proj" not in name:
+                        p.add_(0.02 * torch.randn_like(p))
             n, chunk, width = 8, policy.config.chunk_size, policy.config.max_action_dim
             batch = {{
                 "observation.state": torch.randn(n, 2),
@@ -157,6 +166,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
             wrapped, optimizer = accelerator.prepare(policy, optimizer)
+            assert (attachment_of(policy).own_prefix is None) is {one_prefix}
             assert accelerator.num_processes == int(sys.argv[1])
             drawn, errors = [], Step.squared_errors
             Step.squared_errors = lambda step, line, t: drawn.append((line.noise, t)) or errors(step, line, t)
@@ -175,7 +185,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path):
             accelerator.backward(loss)
             teacher = dict(policy.model.teacher.named_parameters())
             for name, p in policy.named_parameters():
-                assert (teacher[name] is p) is not p.requires_grad, name
+                assert (teacher[name] is p) is not (p.requires_grad or "state_proj" in name), name
             if accelerator.is_main_process:
                 grads = {{n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}}
                 save_file(grads, sys.argv[2])
@@ -254,7 +264,8 @@ def test_fsdp1_trains_what_ddp_trains(by_two, tmp_path):
         torch.testing.assert_close(of_fsdp[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path):
+@PREFIXES
+def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path, one_prefix):
     """An attached policy sharded in place: the student's parameters are, the teacher's stay whole."""
     script = tmp_path / "sharded.py"
     script.write_text(
@@ -264,16 +275,20 @@ def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path):
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
             from torch.distributed.tensor import DTensor
+            from lerobot.configs.policies import PreTrainedConfig
             from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
             from smolvla_reflow import attach, detach
 
             dist.init_process_group("gloo")
             checkpoint = {str(workshop / "1rf" / LAST)!r}
-            policy = SmolVLAPolicy.from_pretrained(checkpoint)
+            config = PreTrainedConfig.from_pretrained(checkpoint)
+            config.train_expert_only = config.freeze_vision_encoder = {one_prefix}
+            policy = SmolVLAPolicy.from_pretrained(checkpoint, config=config)
             torch.manual_seed(0)
             with torch.no_grad():  # a student that has moved away from its teacher
-                for p in policy.parameters():
-                    p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
+                for name, p in policy.named_parameters():
+                    if p.requires_grad and "state_proj" not in name:
+                        p.add_(0.02 * torch.randn_like(p))
             n, chunk, width = 4, policy.config.chunk_size, policy.config.max_action_dim
             batch = {{
                 "observation.state": torch.randn(n, 2),
@@ -283,7 +298,7 @@ def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path):
                 "action": torch.randn(n, chunk, 2),
             }}
             fixed = {{"noise": torch.randn(n, chunk, width), "time": torch.rand(n)}}
-            attach(policy, checkpoint)
+            assert (attach(policy, checkpoint).own_prefix is None) is {one_prefix}
             policy.train()
             loss, _ = policy.forward(dict(batch), **fixed)
             loss.backward()

@@ -1,16 +1,17 @@
 """What a reflow training step costs next to a standard one, on SmolVLA at its real size.
 
     python examples/benchmarks/step_cost.py
-    python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --compile_model=true
+    python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --autocast=true --compile_model=true
 
 Ways to train the same student on the same batch, the teacher's ODE being solved in 10 steps:
 
-    standard         recorded actions, no teacher: `lerobot-train`
-    naive            a second policy is loaded as the teacher, and looks at the images again; Euler
-    shared weights   the teacher holds only what differs, and looks at the images again; Euler
-    reflow, euler    weights and vision features are shared
-    reflow           what this package does: the same with the default solver, twice as many velocity evaluations
-    reflow, by four  the same with four couplings for each frame of the batch
+    standard            recorded actions, no teacher: `lerobot-train`
+    naive               a second policy is loaded as the teacher, and encodes the whole prefix again; Euler
+    reflow              what this package does: the prefix is encoded once for both, without gradient
+    reflow, euler       the same with Euler steps, half as many velocity evaluations
+    by four             with four couplings for each frame of the batch
+    by four, euler      the same with Euler steps
+    state_proj trained  what this package does where it cannot share the prefix, here by --reflow.train_state_proj=true
 
 Seconds are medians over interleaved steps (forward, backward, AdamW) in one process; the ratio is to the standard
 step. Memory is the peak of a process of its own that loads a checkpoint and its teacher and trains two steps.
@@ -23,17 +24,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
 import torch
 from architecture import make_batch, make_policy, write_real_size_backbone
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import Attachment, Losses, Recipe, Solver, Step, attach, register_loss_strategy
+from smolvla_reflow import Attachment, Recipe, Solver, attach
 from smolvla_reflow.smolvla.observation import observe
 
 
@@ -42,21 +44,21 @@ class Attached:
     """A way to train with an attached teacher."""
 
     solver: Solver
-    strategy: str = "reflow"
     couplings_per_frame: int = 1
+    train_state_proj: bool = False
 
     def attach(self, student: SmolVLAPolicy, checkpoint: Path) -> Attachment:
         recipe = Recipe(couplings_per_frame=self.couplings_per_frame)
-        return attach(student, checkpoint, strategy=self.strategy, solver=self.solver, recipe=recipe)
+        return attach(student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj)
 
 
-TWICE = "reflow, images encoded twice"
 STANDARD, NAIVE = "standard", "naive"
 REFLOW = {
-    "shared weights": Attached(Solver("euler"), TWICE),
-    "reflow, euler": Attached(Solver("euler")),
     "reflow": Attached(Solver()),
-    "reflow, by four": Attached(Solver(), couplings_per_frame=4),
+    "reflow, euler": Attached(Solver("euler")),
+    "by four": Attached(Solver(), couplings_per_frame=4),
+    "by four, euler": Attached(Solver("euler"), couplings_per_frame=4),
+    "state_proj trained": Attached(Solver(), train_state_proj=True),
 }
 VARIANTS = (STANDARD, NAIVE, *REFLOW)
 
@@ -67,16 +69,10 @@ class BenchmarkConfig:
     batch_sizes: list[int] = field(default_factory=lambda: [2])
     steps: int = 5
     compile_model: bool = False
+    autocast: bool = False  # to bfloat16
     # Internal: measure the peak memory of one variant on this checkpoint.
     checkpoint: Path | None = None
     variant: str = STANDARD
-
-
-@register_loss_strategy(TWICE)
-def images_encoded_twice(step: Step) -> Losses:
-    """Reflow whose teacher is shown copies of the images, which it cannot recognise."""
-    copies = step.observation._replace(images=[image.clone() for image in step.observation.images])
-    return step.losses(replace(step, observation=copies).coupling())
 
 
 def naive_loss(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> Loss:
@@ -98,20 +94,19 @@ def own_loss(student: SmolVLAPolicy) -> Loss:
     return lambda batch: student.forward(dict(batch))[0]
 
 
-def load_student(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
-    student = SmolVLAPolicy.from_pretrained(checkpoint)
-    if cfg.compile_model:
-        student.model.forward = torch.compile(student.model.forward)  # as LeRobot does
-    return student.train()
+def load(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
+    config = PreTrainedConfig.from_pretrained(checkpoint)
+    config.compile_model = cfg.compile_model
+    return SmolVLAPolicy.from_pretrained(checkpoint, config=config)
 
 
-def load_naive_teacher(checkpoint: Path) -> SmolVLAPolicy:
-    return SmolVLAPolicy.from_pretrained(checkpoint).eval().requires_grad_(False)
+def load_naive_teacher(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
+    return load(cfg, checkpoint).eval().requires_grad_(False)
 
 
 def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[str, float]:
     """Median seconds of each variant's step, taken in turn."""
-    student, teacher = load_student(cfg, checkpoint), load_naive_teacher(checkpoint)
+    student, teacher = load(cfg, checkpoint).train(), load_naive_teacher(cfg, checkpoint)
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
     batch = make_batch(student, batch_size)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
@@ -120,7 +115,7 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
             # Attaching is done before a training begins, and is not timed.
             with REFLOW[variant].attach(student, checkpoint) if variant in REFLOW else contextlib.nullcontext():
                 loss = naive_loss(student, teacher) if variant == NAIVE else own_loss(student)
-                taken = take_step(loss, batch, optimizer)
+                taken = take_step(loss, batch, optimizer, cfg.autocast)
             if i > 0:  # the first one warms up
                 seconds[variant].append(taken)
     return {variant: statistics.median(values) for variant, values in seconds.items()}
@@ -128,9 +123,9 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
 
 def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
     """Unique parameters, and peak memory in bytes, of one variant in this process."""
-    student, loss, teacher = load_student(cfg, checkpoint), None, None
+    student, loss, teacher = load(cfg, checkpoint).train(), None, None
     if cfg.variant == NAIVE:
-        teacher = load_naive_teacher(checkpoint)
+        teacher = load_naive_teacher(cfg, checkpoint)
         loss = naive_loss(student, teacher)
     elif cfg.variant in REFLOW:
         teacher = REFLOW[cfg.variant].attach(student, checkpoint).teacher
@@ -139,7 +134,7 @@ def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
     batch = make_batch(student, cfg.batch_sizes[0])
     for _ in range(2):
-        take_step(loss or own_loss(student), batch, optimizer)
+        take_step(loss or own_loss(student), batch, optimizer, cfg.autocast)
     if cfg.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -154,6 +149,8 @@ def memory_of(cfg: BenchmarkConfig, variant: str, checkpoint: Path, batch_size: 
         f"--variant={variant}",
         f"--device={cfg.device}",
         f"--batch_sizes=[{batch_size}]",
+        f"--compile_model={cfg.compile_model}",
+        f"--autocast={cfg.autocast}",
     ]
     command = [sys.executable, __file__, *flags]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -166,7 +163,7 @@ def main() -> None:
             measured = measure_memory(cfg, cfg.checkpoint)
         print(json.dumps(measured))
         return
-    print(f"{machine(cfg.device)}, compile_model={cfg.compile_model}")
+    print(f"{machine(cfg.device)}, compile_model={cfg.compile_model}, autocast={cfg.autocast}")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         checkpoint = Path(folder) / "checkpoint"
         torch.manual_seed(0)
@@ -179,11 +176,11 @@ def main() -> None:
             memory = {variant: memory_of(cfg, variant, checkpoint, batch_size) for variant in VARIANTS}
             seconds = time_steps(cfg, checkpoint, batch_size)
             title = f"batch {batch_size}"
-            lines = [f"\n{title:<15} s/step  ratio   parameters   extra   peak memory  extra, of the model's"]
+            lines = [f"\n{title:<18} s/step  ratio   parameters   extra   peak memory  extra, of the model's"]
             for variant in VARIANTS:
                 parameters, peak = memory[variant]["parameters"], memory[variant]["peak"]
                 lines.append(
-                    f"{variant:<15} {seconds[variant]:6.3f}  {seconds[variant] / seconds[STANDARD]:4.2f}x  "
+                    f"{variant:<18} {seconds[variant]:6.3f}  {seconds[variant] / seconds[STANDARD]:4.2f}x  "
                     f"{parameters / 1e6:8.1f} M  {parameters / model_size - 1:6.1%}  {peak / 1e9:8.2f} GB  "
                     f"{(peak - memory[STANDARD]['peak']) / model_bytes:6.1%}"
                 )

@@ -12,12 +12,14 @@ from torch import Tensor
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
-def take_step(loss: Loss, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> float:
-    """One training step; returns its seconds."""
+def take_step(loss: Loss, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, autocast: bool = False) -> float:
+    """One training step, its forward pass in bfloat16 where `autocast` is set; returns its seconds."""
     synchronise(batch)
     start = time.perf_counter()
     optimizer.zero_grad()
-    loss(batch).backward()
+    with torch.autocast(batch["action"].device.type, torch.bfloat16, enabled=autocast):
+        value = loss(batch)
+    value.backward()
     optimizer.step()
     synchronise(batch)
     return time.perf_counter() - start
