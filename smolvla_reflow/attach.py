@@ -16,7 +16,6 @@ in the slot LeRobot itself uses when it compiles a policy (`self.forward = ...`)
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -33,16 +32,16 @@ from smolvla_reflow.losses import LossStrategy, get_loss_strategy
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, reduce
+from smolvla_reflow.sharing import Sharing, share
 from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
 from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.observation import Observation, observe, recorded_actions, with_one_state
-from smolvla_reflow.smolvla.prefix import different_part, is_trained, trained_part
+from smolvla_reflow.smolvla.prefix import is_trained, trained_part
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import TeacherSource, base_policy, frozen_teacher
 from smolvla_reflow.smolvla.velocity import compile_velocity
-from smolvla_reflow.smolvla.vision import SharedFeatures, share_features
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
 
@@ -57,26 +56,27 @@ class Attachment:
         policy: the attached SmolVLAPolicy (inside a PEFT wrapper, the base policy).
         source: of couplings, a frozen teacher or stored pairs.
         recipe: where on the couplings' lines the student learns, how many for a frame, with how much recorded data.
-        features: of the images, shared by student and teacher; None if the vision encoder is trained or differs.
-        own_prefix: why the student encodes the prefix for itself, with gradient, in words; None if it does not.
+        sharing: of the prefix, or of the images' features, by student and teacher.
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
-        frozen: the parameters that were trained before.
     """
 
     policy: SmolVLAPolicy
     source: CouplingSource
     recipe: Recipe
-    features: SharedFeatures | None
-    own_prefix: str | None
+    sharing: Sharing
     policy_forward: PolicyForward
     bindings: tuple[Binding, ...]
-    frozen: tuple[nn.Parameter, ...]
 
     @property
     def teacher(self) -> SmolVLAPolicy | None:
         """The frozen teacher; None if pairs stand in for it."""
         return self.source.policy if isinstance(self.source, FrozenTeacher) else None
+
+    @property
+    def own_prefix(self) -> str | None:
+        """Why the student encodes the prefix for itself, with gradient, in words; None if it does not."""
+        return self.sharing.own_prefix
 
     def step(
         self,
@@ -89,7 +89,7 @@ class Attachment:
         strategy: str,
     ) -> Step:
         """What the loss of this name sees of one forward pass."""
-        seen = self.in_encoder_dtype(observation)
+        seen = self.sharing.in_encoder_dtype(observation)
         by_teacher = self.teachers(seen, batch or {})
         joint = bool(self.own_prefix or get_loss_strategy(strategy).joint_forward or trained_part(self.policy))
         return Step(
@@ -112,14 +112,11 @@ class Attachment:
         if not isinstance(self.source, FrozenTeacher):
             return None
         by_teacher = self.source.observe(batch, self.policy, seen)
-        return None if by_teacher is seen else self.in_encoder_dtype(by_teacher)
-
-    def in_encoder_dtype(self, observation: Observation) -> Observation:
-        return observation if self.features is None else self.features.in_dtype(observation)
+        return None if by_teacher is seen else self.sharing.in_encoder_dtype(by_teacher)
 
     def losses(self, step: Step, strategy: str) -> Losses:
         """The losses of one step, in which each image is encoded once."""
-        with nullcontext() if self.features is None else self.features.once():
+        with self.sharing.once():
             return get_loss_strategy(strategy)(step)
 
     def detach(self) -> None:
@@ -257,14 +254,12 @@ def attach(
     source: CouplingSource
     if pairs is not None:
         source = _stored(pairs, base, dataset_stats)
-        features = share_features(base) if recipe.couplings_per_frame > 1 else None
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
         source = _frozen(teacher, policy, ode, dataset_stats)
-        features = share_features(base, source.policy)
-    own_prefix = _why_own_prefix(base, source, loss, train_state_proj)
-    attachment = _bind(base, source, strategy, recipe, features, own_prefix)
-    _report_sharing(attachment)
+    sharing = share(base, source, loss, per_frame=recipe.couplings_per_frame, train_state_proj=train_state_proj)
+    attachment = _bind(base, source, strategy, recipe, sharing)
+    logging.getLogger(__name__).info(sharing.described(base, attachment.teacher))
     return attachment
 
 
@@ -288,8 +283,7 @@ def detach(policy: nn.Module) -> None:
     _take_back_teacher(base.model, attachment)
     for binding in attachment.bindings:
         binding.undo()
-    for parameter in attachment.frozen:
-        parameter.requires_grad_(True)
+    attachment.sharing.undo()
     for module in (base, base.model):
         del vars(module)[_STATE]
 
@@ -380,43 +374,11 @@ def _stored(
     return source
 
 
-def _why_own_prefix(
-    student: SmolVLAPolicy, source: CouplingSource, loss: LossStrategy, train_state_proj: bool
-) -> str | None:
-    """Why a student has to encode the prefix for itself, with gradient; None if it need not."""
-    if loss.joint_forward:
-        return f"strategy={loss.name} trains it with the rest"
-    if train_state_proj:
-        return "train_state_proj=true"
-    if not student.config.use_cache:
-        return "the policy's use_cache=false"
-    trained = trained_part(student)
-    if trained not in (None, "state_proj"):
-        return f"the student trains {trained}"
-    if not isinstance(source, FrozenTeacher):
-        return None
-    if source.space is not None and source.space.state is not None:
-        return "the state is normalised otherwise than the teacher's"
-    different = different_part(student, source.policy)
-    return None if different is None else f"the student's {different} is not the teacher's"
-
-
-def _bind(
-    base: SmolVLAPolicy,
-    source: CouplingSource,
-    strategy: str,
-    recipe: Recipe,
-    features: SharedFeatures | None,
-    own_prefix: str | None,
-) -> Attachment:
+def _bind(base: SmolVLAPolicy, source: CouplingSource, strategy: str, recipe: Recipe, sharing: Sharing) -> Attachment:
     model = base.model
     policy_forward, teacher = base.forward, source.policy if isinstance(source, FrozenTeacher) else None
-    trained = () if own_prefix else tuple(p for p in model.state_proj.parameters() if p.requires_grad)
-    for parameter in trained:
-        parameter.requires_grad_(False)
     models = (model,) if teacher is None else (model, teacher.model)
     bindings = (
-        *(features.bindings if features else ()),
         *(compile_velocity(*models) if base.config.compile_model else ()),
         bind(base, forward=MethodType(PolicyMixin.forward, base)),
         bind(
@@ -429,24 +391,7 @@ def _bind(
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
         ),
     )
-    attachment = Attachment(base, source, recipe, features, own_prefix, policy_forward, bindings, frozen=trained)
+    attachment = Attachment(base, source, recipe, sharing, policy_forward, bindings)
     for module in (base, model):
         vars(module)[_STATE] = attachment
     return attachment
-
-
-def _report_sharing(attachment: Attachment) -> None:
-    teacher, own_prefix = attachment.teacher, attachment.own_prefix
-    lines = []
-    if teacher is not None:
-        of_student = {id(parameter) for parameter in attachment.policy.parameters()}
-        of_teacher = list(teacher.parameters())
-        shared = sum(parameter.numel() for parameter in of_teacher if id(parameter) in of_student)
-        total = sum(parameter.numel() for parameter in of_teacher)
-        lines.append(f"Teacher shares {shared} of its {total} parameters with the student.")
-    if own_prefix is None:
-        whom = "for the student" if teacher is None else "for teacher and student"
-        lines.append(f"The prefix (images, language, state) is encoded once {whom}, and state_proj stays as it is.")
-    else:
-        lines.append(f"The student encodes the prefix (images, language, state) for itself, because {own_prefix}.")
-    logging.getLogger(__name__).info(" ".join(lines))

@@ -15,7 +15,7 @@ class Recipe:
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
-            images encoded, once for all of them.
+            prefix encoded, once for all of them.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 

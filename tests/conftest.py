@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from pairs_helpers import make_pairs
 from people import People, fine_tune, write_base, write_robot_dataset
 
-from smolvla_reflow import Coupling, Step, losses
+from smolvla_reflow import Coupling, Step, losses, sharing
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.flags import one_rectified_flow_flags
 from smolvla_reflow.demo.task import write_dataset
@@ -138,12 +137,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 @pytest.fixture
 def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """A block in which `attach` lets teacher and student encode each image for themselves."""
-    attach_module = sys.modules["smolvla_reflow.attach"]  # the package exports the function of that name
 
     @contextlib.contextmanager
     def block():
         with monkeypatch.context() as patch:
-            patch.setattr(attach_module, "share_features", lambda *policies: None)
+            patch.setattr(sharing, "share_features", lambda *policies: None)
             yield
 
     return block

@@ -11,6 +11,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("training", "evaluation", "demo", "migration"),
     ("attach",),
+    ("sharing",),
     ("losses", "reduction", "pairs", "dataset"),
     ("step",),
     ("coupling", "recipe"),

@@ -86,7 +86,7 @@ def test_a_trained_encoder_is_not_shared(make_policy, two_cameras, batch):
     overrides = {**two_cameras, "train_expert_only": False, "freeze_vision_encoder": False}
     policy = make_policy(seed=0, **overrides)
     attachment = attach(policy)
-    assert attachment.features is None
+    assert attachment.sharing.features is None
     counts = encoded_images(policy, policy.model.teacher)
     policy.train().forward(dict(batch))[0].backward()
     assert len(counts) == 2 * len(CAMERAS)
@@ -99,13 +99,13 @@ def test_without_a_teacher_it_is_shared_among_a_frames_couplings_alone(make_poli
     policy = make_policy(seed=0, **two_cameras, train_expert_only=frozen, freeze_vision_encoder=frozen)
     for per_frame, shared in ((1, False), (2, frozen)):
         with attach(policy, pairs=lambda *_, **__: None, recipe=Recipe(couplings_per_frame=per_frame)) as attachment:
-            assert (attachment.features is not None) is shared
+            assert (attachment.sharing.features is not None) is shared
 
 
 def test_an_encoder_in_train_mode_is_asked_each_time(make_policy, two_cameras, batch):
     """It may drop out."""
     policy = make_policy(seed=0, **two_cameras)
-    assert attach(policy, train_state_proj=True).features is not None
+    assert attach(policy, train_state_proj=True).sharing.features is not None
     counts = encoded_images(policy, policy.model.teacher)
     policy.train()
     vision_encoder(policy).train()
@@ -118,7 +118,7 @@ def test_a_differing_encoder_is_not_shared(make_policy, two_cameras, batch):
     teacher = with_other_head(make_policy, policy, **two_cameras)
     with torch.no_grad():
         next(vision_encoder(teacher).parameters()).add_(0.1)
-    assert attach(policy, teacher).features is None
+    assert attach(policy, teacher).sharing.features is None
     counts = encoded_images(policy, policy.model.teacher)
     policy.train().forward(dict(batch))
     assert len(counts) == 2 * len(CAMERAS)
@@ -141,7 +141,7 @@ def test_lora_students_share_unless_the_adapter_is_in_the_encoder(make_policy, t
     for target, shared in ((r".*lm_expert\..*\.q_proj", True), (r".*vision_model\..*\.q_proj", False)):
         policy = make_policy(seed=0, **two_cameras)
         wrapped = get_peft_model(policy, LoraConfig(target_modules=target))
-        assert (attach(wrapped).features is not None) is shared
+        assert (attach(wrapped).sharing.features is not None) is shared
         counts = encoded_images(policy, policy.model.teacher)
         wrapped.train().forward(dict(batch))[0].backward()
         assert len(counts) == len(CAMERAS) * (1 if shared else 2)
@@ -154,7 +154,7 @@ def test_features_last_for_one_step(make_policy, two_cameras, batch, noise_and_t
     attachment = attach(policy, recipe=Recipe(couplings_per_frame=2), train_state_proj=True)
     policy.train()
     policy.forward(dict(batch))
-    assert attachment.features.seen is None
+    assert attachment.sharing.features.seen is None
     first, _ = policy.forward(dict(batch), noise=noise, time=time)
     batch[CAMERAS[0]].zero_()  # the same tensor, another picture
     second, _ = policy.forward(dict(batch), noise=noise, time=time)
@@ -176,7 +176,7 @@ def test_an_error_in_a_step_forgets_its_features(policy, batch, monkeypatch):
         patch.setattr(Step, "squared_errors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             policy.forward(dict(batch))
-    assert attachment.features.seen is None
+    assert attachment.sharing.features.seen is None
 
 
 def test_detach_leaves_the_encoder_as_it_was(policy):

@@ -32,7 +32,7 @@ class ReflowConfig(SolverFlags):
     """Distribution of t, 'beta' (SmolVLA's own), 'grid' with a colon and K (the K times that K Euler steps visit), or
     several joined by '+'."""
     couplings_per_frame: int = Recipe.couplings_per_frame
-    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its images encoded,
+    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
