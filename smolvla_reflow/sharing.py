@@ -1,7 +1,7 @@
 """What student and teacher share of a training step: the whole prefix if they can, or else each image's features.
 
-The prefix is images, language and state. In a fine-tuned SmolVLA, all that encodes it is frozen but `state_proj`. If that
-is the teacher's, it is frozen too for as long as both are attached, and one encoding, without gradient, serves both.
+The prefix is images, language and state. In a fine-tuned SmolVLA all that encodes it is frozen but `state_proj`. If
+that is the teacher's, it is frozen too as long as both are attached, and one encoding, without gradient, serves both.
 """
 
 from collections.abc import Iterator

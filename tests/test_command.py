@@ -18,7 +18,7 @@ from helpers import lerobot_train_main, reflow_run, reflow_train_main, stock_fla
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from smolvla_reflow import coupling
+from smolvla_reflow import Solver
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import write_dataset
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
@@ -258,18 +258,18 @@ def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch)
     """Ctrl-C in the third step: exit code 130, and the command it prints resumes."""
     calls = iter(range(100))
 
-    def interrupted(*args):
+    def interrupted(*args, **named):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return solve(*args)
+        return integrate(*args, **named)
 
-    solve = coupling.solve
+    integrate = Solver.integrate
     for save_freq, hint in ((10, "No checkpoint was saved yet"), (2, "Go on from the last good checkpoint with ")):
         run, calls = tmp_path / str(save_freq), iter(range(100))
-        monkeypatch.setattr(coupling, "solve", interrupted)
+        monkeypatch.setattr(Solver, "integrate", interrupted)
         with pytest.raises(SystemExit) as exit:
             reflow_train_main(reflow_run(workshop, run, save_freq=save_freq))
-        monkeypatch.setattr(coupling, "solve", solve)
+        monkeypatch.setattr(Solver, "integrate", integrate)
         assert exit.value.code == 130
         (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "interrupted." in ln]
         assert hint in line

@@ -9,7 +9,7 @@ from helpers import reflow_run
 
 def test_every_attribute_is_the_object_it_was(workshop, tmp_path):
     """In a fresh process: record before importing this package; compare in a training step, and after detach."""
-    flags = reflow_run(workshop, tmp_path / "run", steps=2, reflow__strategy="looking")
+    flags = reflow_run(workshop, tmp_path / "run", steps=2, reflow__strategy="looking", reflow__num_steps=2)
     code = f"""
         import inspect, sys, types
         import accelerate, draccus, gymnasium, safetensors.torch, torch, torchdiffeq, transformers
@@ -52,15 +52,16 @@ def test_every_attribute_is_the_object_it_was(workshop, tmp_path):
 
         @register_loss_strategy("looking")
         def looking(step):
-            # Where student and teacher are busy: while their prefixes are encoded.
+            # Where student and teacher are busy: while the prefix is encoded, and in each velocity.
             for model in (step.model, step.source.policy.model):
-                vars(model)["embed_prefix"] = lambda *given, model=model, **named: (
-                    looks.append(changed()) or type(model).embed_prefix(model, *given, **named)
-                )
+                for name in ("embed_prefix", "embed_suffix"):
+                    vars(model)[name] = lambda *given, model=model, name=name, **named: (
+                        looks.append(changed()) or getattr(type(model), name)(model, *given, **named)
+                    )
             return step.losses(step.coupling())
 
         train.main({flags!r})
-        assert looks == [[]] * 4, looks
+        assert looks == [[]] * 2 * (1 + 4 + 1), looks  # two steps, each with four velocities of the teacher
         policy = SmolVLAPolicy.from_pretrained({str(tmp_path / "run/checkpoints/last/pretrained_model")!r})
         with attach(policy):
             policy.save_pretrained({str(tmp_path / "saved")!r})
