@@ -42,7 +42,7 @@ from smolvla_reflow.smolvla.prefix import is_trained, trained_part
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import TeacherSource, base_policy, frozen_teacher
 from smolvla_reflow.smolvla.velocity import compile_velocity
-from smolvla_reflow.solver import Solver
+from smolvla_reflow.solver import JITTERED, Solver
 from smolvla_reflow.step import Losses, Step
 
 _STATE = "_reflow"  # the name under which policy and model keep their Attachment
@@ -225,8 +225,8 @@ def attach(
             fit the dataset the batches come from is for the caller to know; the training command checks it.
         strategy: a name from `available_loss_strategies()`, or a loss in a file, `path/to/file.py:name`.
         recipe: distribution of t, couplings for a frame, share of recorded data; the default recipe if None.
-        solver: of the teacher's ODE, or a method's name; by default the midpoint rule with the teacher's own
-            `config.num_steps`. An error of the couplings is one that training cannot undo.
+        solver: of the teacher's ODE, or a method's name; by default `jittered`, with as many velocity evaluations as
+            the teacher's stock sampler takes. An error of the couplings is one that training cannot undo.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped. Pairs know what they
             are normalised by, and are refused if it is not this.
@@ -255,7 +255,7 @@ def attach(
     if pairs is not None:
         source = _stored(pairs, base, dataset_stats)
     else:
-        ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
+        ode = solver if isinstance(solver, Solver) else Solver(solver or JITTERED)
         source = _frozen(teacher, policy, ode, dataset_stats)
     sharing = share(base, source, loss, per_frame=recipe.couplings_per_frame, train_state_proj=train_state_proj)
     attachment = _bind(base, source, strategy, recipe, sharing)

@@ -93,8 +93,10 @@ def test_forward_reflow_is_the_reflow_loss_in_any_mode(policy, teacher, batch, n
         batch["observation.language.attention_mask"],
         policy.prepare_state(batch),
     )
+    torch.manual_seed(0)
     losses = policy.model.forward_reflow(*inputs, policy.prepare_action(batch), noise, time)
     policy.model.training_mode = "reflow"
+    torch.manual_seed(0)
     expected, _ = policy.train().forward(dict(batch), noise=noise, time=time)
     assert torch.equal(losses.mean(), expected)
 
@@ -185,7 +187,7 @@ def test_what_has_no_effect_is_refused(policy, teacher):
 
 def test_deepcopy_is_an_independent_attached_policy(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     twin = copy.deepcopy(policy)
     expected = policy.train().forward(dict(batch), noise=noise, time=time)[0]
     optimizer_step(policy, batch)
@@ -246,12 +248,12 @@ def test_compiled_policy(make_policy, policy, teacher, batch, noise_and_time, mo
     # The graph is captured as always; only generating machine code for it, minutes of work, is left out.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     noise, time = noise_and_time
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     expected, _ = policy.train().forward(dict(batch), noise=noise, time=time)
     compiled = make_policy(seed=0, compile_model=True, compile_mode="default")
     compiled.load_state_dict(policy.state_dict())
     before = snapshot(compiled)
-    attach(compiled, teacher)
+    attach(compiled, teacher, solver="midpoint")
     assert compiled.model.forward_standard is before["model"]["forward"]
     assert "sample_actions" not in vars(compiled.model.teacher.model)
     loss, _ = compiled.train().forward(dict(batch), noise=noise, time=time)
@@ -270,7 +272,7 @@ def test_peft_policy(make_policy, teacher, batch, noise_and_time, tmp_path):
     plain = make_policy(seed=0)
     plain.load_state_dict(teacher.state_dict())
     teacher.save_pretrained(tmp_path)
-    attach(plain, tmp_path)
+    attach(plain, tmp_path, solver="midpoint")
     expected, _ = plain.train().forward(dict(batch), noise=noise, time=time)
 
     student = make_policy(seed=0)
@@ -278,7 +280,7 @@ def test_peft_policy(make_policy, teacher, batch, noise_and_time, tmp_path):
     wrapped = get_peft_model(student, LoraConfig(target_modules=r".*lm_expert\..*\.q_proj", init_lora_weights=False))
     wrapped.eval()
     before = snapshot(student)
-    attach(wrapped, tmp_path)
+    attach(wrapped, tmp_path, solver="midpoint")
     assert is_attached(wrapped)
     assert is_attached(student)
     # Everything but the adapter is frozen in the student, and the teacher has no adapter: nothing is held twice.

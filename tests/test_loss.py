@@ -35,7 +35,7 @@ def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batc
 
 def test_reduction_none_gives_one_loss_per_sample(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     policy.train()
     losses, _ = policy.forward(dict(batch), noise=noise, time=time, reduction="none")
     expected = reflow_losses(policy, teacher, batch, noise, time, 10).mean(dim=(1, 2))
@@ -45,7 +45,7 @@ def test_reduction_none_gives_one_loss_per_sample(policy, teacher, batch, noise_
 def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_time):
     """LeRobot 0.6 drops padded steps and dimensions of recorded actions; a teacher's actions exist there too."""
     noise, time = noise_and_time
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     policy.train()
     padded, _ = policy.forward(dict(batch), noise=noise, time=time)
     unpadded, _ = policy.forward({**batch, "action_is_pad": torch.zeros(4, CHUNK, dtype=torch.bool)}, noise, time)
@@ -80,7 +80,7 @@ def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeyp
 
 def test_recorded_actions_have_no_influence(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     policy.train()
     loss, _ = policy.forward(dict(batch), noise=noise, time=time)
     other, _ = policy.forward({**batch, "action": batch["action"] + 100.0}, noise=noise, time=time)
@@ -128,7 +128,7 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     torch.manual_seed(7)
     noise = policy.model.sample_noise((4, CHUNK, WIDTH), "cpu")
     time = policy.model.sample_time(4, "cpu")
-    attach(policy, teacher, recipe=Recipe(time_sampling="beta"))
+    attach(policy, teacher, recipe=Recipe(time_sampling="beta"), solver="midpoint")
     policy.train()
     torch.manual_seed(7)
     loss, _ = policy.forward(dict(batch))

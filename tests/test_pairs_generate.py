@@ -255,6 +255,7 @@ def test_a_lock_on_a_file_that_was_removed_is_none(workshop, copied, capsys, mon
         ({"seed": -1}, "--seed=-1 is negative"),
         ({"dtype": "int8"}, "--dtype=int8 is unknown; known are: float32, bfloat16, float16"),
         ({"reflow__solver": "rk5"}, "--reflow.solver=rk5 is unknown"),
+        ({"reflow__solver": "jittered"}, "--reflow.solver=jittered draws a random number for each batch"),
         ({"repair": "true"}, "there are no pairs in"),
         ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
         ({"pair_per_frame": 2}, "unrecognized arguments: --pair_per_frame=2"),

@@ -233,7 +233,7 @@ def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(worksh
         loss.backward()
         return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
-    with attach(policy, workshop / "1rf" / LAST):
+    with attach(policy, workshop / "1rf" / LAST, solver="midpoint"):
         actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=drawn).actions
         expected, expected_gradient = loss_and_gradient(noise=drawn)
 

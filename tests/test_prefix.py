@@ -228,7 +228,7 @@ def test_where_it_is_shared_the_log_says_so(policy, caplog):
 
 def test_what_is_unfrozen_later_is_trained(policy, teacher, batch, asked):
     """By the student's own forward; the teacher has a state_proj of its own."""
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     kept = policy.model.teacher.model.state_proj.weight.clone()
     policy.model.state_proj.requires_grad_(True)
     loss, _ = policy.train().forward(dict(batch))
@@ -395,14 +395,14 @@ def test_the_one_denoise_step_of_both_is_compiled(make_policy, policy, teacher, 
 
     compile_ = torch.compile
     noise, time = noise_and_time
-    with attach(policy, teacher):
+    with attach(policy, teacher, solver="midpoint"):
         loss, _ = policy.train().forward(dict(batch), noise=noise, time=time)
         expected = gradients(policy, loss)
     monkeypatch.setattr(torch, "compile", compile_quickly)
     compiled = make_policy(seed=0, compile_model=True, compile_mode="reduce-overhead")
     compiled.load_state_dict(policy.state_dict())
     modes.clear()
-    attach(compiled, teacher)
+    attach(compiled, teacher, solver="midpoint")
     assert modes == [(type(policy.model).denoise_step, "reduce-overhead")]
     found, _ = compiled.train().forward(dict(batch), noise=noise, time=time)
     torch.testing.assert_close(found, loss, rtol=1e-3, atol=1e-4)

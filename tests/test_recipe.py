@@ -22,9 +22,9 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
     """On one scale with the others: from LeRobot 0.5 on, their padded dimensions do not count (test_recorded_share.py)."""
     noise, time = noise_and_time
     stock = per_sample(policy, batch, noise, time)
-    with attach(policy, teacher):
+    with attach(policy, teacher, solver="midpoint"):
         reflow = per_sample(policy, batch, noise, time)
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=ratio))
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=ratio), solver="midpoint")
     mixed = per_sample(policy, batch, noise, time)
     counted = ACTION_DIM / WIDTH if Version(lerobot.__version__) >= Version("0.5.0") else 1.0
     scale = 4 / (count * counted + 4 - count)
@@ -143,7 +143,7 @@ def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and
     noise, time = noise_and_time
     losses = []
     for recipe in (Recipe(), Recipe(couplings_per_frame=PER_FRAME)):
-        with attach(policy, teacher, recipe=recipe):
+        with attach(policy, teacher, recipe=recipe, solver="midpoint"):
             losses.append(per_sample(policy, batch, noise, time))
     assert torch.equal(*losses)
 
@@ -157,7 +157,7 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch, asked, registry)
         assert len(coupling.noise) == len(coupling.actions) == PER_FRAME * len(step.actions)
         return step.losses(coupling, times=torch.full((len(coupling.noise),), 0.9))
 
-    attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME))
+    attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME), solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((_, noise, time),) = asked
     assert (time == 0.9).all()
@@ -178,7 +178,7 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, a
         found.append(dark.coupling())
         return dark.losses(found[0])
 
-    attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame))
+    attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame), solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     name = "observation.images.top"
     dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}

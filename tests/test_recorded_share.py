@@ -129,7 +129,7 @@ def test_an_uncounted_entry_may_hold_anything(policy, teacher, batch, registry):
 def test_it_needs_no_gradient_to_be_known(policy, teacher, batch):
     """In one's own loop a loss in train mode may be asked for without gradient."""
     noise, time = torch.randn(BATCH, CHUNK, WIDTH), torch.rand(BATCH)
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5))
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5), solver="midpoint")
     with torch.no_grad():
         without, _ = policy.train().forward(dict(batch), noise=noise, time=time)
     loss, _ = policy.forward(dict(batch), noise=noise, time=time)

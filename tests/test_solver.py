@@ -1,6 +1,7 @@
 """ODE solvers: their order on a flow whose solution is known, and on SmolVLA against other code."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torchdiffeq import odeint
 from smolvla_reflow import ReflowError, Solver, attach
 from smolvla_reflow.coupling import solve
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP
+from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP, JITTERED
 
 
 class RiccatiFlow:
@@ -47,7 +48,7 @@ def test_a_fixed_step_method_converges_with_its_order(start, method, order, eval
     assert used == 160 * evaluations
 
 
-@pytest.mark.parametrize("method", FIXED_STEP)
+@pytest.mark.parametrize("method", [method for method in FIXED_STEP if method != JITTERED])
 def test_a_fixed_step_method_is_torchdiffeqs_of_that_name(start, method):
     """x after each step, on a field that is not linear in anything."""
     path = Solver(method, num_steps=9).path(RiccatiFlow(), start)
@@ -55,6 +56,54 @@ def test_a_fixed_step_method_is_torchdiffeqs_of_that_name(start, method):
     expected = odeint(lambda t, x: t * x**2, start, times, method=method)
     torch.testing.assert_close(path.times, times, rtol=0, atol=1e-12)
     torch.testing.assert_close(path.points, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_jittered_is_the_midpoint_rule_on_a_shifted_grid(start, count):
+    """Against the rule written out on the grid that the path reports."""
+    ends = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        flow = RiccatiFlow()
+        path = Solver(JITTERED, num_steps=count).path(flow, start)
+        assert flow.evaluations == 2 * count
+        times = path.times.tolist()
+        assert (times[0], times[-1]) == (1.0, 0.0)
+        lengths = [before - after for before, after in pairwise(times)]
+        if count > 1:  # all equal, of which the first and the last are two parts of one
+            assert [*lengths[1:-1], lengths[0] + lengths[-1]] == pytest.approx([1 / (count - 1)] * (count - 1))
+        x = start
+        for before, after in pairwise(times):
+            h = before - after
+            half_way = x - h / 2 * before * x**2
+            x = x - h * (before - h / 2) * half_way**2
+        torch.testing.assert_close(path.points[-1], x)
+        torch.manual_seed(seed)
+        assert torch.equal(Solver(JITTERED, num_steps=count).integrate(RiccatiFlow(), start), path.points[-1])
+        ends.append(path.points[-1])
+    assert count == 1 or not torch.equal(ends[0], ends[1])
+
+
+def test_shifted_grids_average_out_what_a_fixed_one_repeats():
+    """A velocity that is as rough in time as the grid is fine: its integral is 0, and each midpoint sees its crest.
+
+    All that is left is what the two partial steps at the ends do on average, 1 / (4 pi^2) * 2 each.
+    """
+    noise, rough = torch.zeros(1, 1, 1, dtype=torch.float64), lambda x, t: torch.full_like(x, math.cos(8 * math.pi * t))
+    fixed = Solver("midpoint", num_steps=4).integrate(rough, noise).item()
+    assert abs(fixed) == pytest.approx(1.0)
+    torch.manual_seed(0)
+    shifted = [Solver(JITTERED, num_steps=5).integrate(rough, noise).item() for _ in range(400)]
+    assert sum(shifted) / len(shifted) == pytest.approx(1 / math.pi**2, abs=0.1)  # 4 standard errors
+
+
+def test_jittered_takes_as_many_evaluations_as_the_stock_sampler():
+    assert Solver(JITTERED).resolved(10) == Solver(JITTERED, num_steps=5)
+    assert Solver(JITTERED).resolved(1) == Solver(JITTERED, num_steps=1)
+    assert Solver(JITTERED, num_steps=3).resolved(10) == Solver(JITTERED, num_steps=3)
+    flow = RiccatiFlow()
+    Solver(JITTERED).integrate(flow, torch.ones(1, 1, 1), num_steps=10)
+    assert flow.evaluations == 10
 
 
 def test_dopri5_meets_its_tolerance_at_the_cost_of_a_fifth_order_method(start):
@@ -181,14 +230,20 @@ def test_the_solvers_own_number_of_steps_comes_before_the_policys(make_policy, b
     assert teacher.config.num_steps == 10
 
 
-def test_by_default_it_is_the_midpoint_rule_with_the_teachers_own_steps(policy, teacher, batch, noise_and_time):
+def test_by_default_it_is_jittered_with_as_many_evaluations_as_the_teachers_own_steps(
+    policy, teacher, batch, noise_and_time
+):
     noise, _ = noise_and_time
-    teacher.config.num_steps = 7
-    with attach(policy, teacher):
-        found = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    teacher.config.num_steps = 8
+    attach(policy, teacher)
+    torch.manual_seed(0)
+    found = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
+    flow, x, shift = Flow(teacher, batch), noise, torch.manual_seed(0) and torch.rand(()).item()
+    ends = [1.0, *(1 - (k + shift) / 3 for k in range(3)), 0.0]
     with torch.no_grad():
-        expected = Flow(teacher, batch).midpoint(noise, 7)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for before, after in pairwise(ends):
+            x = midpoint(lambda x, t: flow.velocity(x, torch.full((len(x),), t)), x, before, before - after)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [*FIXED_STEP, *ADAPTIVE])

@@ -169,10 +169,10 @@ def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher
         return step.losses(step.coupling(), weights=weight)
 
     def per_frame(strategy, **recipe):
-        with attach(policy, teacher, strategy=strategy, recipe=Recipe(**recipe)):
+        with attach(policy, teacher, strategy=strategy, recipe=Recipe(**recipe), solver="midpoint"):
             return policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")[0]
 
-    with attach(policy, teacher) as attached:
+    with attach(policy, teacher, solver="midpoint") as attached:
         inputs = (*policy.prepare_images(batch), batch["observation.language.tokens"])
         inputs += (batch["observation.language.attention_mask"], policy.prepare_state(batch))
         unreduced = attached.policy.model.forward_reflow(*inputs, policy.prepare_action(batch), noise, time)
@@ -208,7 +208,7 @@ def test_no_teacher_no_velocity(steps):
 def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
     """Any function that couples: the loss is that of the same couplings made online."""
     noise, time = noise_and_time
-    with attach(policy, teacher) as attached:
+    with attach(policy, teacher, solver="midpoint") as attached:
         expected, _ = policy.train().forward(dict(batch), noise=noise, time=time)
         online = attached.source
 
@@ -293,9 +293,9 @@ def test_one_time_for_all_and_one_weight_for_each_line(policy, teacher, batch, n
         return step.losses(step.coupling(), times=0.75, weights=weights)
 
     fixed = {"noise": noise_and_time[0], "reduction": "none"}
-    with attach(policy, teacher):
+    with attach(policy, teacher, solver="midpoint"):
         plain, _ = policy.train().forward(dict(batch), time=torch.full((4,), 0.75), **fixed)
-    with attach(policy, teacher, strategy="each"):
+    with attach(policy, teacher, strategy="each", solver="midpoint"):
         weighed, _ = policy.train().forward(dict(batch), **fixed)
     torch.testing.assert_close(weighed, weights * plain)
 

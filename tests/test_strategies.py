@@ -143,7 +143,7 @@ def test_example_is_short_and_trains(policy, teacher, batch):
 def test_example_honours_every_option(policy, teacher, batch, asked):
     """Its loss against the oracle, on the noise and times the student was asked about."""
     recipe = Recipe(time_sampling="grid:2", couplings_per_frame=3, real_data_ratio=0.5)
-    attach(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe)
+    attach(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe, solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((actions, noise, time),) = asked
     assert len(noise) == 4 * 3

@@ -82,6 +82,7 @@ def main() -> None:
     print(f"reference: rk4 200; rk4 100 is off by {rms(end(Solver('rk4', num_steps=100)) - reference):.4f}")
     solvers = [Solver("euler", num_steps=n) for n in (1, 2, 5, 10, 20, 50)]
     solvers += [Solver("midpoint", num_steps=n) for n in (5, 10, 20)]
+    solvers += [Solver("jittered", num_steps=n) for n in (5, 10)]
     solvers += [Solver("heun3", num_steps=n) for n in (3, 7)]
     solvers += [Solver("rk4", num_steps=n) for n in (2, 5)]
     solvers += [Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-3, 1e-5)]

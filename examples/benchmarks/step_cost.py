@@ -49,7 +49,11 @@ class Attached:
 
     def attach(self, student: SmolVLAPolicy, checkpoint: Path) -> Attachment:
         recipe = Recipe(couplings_per_frame=self.couplings_per_frame)
-        return attach(student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj)
+        attached = attach(
+            student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj
+        )
+        assert (attached.own_prefix is None) is not self.train_state_proj  # what is measured
+        return attached
 
 
 STANDARD, NAIVE = "standard", "naive"
@@ -107,7 +111,7 @@ def load_naive_teacher(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
 def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[str, float]:
     """Median seconds of each variant's step, taken in turn."""
     student, teacher = load(cfg, checkpoint).train(), load_naive_teacher(cfg, checkpoint)
-    optimizer = torch.optim.AdamW(student.get_optim_params(), lr=1e-6)
+    optimizer = torch.optim.AdamW(student.get_optim_params(), lr=0.0)  # so that it stays what its teacher is
     batch = make_batch(student, batch_size)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for i in range(cfg.steps + 1):

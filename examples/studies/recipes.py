@@ -30,7 +30,7 @@ from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, regis
 from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.solver import JITTERED, SolverFlags
 
 MEASURING_SEED = 1000
 VARIANTS = (  # what --recipes is by default
@@ -72,6 +72,7 @@ class StudyConfig:
 class Student(SolverFlags):
     """One round of reflow, as the words of a variant describe it; the defaults are this package's."""
 
+    solver: str = JITTERED
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame

@@ -10,12 +10,14 @@ from smolvla_reflow.dataset import TOLERANCE_S, check_as_recorded, in_home
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.pairs.manifest import DTYPES
 from smolvla_reflow.smolvla.policy import check_device
-from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.solver import JITTERED, Solver, SolverFlags
 
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
 @dataclass
 class TeacherConfig(SolverFlags):
+    solver: str = Solver.method
+    """Solver of the teacher's ODE, either 'midpoint', 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id."""
     teacher_revision: str | None = None
@@ -116,4 +118,8 @@ def check_values(cfg: PairsConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ReflowError(f"--dtype={cfg.dtype} is unknown; {known_are(DTYPES, cfg.dtype)}")
     check_as_recorded(cfg.dataset, "pairs are made from")
-    cfg.reflow.to_solver()
+    if cfg.reflow.to_solver().method == JITTERED:
+        raise ReflowError(
+            f"--reflow.solver={JITTERED} draws a random number for each batch, and pairs have to come out the same "
+            "whichever frames are solved together; leave it out."
+        )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from lerobot.configs.train import TrainPipelineConfig
 
 from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.solver import JITTERED, SolverFlags
 
 # Liu et al. fine-tune at a fraction of the original learning rate; SmolVLA's own preset is 1e-4 over 30 000
 # steps, of which 1 000 are warm-up, down to 2.5e-6. The ratios are kept.
@@ -17,6 +17,9 @@ WARMUP_RATIO = 1_000 / 30_000
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
 @dataclass
 class ReflowConfig(SolverFlags):
+    solver: str = JITTERED
+    """Solver of the teacher's ODE, either 'jittered' (the midpoint rule on a grid that is shifted at random in each
+    batch), 'midpoint', 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id. The student starts from it unless --policy.path is given."""
     teacher_revision: str | None = None

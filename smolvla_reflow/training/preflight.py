@@ -224,7 +224,7 @@ def check_solver(flags: SolverFlags, pairs: Pairs, typed: Collection[str]) -> No
     unlike = [
         f"{name} is {made[name]} in the pairs and {value} here"
         for name, value in asked.items()
-        if value != made[name] and (value != getattr(SolverFlags, name) or f"reflow.{name}" in typed)
+        if value != made[name] and (value != getattr(type(flags), name) or f"reflow.{name}" in typed)
     ]
     if unlike:
         raise ReflowError(
