@@ -39,7 +39,10 @@ VARIANTS = (  # what --recipes is by default
     "couplings_per_frame=4",
     "strategy=distill",
     "time_sampling=beta",
+    "solver=midpoint",
+    "solver=midpoint num_steps=5",
     "solver=euler",
+    "train_state_proj=true",
     "real_data_ratio=0.25",
     " > lr=5e-4",
     " > lr=5e-4 > lr=2.5e-4 strategy=distill",
@@ -54,6 +57,8 @@ class StudyConfig:
     """Folder of a LeRobotDataset with a single task, to train on instead of the demo's task."""
     action_dims: list[int] | None = None
     """Indices of the action dimensions that the policy learns, by default all of them."""
+    width: int = 128
+    """Of the backbone for a recorded dataset; the action expert is three quarters as wide."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds, each with a teacher and one student of each variant of its own."""
     recipes: list[str] = field(default_factory=lambda: list(VARIANTS))
@@ -77,6 +82,7 @@ class Student(SolverFlags):
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
     real_data_ratio: float = Recipe.real_data_ratio
+    train_state_proj: bool = False
     batch_size: int = 32
     steps: int = 1200
     lr: float = 1e-3
@@ -101,7 +107,7 @@ def study(cfg: StudyConfig) -> None:
     if cfg.dataset_root is None:
         task = demo_task(cfg.output_dir)
     else:
-        task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.action_dims)
+        task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.width, cfg.action_dims)
     found: dict[str, list[dict]] = {"teacher": [], **{variant: [] for variant in cfg.recipes}}
     for seed in cfg.seeds:
         folder = cfg.output_dir / f"seed-{seed}"
@@ -136,7 +142,13 @@ def new_student(
     student.load_state_dict(teacher.state_dict())
     given = couplings_of(teacher, options.to_solver(), options.steps, options.batch_size, options.couplings_per_frame)
     batches = (select(task.seen, frames) for frames in given.frames)
-    with attach(student, pairs=given.source(), strategy=options.strategy, recipe=options.recipe()):
+    with attach(
+        student,
+        pairs=given.source(),
+        strategy=options.strategy,
+        recipe=options.recipe(),
+        train_state_proj=options.train_state_proj,
+    ):
         train(student, batches, options.steps, options.lr, seed, words or "default")
     return student
 
@@ -156,11 +168,12 @@ class Couplings:
     actions: torch.Tensor
 
     def source(self) -> CouplingSource:
-        """A function that gives one step's couplings at each call, in order."""
+        """A function that gives one step's couplings at each call, in order, of as many frames, the last, as it shows."""
         steps = iter(zip(self.noise, self.actions, strict=True))
 
         def next_step(observation, *, frames, noise, per_frame) -> Coupling:
-            return Coupling(*next(steps))
+            made = next(steps)
+            return Coupling(*(ends[len(ends) - per_frame * len(observation.state) :] for ends in made))
 
         return next_step
 

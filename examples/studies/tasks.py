@@ -87,17 +87,18 @@ def demo_task(folder: Path) -> Task:
     return Task(seen, unseen, config, (1, 2, 5, 10), stats, DrivePastConfig())
 
 
-def recorded_task(root: Path, folder: Path, action_dims: Sequence[int] | None = None) -> Task:
+def recorded_task(root: Path, folder: Path, width: int, action_dims: Sequence[int] | None = None) -> Task:
     """A recorded dataset, for a small SmolVLA that pads its actions to the stock 32 dimensions.
 
     Args:
         root: of the dataset.
         folder: for the backbone.
+        width: of the backbone.
         action_dims: indices of the action dimensions to learn; None for all.
     """
     chunk, image = 16, 64
     stats = LeRobotDatasetMetadata("study/recorded", root=root).stats
-    config = _config(root, write_backbone(folder / "backbone", image_size=image), chunk, image)
+    config = _config(root, write_backbone(folder / "backbone", hidden_size=width, image_size=image), chunk, image)
     frames = _load(root, config, stats)
     if action_dims:
         frames["action"] = frames["action"][..., list(action_dims)]
