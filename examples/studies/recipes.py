@@ -168,7 +168,7 @@ class Couplings:
     actions: torch.Tensor
 
     def source(self) -> CouplingSource:
-        """A function that gives one step's couplings at each call, in order, of the last frames if it is not shown all."""
+        """A function that gives one step's couplings at each call, in order; of the last frames if not shown all."""
         steps = iter(zip(self.noise, self.actions, strict=True))
 
         def next_step(observation, *, frames, noise, per_frame) -> Coupling:
