@@ -102,7 +102,7 @@ class Solver:
         if self.method in ADAPTIVE and self.num_steps is not None:
             raise ReflowError(f"solver={self.method} chooses its own steps; give rtol and atol instead of num_steps.")
         if self.method in FIXED_STEP and any(value is not None for value in tolerances.values()):
-            raise ReflowError(f"solver={self.method} takes equal steps; give num_steps instead of rtol and atol.")
+            raise ReflowError(f"solver={self.method} has fixed steps; give num_steps instead of rtol and atol.")
 
     def resolved(self, num_steps: int) -> "Solver":
         """This solver with every value filled in; a fixed-step method without steps gets `num_steps`."""

@@ -51,13 +51,13 @@ def other_backbone(tmp_path_factory):
         ({"reflow__num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
         (
             {"reflow__solver": "rk5"},
-            "--reflow.solver=rk5 is unknown; known are: euler, midpoint, heun3, rk4, dopri5",
+            "--reflow.solver=rk5 is unknown; known are: euler, midpoint, heun3, rk4, jittered, dopri5",
         ),
         (
             {"reflow__solver": "dopri5", "reflow__num_steps": 5},
             "--reflow.solver=dopri5 chooses its own steps; give rtol and atol instead",
         ),
-        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=midpoint takes equal steps"),
+        ({"reflow__rtol": 0.1, "reflow__num_steps": None}, "--reflow.solver=jittered has fixed steps"),
         ({"reflow__num_steps": -3}, "--reflow.num_steps=-3: the teacher needs at least one ODE step"),
         ({"reflow__num_stepz": 3}, "--reflow.num_stepz is unknown; known are: --reflow.solver, --reflow.num_steps,"),
         ({"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": -1}, "--reflow.rtol=-1.0"),

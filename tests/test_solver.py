@@ -143,7 +143,7 @@ def test_what_is_left_open_is_filled_in():
         ({"num_steps": 0}, "num_steps=0: the teacher needs at least one ODE step"),
         ({"method": "rk4", "num_steps": -3}, "at least one ODE step"),
         ({"method": "dopri5", "num_steps": 5}, "chooses its own steps; give rtol and atol"),
-        ({"method": "midpoint", "rtol": 1e-3}, "takes equal steps; give num_steps instead"),
+        ({"method": "midpoint", "rtol": 1e-3}, "has fixed steps; give num_steps instead"),
         ({"method": "dopri5", "atol": 0.0}, "atol=0.0: a tolerance is a positive number"),
         ({"method": "dopri5", "rtol": float("nan")}, "rtol=nan"),
         ({"method": "dopri5", "rtol": float("inf")}, "rtol=inf: a tolerance is a positive number"),
