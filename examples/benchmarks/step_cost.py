@@ -7,10 +7,11 @@ Ways to train the same student on the same batch, the teacher's ODE being solved
 
     standard            recorded actions, no teacher: `lerobot-train`
     naive               a second policy is loaded as the teacher, and encodes the whole prefix again; Euler
-    reflow              what this package does: the prefix is encoded once for both, without gradient
-    reflow, euler       the same with Euler steps, half as many velocity evaluations
+    reflow              what this package does: the prefix is encoded once for both, without gradient; 10 evaluations of
+                        the teacher's velocity
+    midpoint            the same with --reflow.solver=midpoint, 20 evaluations
     by four             with four couplings for each frame of the batch
-    by four, euler      the same with Euler steps
+    by four, midpoint   the same with 20 evaluations
     state_proj trained  what this package does where it cannot share the prefix, here by --reflow.train_state_proj=true
 
 Seconds are medians over interleaved steps (forward, backward, AdamW) in one process; the ratio is to the standard
@@ -35,15 +36,16 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import Attachment, Recipe, Solver, attach
+from smolvla_reflow import Attachment, Recipe, attach
 from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.solver import JITTERED
 
 
 @dataclass(frozen=True)
 class Attached:
     """A way to train with an attached teacher."""
 
-    solver: Solver
+    solver: str = JITTERED
     couplings_per_frame: int = 1
     train_state_proj: bool = False
 
@@ -58,11 +60,11 @@ class Attached:
 
 STANDARD, NAIVE = "standard", "naive"
 REFLOW = {
-    "reflow": Attached(Solver()),
-    "reflow, euler": Attached(Solver("euler")),
-    "by four": Attached(Solver(), couplings_per_frame=4),
-    "by four, euler": Attached(Solver("euler"), couplings_per_frame=4),
-    "state_proj trained": Attached(Solver(), train_state_proj=True),
+    "reflow": Attached(),
+    "midpoint": Attached("midpoint"),
+    "by four": Attached(couplings_per_frame=4),
+    "by four, midpoint": Attached("midpoint", couplings_per_frame=4),
+    "state_proj trained": Attached(train_state_proj=True),
 }
 VARIANTS = (STANDARD, NAIVE, *REFLOW)
 
