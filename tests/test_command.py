@@ -69,7 +69,7 @@ def test_train_config_remembers_the_teacher(workshop, student):
     fingerprint = open_checkpoint(teacher_path).fingerprint()
     assert config["reflow"] == {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
     assert defaults["strategy"] == "reflow"
-    assert defaults["solver"] == "midpoint"
+    assert defaults["solver"] == "jittered"
 
 
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
