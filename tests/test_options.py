@@ -97,7 +97,7 @@ def test_adapt_to_pi_aloha(make_policy):
     )
     batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
     noise, time = torch.randn(4, 5, 14), torch.rand(4)
-    attach(policy, teacher)
+    attach(policy, teacher, solver="midpoint")
     policy.train()
     loss, _ = policy.forward({k: v.clone() for k, v in batch.items()}, noise=noise, time=time)
     decoded = {**batch, "observation.state": policy._pi_aloha_decode_state(batch["observation.state"].clone())}

@@ -161,7 +161,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path, one_prefi
                 "observation.language.attention_mask": torch.ones(n, 4, dtype=torch.bool),
                 "action": torch.randn(n, chunk, 2),
             }}
-            attach_to = functools.partial(attach, teacher=checkpoint)
+            attach_to = functools.partial(attach, teacher=checkpoint, solver="midpoint")
             ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
             accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
@@ -298,7 +298,7 @@ def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path, one_prefix):
                 "action": torch.randn(n, chunk, 2),
             }}
             fixed = {{"noise": torch.randn(n, chunk, width), "time": torch.rand(n)}}
-            assert (attach(policy, checkpoint).own_prefix is None) is {one_prefix}
+            assert (attach(policy, checkpoint, solver="midpoint").own_prefix is None) is {one_prefix}
             policy.train()
             loss, _ = policy.forward(dict(batch), **fixed)
             loss.backward()
