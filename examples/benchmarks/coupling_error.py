@@ -64,6 +64,7 @@ def main() -> None:
     width = config.action_feature.shape[0]
 
     def end(solver: Solver) -> torch.Tensor:
+        torch.manual_seed(1)  # the same grid in both precisions
         return solve(policy, observation, noise, solver)[..., :width]
 
     @torch.no_grad()
