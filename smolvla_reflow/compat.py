@@ -140,6 +140,7 @@ def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> d
         if isinstance(value, dict):
             return {key: changed(item) for key, item in value.items()}
         if value is not None:
+            # A deep copy would take up memory for nothing, and cannot be made of tensors with a gradient.
             value = copy.copy(value)
             value.layers = [copy.copy(layer) for layer in value.layers]
             for layer in value.layers:
