@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("step",),
     ("coupling", "recipe"),
     ("smolvla",),
-    ("solver", "times", "noise"),
+    ("solver", "times", "noise", "metrics"),
     ("compat", "files"),
     ("errors",),
 )

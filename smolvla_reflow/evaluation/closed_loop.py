@@ -4,7 +4,6 @@ MeasuredPolicy, --env.*  ->  the episodes of lerobot-eval  ->  Success, with a 9
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import draccus
@@ -14,12 +13,11 @@ from lerobot.envs.factory import make_env, make_env_pre_post_processors
 from lerobot.envs.utils import close_envs, env_to_policy_features
 from lerobot.scripts.lerobot_eval import eval_policy_all
 from lerobot.utils.random_utils import set_seed
-from tqdm import tqdm
 
 from smolvla_reflow.errors import ReflowError, first_line
-from smolvla_reflow.evaluation.measure import Row
-from smolvla_reflow.evaluation.metrics import Success
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.task_sentence import with_sentence
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted
 
@@ -35,7 +33,12 @@ def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dic
 
 
 def success_rate(
-    policy: MeasuredPolicy, env: EnvConfig, settings: ClosedLoopConfig, num_steps: int, seed: int
+    policy: MeasuredPolicy,
+    env: EnvConfig,
+    settings: ClosedLoopConfig,
+    num_steps: int,
+    seed: int,
+    task: str | None = None,
 ) -> Success:
     """Run `settings.n_episodes` episodes of each task, those of `lerobot-eval --seed`, and count the successes.
 
@@ -45,10 +48,12 @@ def success_rate(
         settings: how many episodes, and how many at once.
         num_steps: Euler steps of the stock sampler.
         seed: of the noise and of the first episode; the same seed gives every policy the same episodes.
+        task: the sentence to show the policy; by default the environment's own.
     """
     # New environments each time, so that no episode depends on those that another policy ran before.
     envs = make_env(env, n_envs=settings.batch_size, use_async_envs=settings.use_async_envs)
     before, after = make_env_pre_post_processors(env, policy.policy.config)
+    before = before if task is None else with_sentence(before, task)
     set_seed(seed)
     try:
         with policy.inference(num_steps):
@@ -67,17 +72,6 @@ def success_rate(
         close_envs(envs)
     tasks = sorted(info["per_task"], key=lambda task: (task["task_group"], task["task_id"]))
     return Success.count({f"{t['task_group']}/{t['task_id']}": t["metrics"]["successes"] for t in tasks})
-
-
-def with_success(
-    rows: Sequence[Row], policies: Sequence[MeasuredPolicy], env: EnvConfig, settings: ClosedLoopConfig, seed: int
-) -> list[Row]:
-    """Add to each row how often its policy succeeds at its number of steps."""
-    by_name = {policy.name: policy for policy in policies}
-    return [
-        replace(row, success=success_rate(by_name[row.policy], env, settings, row.num_steps, seed))
-        for row in tqdm(rows, desc="running episodes", unit="table row")
-    ]
 
 
 def env_settings(env: EnvConfig) -> dict[str, Any]:

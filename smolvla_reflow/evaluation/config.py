@@ -35,23 +35,31 @@ class EvalConfig:
     earlier_rounds: list[str] = field(default_factory=list)
     """Checkpoints of the rounds between the teacher and the policy, oldest first, to be measured as well."""
     output_dir: Path | None = None
-    """Folder for report.json, report.md and report.png; must not exist yet."""
+    """Folder for report.json, report.md and report.png. Must not exist yet, unless the same command was broken off."""
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
     """Numbers of Euler steps to measure; the policies' own defaults are measured as well."""
     num_frames: int = 256
     """Number of frames to measure on, evenly spaced over the dataset."""
     num_noises: int = 4
     """Noises for each frame, at least 2."""
-    reference_steps: int = 100
-    """Steps of rk4 for the fine solutions that errors are measured against."""
-    tolerance: float = 0.0
-    """Flow error, in standard deviations, that is always good enough for the recommendation."""
+    bar_num_steps: int | None = None
+    """Number of steps of the teacher, or of the policy that is measured alone, with which the others are compared. By
+    default that of its config.json."""
+    reference_steps: int | None = None
+    """Steps of rk4 for the fine solutions that errors are measured against. By default as many as it takes."""
+    success_margin: float = 0.05
+    """By how much less often than the teacher a policy may succeed and still be recommended, as a share."""
+    energy_margin: float = 0.01
+    """By how much its energy distance may be above the teacher's, in standard deviations, where no environment is
+    driven."""
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0
     """Seed of the noise, and of the first episode in the simulator."""
     env: EnvConfig | None = None
     """Simulated environment in which to count successes, as for lerobot-eval."""
+    env_task: str | None = None
+    """Sentence for the policies in place of the environment's own."""
     eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
     """How many episodes of each task, and how many at once, as for lerobot-eval."""
     rename_map: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,7 @@
-"""How long a control loop waits for one chunk of actions."""
+"""How long a control loop waits for one chunk of actions, and which part of that the ODE steps are."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.smolvla.observation import with_one_state
+from smolvla_reflow.smolvla.observation import observe, with_one_state
+from smolvla_reflow.smolvla.velocity import velocity_of
 
 WARM_UP, REPEATS = 3, 30
 
@@ -21,20 +23,66 @@ class Latency:
     p95: float
 
 
+@dataclass(frozen=True)
+class ChunkParts:
+    """What a chunk's time is made of, medians in milliseconds at batch size 1.
+
+    Attributes:
+        prefix: encoding images, language and state, once for a chunk.
+        step: one ODE step.
+    """
+
+    prefix: float
+    step: float
+
+    def left_to_gain(self, num_steps: int) -> str:
+        """What fewer steps than these could still save, in a sentence."""
+        chunk = self.prefix + num_steps * self.step
+        made_of = (
+            f"A chunk at num_steps={num_steps} takes {chunk:.1f} ms: {self.prefix:.1f} ms for images, language and "
+            f"state, which are encoded once, and {self.step:.1f} ms for each ODE step"
+        )
+        if num_steps == 1:
+            return f"{made_of}. Nothing more can be gained by fewer steps."
+        saved = (num_steps - 1) * self.step
+        return f"{made_of}; one step instead would save another {saved:.1f} ms ({saved / chunk:.0%})."
+
+
 def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: int) -> Latency:
     """Time `predict_action_chunk` on one frame, a raw batch of size 1, with `num_steps` Euler steps."""
-    observation = policy.preprocessor({k: v for k, v in frame.items() if not k.startswith("action")})
-    observation = with_one_state(policy.policy, observation)
-    cuda = observation["observation.state"].is_cuda
-    milliseconds = []
+    observation = prepared(policy, frame)
     with policy.inference(num_steps):
-        for _ in range(WARM_UP + REPEATS):
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            policy.policy.predict_action_chunk(dict(observation))
-            if cuda:
-                torch.cuda.synchronize()
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-    timed = milliseconds[WARM_UP:]
+        timed = milliseconds(lambda: policy.policy.predict_action_chunk(dict(observation)), policy)
     return Latency(p50=float(np.median(timed)), p95=float(np.percentile(timed, 95)))
+
+
+def measure_parts(policy: MeasuredPolicy, frame: dict[str, Any]) -> ChunkParts:
+    """Time the two parts of a chunk on one frame, a raw batch of size 1."""
+    observation, model, config = prepared(policy, frame), policy.policy.model, policy.policy.config
+    with policy.inference(policy.num_steps):
+        prefix = milliseconds(lambda: velocity_of(model, observe(policy.policy, dict(observation))), policy)
+        velocity = velocity_of(model, observe(policy.policy, dict(observation)))
+        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=config.device)
+        step = milliseconds(lambda: velocity(noise, 1.0), policy)
+    return ChunkParts(float(np.median(prefix)), float(np.median(step)))
+
+
+def prepared(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, Any]:
+    """The policy's input; a robot has no recorded actions to prepare."""
+    observation = policy.preprocessor({k: v for k, v in frame.items() if not k.startswith("action")})
+    return with_one_state(policy.policy, observation)
+
+
+def milliseconds(call: Callable[[], object], policy: MeasuredPolicy) -> list[float]:
+    """The times of some calls, one after the other, once it is warm."""
+    on_cuda = torch.device(policy.policy.config.device).type == "cuda"
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        if on_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if on_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[WARM_UP:]

@@ -8,21 +8,23 @@ differently can be compared. Of each batch only the records are kept, so memory 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from smolvla_reflow.evaluation.latency import Latency, measure_latency
-from smolvla_reflow.evaluation.metrics import Success, absolute_error, spread, squared_error, straightness
+from smolvla_reflow.evaluation.intervals import Interval, over_frames
+from smolvla_reflow.evaluation.latency import Latency
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.evaluation.reference import Reference, solved_finely
+from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.metrics import absolute_error, energy_distance, spread, squared_error
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.smolvla.velocity import Velocity, velocity_of
-from smolvla_reflow.solver import Path, Solver
+from smolvla_reflow.smolvla.velocity import velocity_of
+from smolvla_reflow.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Settings:
             action error alone.
         num_steps: numbers of Euler steps; each policy's own default and the reference policy's are measured as well.
         num_noises: noises for each frame, at least 2.
-        reference_steps: rk4 steps of the fine solutions, at least 2.
+        reference_steps: rk4 steps of the fine solutions, at least 2; chosen on the first batch if None.
         seed: of the noise.
     """
 
     action_std: Tensor
     num_steps: Sequence[int]
     num_noises: int
-    reference_steps: int
+    reference_steps: int | None
     seed: int
 
     def in_deviations(self, actions: Tensor) -> Tensor:
@@ -53,12 +55,12 @@ class Settings:
 class Record:
     """One policy at one number of steps on one frame: every metric as a number, averaged over the frame's noises.
 
-    A new metric is a function in `metrics`, a field here, and a line in `frame_records`.
+    A new metric is a function in `metrics.py`, a field here, and a line in `frame_records`.
 
     Attributes:
-        flow_error: squared distance to the reference policy's fine solution.
+        energy_distance: to the reference policy's fine solutions, of other noises.
+        flow_error: squared distance to the reference policy's fine solution, of the same noise.
         own_flow_error: squared distance to the policy's own fine solution.
-        fine_error: squared distance of the policy's fine solution to one with half the steps.
         spread: variance over the noises.
         fine_spread: the same of the fine solution.
         straightness: of the fine paths.
@@ -67,9 +69,9 @@ class Record:
         steps, steps_executed: how many steps these two are sums over.
     """
 
+    energy_distance: float
     flow_error: float
     own_flow_error: float
-    fine_error: float
     spread: float
     fine_spread: float
     straightness: float
@@ -86,22 +88,28 @@ class Row:
     Attributes:
         policy: its name.
         num_steps: Euler steps of the stock sampler.
-        flow_rmse: root mean square distance to the *reference policy's* fine solution from the same noise, in standard
-            deviations. The reference policy is the teacher, or the only policy there is.
+        energy_distance: between the distribution of its actions and that of the *reference policy's* fine solution, see
+            `smolvla_reflow.metrics.energy_distance`, with its interval over frames, in standard deviations. The
+            reference policy is the teacher, or the only policy there is.
+        flow_rmse: root mean square distance to the reference policy's fine solution from the same noise, in standard
+            deviations.
         own_flow_rmse: the same to the policy's own fine solution: the error that comes from taking few steps, without
             the error that comes from training.
         action_mae: mean absolute error against the recorded actions over the chunk, in the robot's units.
-        action_mae_executed: the same over the first `n_action_steps`, those the robot runs before it looks again.
+        action_mae_executed: the same over the first of the policy's own `n_action_steps`, those the robot runs before
+            it looks again.
         action_mae_per_dim: the same over the chunk, for each action dimension.
         spread_ratio: variance over noises, relative to that of the reference policy's fine solution.
         straightness: of the policy's paths, in squared standard deviations; 0 for straight ones.
-        latency_ms_p50, latency_ms_p95: of one `predict_action_chunk` at batch size 1, median and 95th percentile.
+        latency_ms_p50, latency_ms_p95: of one `predict_action_chunk` at batch size 1, median and 95th percentile; None
+            until it is measured.
         speedup: over the reference policy at its own default number of steps, by the medians.
         success: in the simulated environment, where one was named.
     """
 
     policy: str
     num_steps: int
+    energy_distance: Interval
     flow_rmse: float
     own_flow_rmse: float
     action_mae: float
@@ -109,24 +117,10 @@ class Row:
     action_mae_per_dim: list[float]
     spread_ratio: float
     straightness: float
-    latency_ms_p50: float
-    latency_ms_p95: float
-    speedup: float
+    latency_ms_p50: float | None = None
+    latency_ms_p95: float | None = None
+    speedup: float | None = None
     success: Success | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of a measurement.
-
-    Attributes:
-        rows: by policy, then by number of steps.
-        reference_rmse: estimated error of the reference policy's fine solution, its distance to one with half the
-            steps, in standard deviations. Flow errors below it mean nothing.
-    """
-
-    rows: list[Row]
-    reference_rmse: float
 
 
 class Cell(NamedTuple):
@@ -136,52 +130,116 @@ class Cell(NamedTuple):
     num_steps: int
 
 
-def evaluate(
-    policies: Sequence[MeasuredPolicy],
-    batches: Iterable[dict[str, Any]],
-    settings: Settings,
-    progress: Callable[[int], object] = lambda frames: None,
-) -> Evaluation:
-    """Measure policies on a dataset's batches.
+@dataclass(frozen=True)
+class Evaluation:
+    """What has been measured so far.
 
-    Args:
-        policies: one or more; the first is the reference.
-        batches: of raw frames, each with its "index", its recorded "action" (N, T, D) and "action_is_pad" (N, T).
-        settings: what to measure.
-        progress: called with the number of frames done in each batch.
+    Attributes:
+        bar: the reference policy at its own default number of steps, which the others are compared with.
+        records: of each policy and number of steps, one for each frame, in the same order.
+        references: by policy, how its fine solutions were computed.
+        latencies: of each policy and number of steps.
+        successes: of each policy and number of steps, where an environment was named.
+        seed: of the intervals' resampling.
     """
-    records: dict[Cell, list[Record]] = defaultdict(list)
-    frame: dict[str, Any] = {}
-    for batch in batches:
-        frame = frame or {k: v[:1].clone() if isinstance(v, Tensor) else v[:1] for k, v in batch.items()}
-        for cell, measured in measure_batch(policies, batch, settings).items():
-            records[cell] += measured
-        progress(len(batch["index"]))
-    means = {cell: mean(measured) for cell, measured in records.items()}
-    by_name = {policy.name: policy for policy in policies}
-    latencies = {cell: measure_latency(by_name[cell.policy], frame, cell.num_steps) for cell in means}
-    reference = Cell(policies[0].name, policies[0].num_steps)
-    return Evaluation(
-        rows=[row(cell, means[cell], means[reference], latencies[cell], latencies[reference]) for cell in means],
-        reference_rmse=means[reference].fine_error ** 0.5,
-    )
+
+    bar: Cell
+    records: Mapping[Cell, Sequence[Record]]
+    references: Mapping[str, Reference]
+    latencies: Mapping[Cell, Latency] = field(default_factory=dict)
+    successes: Mapping[Cell, Success] = field(default_factory=dict)
+    seed: int = 0
+
+    def rows(self) -> list[Row]:
+        """The table, by policy, then by number of steps."""
+        fine_spread = mean(self.records[self.bar]).fine_spread
+        return [self._row(cell, fine_spread) for cell in self.records]
+
+    def energy_distances(self, cell: Cell) -> np.ndarray:
+        """One for each frame."""
+        return np.array([record.energy_distance for record in self.records[cell]])
+
+    def _row(self, cell: Cell, fine_spread: float) -> Row:
+        found = mean(self.records[cell])
+        error = np.array(found.action_error) / found.steps
+        here, there = self.latencies.get(cell), self.latencies.get(self.bar)
+        return Row(
+            policy=cell.policy,
+            num_steps=cell.num_steps,
+            energy_distance=over_frames(self.energy_distances(cell), self.seed),
+            flow_rmse=found.flow_error**0.5,
+            own_flow_rmse=found.own_flow_error**0.5,
+            action_mae=float(error.mean()),
+            action_mae_executed=float(np.mean(found.action_error_executed)) / found.steps_executed,
+            action_mae_per_dim=error.tolist(),
+            spread_ratio=found.spread / fine_spread,
+            straightness=found.straightness,
+            latency_ms_p50=here.p50 if here else None,
+            latency_ms_p95=here.p95 if here else None,
+            speedup=there.p50 / here.p50 if here and there else None,
+            success=self.successes.get(cell),
+        )
+
+
+def cells(policies: Sequence[MeasuredPolicy], num_steps: Sequence[int]) -> list[Cell]:
+    """Every policy at every number of steps that is asked for, at its own default, and at the reference policy's."""
+    return [
+        Cell(policy.name, n)
+        for policy in policies
+        for n in sorted({*num_steps, policy.num_steps, policies[0].num_steps})
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some frames, measured: for each policy and number of steps one record a frame; and the references."""
+
+    records: dict[Cell, list[Record]]
+    references: dict[str, Reference]
+
+    def as_json(self) -> dict[str, Any]:
+        """For a JSON file."""
+        records = [[*cell, [asdict(record) for record in found]] for cell, found in self.records.items()]
+        return {"records": records, "references": {name: asdict(each) for name, each in self.references.items()}}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Measured":
+        """From what `as_json` gave."""
+        return cls(
+            {Cell(policy, n): [Record(**record) for record in records] for policy, n, records in found["records"]},
+            {name: Reference(**each) for name, each in found["references"].items()},
+        )
 
 
 def measure_batch(
-    policies: Sequence[MeasuredPolicy], batch: dict[str, Any], settings: Settings
-) -> dict[Cell, list[Record]]:
-    """Measure policies on one batch: for each policy and number of steps, one record per frame."""
+    policies: Sequence[MeasuredPolicy],
+    batch: dict[str, Any],
+    settings: Settings,
+    references: Mapping[str, Reference] | None = None,
+) -> Measured:
+    """Measure policies on one batch.
+
+    Args:
+        policies: one or more; the first is the reference policy.
+        batch: of raw frames, each with its "index", its recorded "action" (N, T, D) and "action_is_pad" (N, T).
+        settings: what to measure.
+        references: of an earlier batch; chosen on this one if None.
+    """
     records: dict[Cell, list[Record]] = {}
-    reference: Tensor | None = None
+    chosen: dict[str, Reference] = {}
+    target: Tensor | None = None
+    steps_of: dict[str, list[int]] = defaultdict(list)
+    for cell in cells(policies, settings.num_steps):
+        steps_of[cell.policy].append(cell.num_steps)
     for policy in policies:
-        steps = sorted({*settings.num_steps, policy.num_steps, policies[0].num_steps})
         with policy.inference(policy.num_steps):
-            solved = solutions(policy, batch, steps, settings)
-        reference = solved.fine if reference is None else reference
-        for n in steps:
+            solved = solutions(policy, batch, steps_of[policy.name], settings, (references or {}).get(policy.name))
+        chosen[policy.name] = solved.reference
+        target = solved.fine if target is None else target
+        for n in steps_of[policy.name]:
             executed = policy.policy.config.n_action_steps
-            records[Cell(policy.name, n)] = frame_records(solved, n, reference, batch, executed, settings)
-    return records
+            records[Cell(policy.name, n)] = frame_records(solved, n, target, batch, executed, settings)
+    return Measured(records, chosen)
 
 
 @dataclass(frozen=True)
@@ -191,51 +249,49 @@ class Solutions:
     All actions are (N, K, T, D), in the robot's units, on the CPU.
 
     Attributes:
-        fine: by rk4 with `reference_steps`.
-        half: by rk4 with half as many.
+        fine: by the reference's number of rk4 steps.
         euler: by the stock sampler, for each number of steps.
         straightness: (N, K), of the fine paths, in squared standard deviations.
+        reference: how `fine` was computed.
     """
 
     fine: Tensor
-    half: Tensor
     euler: dict[int, Tensor]
     straightness: Tensor
+    reference: Reference
 
 
-def solutions(policy: MeasuredPolicy, batch: dict[str, Any], num_steps: Sequence[int], settings: Settings) -> Solutions:
+def solutions(
+    policy: MeasuredPolicy,
+    batch: dict[str, Any],
+    num_steps: Sequence[int],
+    settings: Settings,
+    reference: Reference | None,
+) -> Solutions:
     """Solve the policy's ODE for every noise of a batch; each frame's observation is encoded once."""
     config, frames, noises = policy.policy.config, batch["index"].tolist(), settings.num_noises
     observation = observe(policy.policy, policy.preprocessor(dict(batch)))
     velocity = velocity_of(policy.policy.model, observation).repeated(noises)
     noise = frames_noise(settings.seed, frames, noises, (config.chunk_size, config.max_action_dim))
     noise = noise.to(observation.state.device)
-    width = len(policy.robot_units.scale)
-
-    def actions(x: Tensor) -> Tensor:
-        return policy.robot_units(x[..., :width]).unflatten(0, (len(frames), noises)).cpu()
-
-    path = Solver("rk4", num_steps=settings.reference_steps).path(velocity, noise)
-    half = Solver("rk4", num_steps=max(1, settings.reference_steps // 2)).integrate(velocity, noise)
-    straight = path_straightness(path, velocity, policy.robot_units.scale, settings)
-    return Solutions(
-        fine=actions(path.points[-1]),
-        half=actions(half),
-        euler={n: actions(Solver("euler", num_steps=n).integrate(velocity, noise)) for n in num_steps},
-        straightness=straight.unflatten(0, (len(frames), noises)).cpu(),
-    )
-
-
-def path_straightness(path: Path, velocity: Velocity, scale: Tensor, settings: Settings) -> Tensor:
-    """Straightness of paths in a policy's normalised space, (N * K,); `scale` (D,) converts to the robot's units."""
-    along = torch.stack([velocity(x, t).to(x.dtype) for x, t in zip(path.points, path.times, strict=True)])
-    in_deviations = settings.in_deviations(scale).to(path.points)
+    scale = policy.robot_units.scale
     moving = settings.action_std > 0
 
-    def scaled(x: Tensor) -> Tensor:
-        return x[..., : len(scale)][..., moving] * in_deviations
+    def in_deviations(x: Tensor) -> Tensor:
+        """Differences in the policy's normalised space, at full width, of the robot's dimensions that move."""
+        return x[..., : len(scale)][..., moving] * settings.in_deviations(scale).to(x)
 
-    return straightness(scaled(path.points), scaled(along), path.times)
+    def actions(x: Tensor) -> Tensor:
+        return policy.robot_units(x[..., : len(scale)]).unflatten(0, (len(frames), noises)).cpu()
+
+    euler = {n: Solver("euler", num_steps=n).integrate(velocity, noise) for n in num_steps}
+    fine = solved_finely(velocity, noise, in_deviations, euler.values(), reference or settings.reference_steps)
+    return Solutions(
+        fine=actions(fine.actions),
+        euler={n: actions(end) for n, end in euler.items()},
+        straightness=fine.straightness.unflatten(0, (len(frames), noises)).cpu(),
+        reference=fine.reference,
+    )
 
 
 def frame_records(
@@ -252,11 +308,11 @@ def frame_records(
         settings: with the standard deviations.
     """
     actions, recorded, exists = solved.euler[num_steps], batch["action"], ~batch["action_is_pad"]
-    sampled, fine, half, target = map(settings.in_deviations, (actions, solved.fine, solved.half, reference))
+    sampled, fine, target = map(settings.in_deviations, (actions, solved.fine, reference))
     by_field = {
+        "energy_distance": energy_distance(sampled, target),
         "flow_error": squared_error(sampled, target).mean(dim=1),
         "own_flow_error": squared_error(sampled, fine).mean(dim=1),
-        "fine_error": squared_error(half, fine).mean(dim=1),
         "spread": spread(sampled),
         "fine_spread": spread(fine),
         "straightness": solved.straightness.mean(dim=1),
@@ -269,26 +325,16 @@ def frame_records(
     return [Record(**dict(zip(by_field, values, strict=True))) for values in frames]
 
 
+def joined(parts: Iterable[Measured]) -> dict[Cell, list[Record]]:
+    """The records of several batches, one after the other."""
+    records: dict[Cell, list[Record]] = defaultdict(list)
+    for part in parts:
+        for cell, measured in part.records.items():
+            records[cell] += measured
+    return dict(records)
+
+
 def mean(records: Sequence[Record]) -> Record:
     """The mean of each field."""
     by_field = {field.name: [getattr(record, field.name) for record in records] for field in fields(Record)}
     return Record(**{name: np.mean(values, axis=0).tolist() for name, values in by_field.items()})
-
-
-def row(cell: Cell, found: Record, reference: Record, latency: Latency, reference_latency: Latency) -> Row:
-    """Report the mean record of a policy, beside that of the reference policy."""
-    error = np.array(found.action_error) / found.steps
-    return Row(
-        policy=cell.policy,
-        num_steps=cell.num_steps,
-        flow_rmse=found.flow_error**0.5,
-        own_flow_rmse=found.own_flow_error**0.5,
-        action_mae=float(error.mean()),
-        action_mae_executed=float(np.mean(found.action_error_executed)) / found.steps_executed,
-        action_mae_per_dim=error.tolist(),
-        spread_ratio=found.spread / reference.fine_spread,
-        straightness=found.straightness,
-        latency_ms_p50=latency.p50,
-        latency_ms_p95=latency.p95,
-        speedup=reference_latency.p50 / latency.p50,
-    )

@@ -1,7 +1,7 @@
 """The report of an evaluation: a table, `report.json`, `report.md` for a model card, `report.png` for a paper."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,61 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, Decision
+from smolvla_reflow.evaluation.intervals import Interval
+from smolvla_reflow.evaluation.latency import ChunkParts
 from smolvla_reflow.evaluation.measure import Row
-from smolvla_reflow.evaluation.metrics import Success
+from smolvla_reflow.evaluation.reference import Reference
+from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.two_errors import TwoErrors
 from smolvla_reflow.files import write_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+NAMES = ("report.json", "report.md", "report.png")
 COLUMN_WIDTH_INCHES = 3.4
 FIRST, LAST = ("#D55E00", "s"), ("#0072B2", "o")
 BETWEEN = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"))
 
-WHY_FLOW_ERROR_LEADS = (
-    "Flow error and spread come first: against one recording per frame, a policy that averages the ways of doing a "
-    "task has as small a mean error as one that chooses a way."
+WHAT_THE_COLUMNS_SAY = (
+    "Energy distance compares the distribution of the actions with that of the reference policy's fine solutions: a "
+    "robot does not care which noise becomes which of the good ways. Flow error compares them noise by noise, spread "
+    "is the variance over noises, relative to the reference's; both explain a gap. Against one recording per frame, a "
+    "policy that averages the ways of doing a task has as small an action error as one that chooses a way."
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Contents of `report.json`, schema version 1.
+    """Contents of `report.json`, schema version 2.
 
     Attributes:
         rows: one per policy and number of steps; their fields are those of `smolvla_reflow.evaluation.measure.Row`.
         recommended_num_steps: the smallest number that is enough, or None.
-        recommendation: the same in a sentence.
-        reference_rmse: estimated error of the fine solution that flow errors are measured against, in standard
-            deviations, see `smolvla_reflow.evaluation.measure.Evaluation`.
-        made_with: policy and teacher paths, dataset, seed, reference, numbers of frames and noises, versions.
+        recommendation: the same in some sentences.
+        decision: what it stands on: judged policy, bar, evidence, margin, and the comparisons, one per number of steps;
+            see `smolvla_reflow.evaluation.decision.Decision`.
+        two_errors: by student, how its flow error depends on the number of steps, see
+            `smolvla_reflow.evaluation.two_errors.TwoErrors`; None for fewer than three numbers of steps.
+        advice: what would bring the judged policy's flow error down, None if it need not be, or nothing can be said.
+        references: by policy, how its fine solutions were computed, and their own error.
+        chunk_parts: of the judged policy, milliseconds of the prefix and of one ODE step; None until they are measured.
+        notes: what else has to be known.
+        made_with: policy and teacher paths, dataset, seed, numbers of frames and noises, margins, versions.
+        complete: whether everything that was asked for is in it.
         schema_version: of this file.
     """
 
     rows: list[Row]
     recommended_num_steps: int | None
     recommendation: str
-    reference_rmse: float
+    decision: Decision
+    two_errors: dict[str, TwoErrors | None]
+    advice: str | None
+    references: dict[str, Reference]
+    chunk_parts: ChunkParts | None
+    notes: list[str]
     made_with: dict[str, Any]
+    complete: bool
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> None:
@@ -55,31 +76,52 @@ class Report:
         write_whole(folder / "report.md", self.markdown().encode())
         draw(self, folder / "report.png")
 
+    def sentences(self) -> list[str]:
+        """What the report says in words: the recommendation first."""
+        unfinished = [] if self.complete else ["This report is unfinished: the same command goes on with it."]
+        fits = [
+            f"Flow error of the {policy} over the number of steps n: sqrt(r^2 + (c/n)^2) with r = {fit.r:.3f} and "
+            f"c = {fit.c:.3f}, to {fit.residual:.4f}."
+            for policy, fit in self.two_errors.items()
+            if fit is not None and fit.holds
+        ]
+        parts = []
+        if self.chunk_parts is not None:
+            parts = [self.chunk_parts.left_to_gain(self.recommended_num_steps or self.decision.bar.num_steps)]
+        advice = [self.advice] if self.advice else []
+        return [*unfinished, self.recommendation, *advice, *fits, *parts, *self.notes]
+
     def markdown(self) -> str:
         """The report as a section of a model card."""
         made = "\n".join(f"- {name}: `{value}`" for name, value in self.made_with.items())
+        said = "\n\n".join(self.sentences())
+        fine = ", ".join(f"{r.steps} steps of rk4 for the {policy}" for policy, r in self.references.items())
         return (
-            f"## How many ODE steps\n\n{self.recommendation}\n\n{markdown_table(self.rows)}\n\n"
-            f"Flow error is the RMS distance to the reference policy's fine solution from the same noise, in standard "
-            f"deviations of the actions (that solution's own error is about {self.reference_rmse:.1g}); spread is the "
-            f"variance over noises, relative to that solution's; action error is the mean distance to the recorded "
-            f"actions, in the robot's units. "
-            f"{WHY_FLOW_ERROR_LEADS}\n\n{made}\n"
+            f"## How many ODE steps\n\n{said}\n\n{markdown_table(self.rows)}\n\n"
+            f"Distances are in standard deviations of the actions, action error is in the robot's units. "
+            f"{WHAT_THE_COLUMNS_SAY} Fine solutions: {fine}; their own error is at most about "
+            f"{max(r.rmse for r in self.references.values()):.1g}.\n\n{made}\n"
         )
 
 
 EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("policy", lambda r: r.policy),
     ("steps", lambda r: str(r.num_steps)),
+    ("energy distance (95 % interval)", lambda r: as_interval(r.energy_distance)),
     ("flow error", lambda r: f"{r.flow_rmse:.4f}"),
     ("own flow error", lambda r: f"{r.own_flow_rmse:.4f}"),
     ("spread", lambda r: f"{r.spread_ratio:.3f}"),
     ("straightness", lambda r: f"{r.straightness:.4f}"),
     ("success (95 % interval)", lambda r: "" if r.success is None else in_percent(r.success)),
     ("action error", lambda r: f"{r.action_mae:.4g}"),
-    ("latency", lambda r: f"{r.latency_ms_p50:.1f} ms"),
-    ("speed-up", lambda r: f"{r.speedup:.2f}x"),
+    ("latency", lambda r: "" if r.latency_ms_p50 is None else f"{r.latency_ms_p50:.1f} ms"),
+    ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
 )
+
+
+def as_interval(found: Interval) -> str:
+    """A mean and its confidence interval as text."""
+    return f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"
 
 
 def in_percent(success: Success) -> str:
@@ -109,65 +151,93 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def draw(report: Report, file: Path) -> None:
-    """Plot flow error and, where it was measured, success over the number of steps, one line per policy.
+    """Plot what decides, success or energy distance, over the number of steps, and below it flow error.
 
-    The picture is as wide as a column of a paper, and readable at that width.
+    There is one line per policy. The picture is as wide as a column of a paper, and readable at that width.
     """
-    driven = any(row.success is not None for row in report.rows)
-    figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3 if driven else 2.5), layout="constrained")
+    figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1 + driven, sharex=True, squeeze=False)[:, 0]
-    draw_flow_error(report, axes[0])
-    if driven:
-        draw_success(report, axes[1])
+    above, below = figure.subplots(2, sharex=True)
+    if any(row.success is not None for row in report.rows):
+        draw_success(report, above)
+    else:
+        draw_energy_distance(report, above)
+    draw_flow_error(report, below)
     steps = sorted({row.num_steps for row in report.rows})
-    axes[-1].set_xscale("log")
-    axes[-1].set_xlabel("ODE steps", fontsize=8)
-    axes[-1].set_xticks(steps, [str(n) for n in steps])
-    axes[-1].set_xticks([], minor=True)
-    for axis in axes:
+    below.set_xscale("log")
+    below.set_xlabel("ODE steps", fontsize=8)
+    below.set_xticks(steps, [str(n) for n in steps])
+    below.set_xticks([], minor=True)
+    above.legend(fontsize=7, frameon=False)
+    for axis in (above, below):
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, lw=0.5)
     figure.savefig(file, dpi=300)
 
 
-def draw_flow_error(report: Report, axis: Axes) -> None:
-    """Plot flow errors, with a circle around the recommended one."""
-    for (name, rows), (colour, marker) in zip(by_policy(report.rows).items(), styles(report.rows), strict=True):
-        errors = [row.flow_rmse for row in rows]
-        axis.plot(steps_of(rows), errors, color=colour, marker=marker, ms=4, lw=1.2, label=name)
-    for row in rows:
-        if row.num_steps == report.recommended_num_steps:
-            label = f"recommended: {row.num_steps}, {row.speedup:.1f}x as fast"
-            axis.plot(row.num_steps, row.flow_rmse, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
-    axis.set_yscale("log")
-    axis.set_ylabel("flow error (standard deviations)", fontsize=8)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.legend(fontsize=7, frameon=False)
-
-
 def draw_success(report: Report, axis: Axes) -> None:
-    """Plot success with its confidence interval; the policies are moved apart, so that none covers another."""
-    for place, (rows, (colour, marker)) in enumerate(
-        zip(by_policy(report.rows).values(), styles(report.rows), strict=True)
-    ):
-        rates = [(r.success.low, r.success.rate, r.success.high) for r in rows if r.success is not None]
-        low, rate, high = 100 * np.array(rates).T
+    """Plot success with its confidence interval."""
+    found = [(row, row.success) for row in report.rows if row.success is not None]
+    intervals = {(row.policy, row.num_steps): 100 * np.array([s.low, s.rate, s.high]) for row, s in found}
+    draw_intervals(report, axis, intervals)
+    axis.set_ylim(-3, 103)
+    axis.set_ylabel("success (%)", fontsize=8)
+
+
+def draw_energy_distance(report: Report, axis: Axes) -> None:
+    """Plot energy distances with their confidence intervals, and how high the judged policy's may be."""
+    distances = {(row.policy, row.num_steps): row.energy_distance for row in report.rows}
+    draw_intervals(report, axis, {key: np.array([d.low, d.value, d.high]) for key, d in distances.items()})
+    decision = report.decision
+    if decision.evidence == ENERGY_DISTANCE:
+        highest = distances[decision.bar].value + decision.margin
+        axis.axhline(highest, color="black", lw=0.8, ls=":", label="bar + margin")
+    axis.set_yscale("symlog", linthresh=decision.margin if decision.evidence == ENERGY_DISTANCE else 0.01)
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_ylabel("energy distance (std.)", fontsize=8)
+
+
+def draw_intervals(report: Report, axis: Axes, intervals: Mapping[tuple[str, int], np.ndarray]) -> None:
+    """Plot (low, value, high) of policies and numbers of steps, with a circle around the recommended one.
+
+    The policies are moved apart, so that none covers another.
+    """
+    for place, (name, rows) in enumerate(by_policy(report.rows).items()):
+        shown = [row for row in rows if (name, row.num_steps) in intervals]
+        if not shown:
+            continue
+        colour, marker = styles(report.rows)[place]
+        low, value, high = np.array([intervals[name, row.num_steps] for row in shown]).T
+        at = np.array(steps_of(shown)) * (1.0 + 0.04 * place)
+        finite = np.nan_to_num([value - low, high - value], posinf=0.0)
         axis.errorbar(
-            np.array(steps_of(rows)) * (1.0 + 0.04 * place),
-            rate,
-            yerr=np.clip([rate - low, high - rate], 0.0, None),
+            at,
+            value,
+            yerr=np.clip(finite, 0.0, None),
             color=colour,
             marker=marker,
             ms=4,
             lw=1.2,
             elinewidth=0.8,
             capsize=2,
+            label=name,
         )
-    axis.set_ylim(-3, 103)
-    axis.set_ylabel("success (%)", fontsize=8)
+        for x, y, row in zip(at, value, shown, strict=True):
+            if (name, row.num_steps) == (report.decision.policy, report.recommended_num_steps):
+                faster = "" if row.speedup is None else f", {row.speedup:.1f}x as fast"
+                label = f"recommended: {row.num_steps}{faster}"
+                axis.plot(x, y, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
+
+
+def draw_flow_error(report: Report, axis: Axes) -> None:
+    """Plot flow errors."""
+    for rows, (colour, marker) in zip(by_policy(report.rows).values(), styles(report.rows), strict=True):
+        axis.plot(steps_of(rows), [row.flow_rmse for row in rows], color=colour, marker=marker, ms=4, lw=1.2)
+    axis.set_yscale("log")
+    axis.set_ylabel("flow error (std.)", fontsize=8)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:

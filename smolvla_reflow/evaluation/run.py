@@ -1,35 +1,47 @@
-"""`smolvla-reflow-eval` from checked flags to the report: open, measure, count successes, recommend, write."""
+"""`smolvla-reflow-eval` from checked flags to the report: open, measure, decide, write.
 
-from collections.abc import Sequence
+The report is written as it grows, and once it is complete, what it recommends can be stored in the checkpoint.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset import chosen_episodes, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
-from smolvla_reflow.evaluation.closed_loop import check_env, env_settings, with_success
+from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.frames import evenly_spaced, load_frames
+from smolvla_reflow.evaluation.decision import Decision, Margins, bar_is_low, decide
+from smolvla_reflow.evaluation.frames import evenly_spaced
+from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.lineage import check_lineage
-from smolvla_reflow.evaluation.measure import Evaluation, Settings, evaluate
+from smolvla_reflow.evaluation.measure import Evaluation
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
-from smolvla_reflow.evaluation.recommendation import in_words, recommend, write_num_steps
-from smolvla_reflow.evaluation.report import WHY_FLOW_ERROR_LEADS, Report, table
+from smolvla_reflow.evaluation.real_time_chunking import is_enabled, measure_chunking, note
+from smolvla_reflow.evaluation.report import NAMES, WHAT_THE_COLUMNS_SAY, Report, table
+from smolvla_reflow.evaluation.stages import Found, frames_at, measure_all
+from smolvla_reflow.evaluation.storing import write_num_steps
+from smolvla_reflow.evaluation.task_sentence import dataset_sentences, in_words, shown_sentences, unseen_sentences
+from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
-from smolvla_reflow.smolvla.statistics import moving_deviations
+
+SECONDS_BETWEEN_WRITES = 20.0
 
 
 def run(cfg: EvalConfig) -> None:
-    """Measure, recommend, and write and print the report.
+    """Measure, decide, and write and print the report.
 
     Raises:
         ReflowError: a flag, a checkpoint, the dataset or the environment cannot be used, or a file not written.
+        KeyboardInterrupt: with how to go on.
     """
     check_values(cfg)
+    assert cfg.output_dir is not None  # checked
     checkpoints = open_checkpoints(cfg)
     metadata = open_metadata(cfg.dataset)
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
@@ -37,22 +49,33 @@ def run(cfg: EvalConfig) -> None:
         check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
     chosen = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset, held_out=True))
     positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
+    made_with = {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))}
+    journal = Journal(cfg.output_dir, made_with)
     policies = [
         load_measured_policy(name, checkpoint, cfg.policy.device, cfg.rename_map)
         for name, checkpoint in checkpoints.items()
     ]
-    evaluation = measure(cfg, policies, metadata, positions)
-    if cfg.env is not None:
-        driven = with_success(evaluation.rows, policies, cfg.env, cfg.eval, cfg.seed)
-        evaluation = replace(evaluation, rows=driven)
-    made_with = {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))}
-    report = make_report(cfg, evaluation, policies, made_with)
-    write(cfg, report)
-    print(f"\n{table(report.rows)}\n\n{WHY_FLOW_ERROR_LEADS}\n\n{report.recommendation}")
+    if cfg.bar_num_steps is not None:
+        policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
+    warning = sentence_warning(cfg, metadata)
+    if warning:
+        print(f"Warning: {warning}\n")
+    notes = [warning] if warning else []
+    try:
+        found = grown(cfg, measure_all(cfg, policies, metadata, positions, journal), notes, made_with)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"What is measured is kept in {cfg.output_dir}; the same command goes on from there."
+        ) from None
+    notes += chunking_notes(cfg, policies, checkpoints, positions, found)
+    report = make_report(cfg, found, notes, made_with)
+    write(cfg.output_dir, report)
+    print("\n\n".join(["", table(report.rows), WHAT_THE_COLUMNS_SAY, *report.sentences()]))
     if cfg.write_num_steps and report.recommended_num_steps is not None:
         path = write_num_steps(list(checkpoints.values())[-1].folder, report.recommended_num_steps)
-        print(f"Stored num_steps={report.recommended_num_steps} in {path}.")
-    print(f"\nReport: {cfg.output_dir}/report.json, report.md, report.png")
+        print(f"\nStored num_steps={report.recommended_num_steps} in {path}.")
+    journal.close()
+    print(f"\nReport: {cfg.output_dir}/{', '.join(NAMES)}")
 
 
 def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
@@ -67,66 +90,119 @@ def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
     return {"teacher": teacher, **{f"round {k}": each for k, each in enumerate(rounds, start=1)}, "student": judged}
 
 
-def measure(
-    cfg: EvalConfig, policies: Sequence[MeasuredPolicy], metadata: LeRobotDatasetMetadata, positions: Sequence[int]
-) -> Evaluation:
-    """Measure the policies on the frames at these positions, with a progress bar."""
-    settings = Settings(
-        action_std=moving_deviations(metadata.stats["action"]),
-        num_steps=cfg.num_steps,
-        num_noises=cfg.num_noises,
-        reference_steps=cfg.reference_steps,
-        seed=cfg.seed,
-    )
-    chunk_size = policies[0].policy.config.chunk_size
-    batches = load_frames(
-        cfg.dataset, positions, chunk_size=chunk_size, batch_size=cfg.batch_size, tolerance_s=cfg.tolerance_s
-    )
-    with tqdm(total=len(positions), desc="measuring", unit="frame") as bar:
-        return evaluate(policies, batches, settings, progress=bar.update)
+def sentence_warning(cfg: EvalConfig, metadata: LeRobotDatasetMetadata) -> str | None:
+    """What to say if the policies will see a sentence in the environment that is in no training episode."""
+    if cfg.env is None:
+        return None
+    trained = dataset_sentences(metadata)
+    shown = [cfg.env_task] if cfg.env_task is not None else shown_sentences(cfg.env, cfg.seed)
+    unseen = unseen_sentences(shown, trained)
+    by = "--env_task" if cfg.env_task is not None else f"--env.type={cfg.env.type}"
+    return in_words(unseen, trained, by) if unseen else None
 
 
-def make_report(
-    cfg: EvalConfig, evaluation: Evaluation, policies: Sequence[MeasuredPolicy], made_with: dict[str, Any]
-) -> Report:
-    """The report, with the number of steps recommended for the last policy."""
-    reference, judged = policies[0], policies[-1]
-    recommended = recommend(evaluation, judged.name, reference, cfg.tolerance)
+def grown(cfg: EvalConfig, parts: Iterable[Found], notes: list[str], made_with: dict[str, Any]) -> Found:
+    """Measure part by part, and write the report now and then; returns everything."""
+    assert cfg.output_dir is not None
+    written, found = time.monotonic(), None
+    for found in parts:
+        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+            write(cfg.output_dir, make_report(cfg, replace(found, complete=False), notes, made_with))
+            written = time.monotonic()
+    assert found is not None
+    return found
+
+
+def chunking_notes(
+    cfg: EvalConfig,
+    policies: Sequence[MeasuredPolicy],
+    checkpoints: dict[str, Checkpoint],
+    positions: Sequence[int],
+    found: Found,
+) -> list[str]:
+    """What real-time chunking makes of few steps, where the judged checkpoint has it enabled."""
+    rtc_config = list(checkpoints.values())[-1].config.rtc_config
+    if not is_enabled(rtc_config):
+        return []
+    (batch,) = frames_at(cfg, policies, positions[:4], 4)
+    errors = measure_chunking(policies[-1], rtc_config, batch, sorted({1, 2, 10, *cfg.num_steps}), cfg.seed)
+    return [note(errors, decided(cfg, found.evaluation).recommended)]
+
+
+def decided(cfg: EvalConfig, evaluation: Evaluation) -> Decision:
+    """The decision on the last policy."""
+    *_, judged = (cell.policy for cell in evaluation.records)
+    return decide(evaluation, judged, Margins(cfg.success_margin, cfg.energy_margin))
+
+
+def make_report(cfg: EvalConfig, found: Found, notes: Sequence[str], made_with: dict[str, Any]) -> Report:
+    """The report of what has been measured."""
+    evaluation, rows = found.evaluation, found.evaluation.rows()
+    decision = decided(cfg, evaluation)
+    students = [name for name in dict.fromkeys(row.policy for row in rows) if name != evaluation.bar.policy]
+    two_errors: dict[str, TwoErrors | None] = {
+        name: fit({row.num_steps: row.flow_rmse for row in rows if row.policy == name}) for name in students
+    }
+    low = bar_is_low(evaluation.bar)
     return Report(
-        rows=evaluation.rows,
-        recommended_num_steps=recommended,
-        recommendation=in_words(recommended, judged, reference, cfg.tolerance),
-        reference_rmse=evaluation.reference_rmse,
+        rows=rows,
+        recommended_num_steps=decision.recommended,
+        recommendation=decision.in_words(),
+        decision=decision,
+        two_errors=two_errors,
+        advice=advice_for(decision, two_errors.get(decision.policy)),
+        references=dict(evaluation.references),
+        chunk_parts=found.chunk_parts,
+        notes=[*([low] if low else []), *notes],
         made_with=made_with,
+        complete=found.complete,
     )
+
+
+def advice_for(decision: Decision, errors: TwoErrors | None) -> str | None:
+    """What would let a student do with fewer steps; None for a policy alone, or where one step is enough already."""
+    if decision.is_alone or errors is None or decision.recommended == 1:
+        return None
+    too_few = [each.num_steps for each in decision.comparisons if not each.not_inferior]
+    return advice(errors, min(too_few, default=1))
 
 
 def sources(checkpoints: dict[str, Checkpoint]) -> dict[str, Any]:
-    """Where the policies are, for the report."""
+    """Where the policies are, and what they are, for the report."""
     *others, judged = (checkpoint.cited() for checkpoint in checkpoints.values())
-    return {"policy": judged, "teacher": others[0] if others else None, "earlier_rounds": others[1:]}
+    return {
+        "policy": judged,
+        "teacher": others[0] if others else None,
+        "earlier_rounds": others[1:],
+        "fingerprints": {name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
+    }
 
 
 def settings_of(cfg: EvalConfig, num_frames: int) -> dict[str, Any]:
-    """How the policies were measured, for the report."""
+    """How the policies are measured, for the report."""
     return {
         "dataset": cfg.dataset.repo_id,
         "episodes": cfg.dataset.episodes,
+        "num_steps": cfg.num_steps,
+        "bar_num_steps": cfg.bar_num_steps,
         "num_frames": num_frames,
         "num_noises": cfg.num_noises,
+        "batch_size": cfg.batch_size,
         "seed": cfg.seed,
-        "reference": f"rk4, {cfg.reference_steps} steps",
-        "tolerance": cfg.tolerance,
+        "reference_steps": cfg.reference_steps,
+        "success_margin": cfg.success_margin,
+        "energy_margin": cfg.energy_margin,
         "env": cfg.env and env_settings(cfg.env),
+        "env_task": cfg.env_task,
+        "episodes_driven": cfg.eval.n_episodes if cfg.env is not None else None,
         "device": cfg.policy.device,
         "versions": {p: version(p) for p in ("smolvla-reflow", "lerobot", "torch", "transformers")},
     }
 
 
-def write(cfg: EvalConfig, report: Report) -> None:
+def write(folder: Path, report: Report) -> None:
     """Write the report's files. Raises ReflowError if they cannot be written."""
-    assert cfg.output_dir is not None  # checked
     try:
-        report.write(cfg.output_dir)
+        report.write(folder)
     except OSError as error:
-        raise ReflowError(f"--output_dir={cfg.output_dir} cannot be written ({error}).") from None
+        raise ReflowError(f"--output_dir={folder} cannot be written ({error}).") from None

@@ -1,0 +1,241 @@
+"""The decision: each figure behind it against a derivation of its own, and the sentence it ends in."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from smolvla_reflow.evaluation.decision import Comparison, Decision, Margins, bar_is_low, decide
+from smolvla_reflow.evaluation.intervals import Interval, over_frames
+from smolvla_reflow.evaluation.measure import Cell, Evaluation, Record
+from smolvla_reflow.evaluation.reference import Reference
+from smolvla_reflow.evaluation.success import Success, episodes_needed, is_not_inferior
+from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
+
+TEACHER = Cell("teacher", 10)
+
+
+# --- intervals ------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    """Of 400 samples of 40 skewed numbers, whose mean is known."""
+    generator = np.random.default_rng(0)
+    found = [over_frames(generator.exponential(size=40), seed=0) for _ in range(400)]
+    covered = sum(interval.low <= 1 <= interval.high for interval in found) / len(found)
+    assert 0.90 < covered < 0.98  # 95 % of infinitely many numbers, a little less of few
+    assert all(interval.low < interval.value < interval.high for interval in found)
+
+
+def test_the_width_is_that_of_the_central_limit():
+    numbers = np.random.default_rng(1).normal(3.0, 2.0, size=1000)
+    found = over_frames(numbers, seed=0)
+    assert found.value == pytest.approx(numbers.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * numbers.std(ddof=1) / 1000**0.5, rel=0.06)
+    assert over_frames(numbers, seed=0) == found != over_frames(numbers, seed=1)
+
+
+def test_numbers_that_are_all_alike_and_one_alone():
+    assert over_frames([0.25] * 5, seed=0) == Interval(0.25, 0.25, 0.25)
+    assert over_frames([0.25], seed=0) == Interval(0.25, -math.inf, math.inf)
+
+
+# --- success --------------------------------------------------------------------------------------------------
+
+
+def counted(successes: int, episodes: int) -> Success:
+    return Success.count({"a": [True] * successes + [False] * (episodes - successes)})
+
+
+def adjusted_test(k: float, n: int, other_k: float, other_n: int, margin: float) -> float:
+    """Agresti & Caffo: one success and one failure more in each sample, and then Wald's test of p - q = -margin."""
+    p, q = (k + 1) / (n + 2), (other_k + 1) / (other_n + 2)
+    return float(norm.sf((p - q + margin) / (p * (1 - p) / (n + 2) + q * (1 - q) / (other_n + 2)) ** 0.5))
+
+
+@pytest.mark.parametrize("k", [150, 178, 180, 184, 186, 190, 195, 199])
+@pytest.mark.parametrize("margin", [0.02, 0.05, 0.1])
+def test_it_is_that_of_agresti_and_caffo_at_five_percent(k, margin):
+    p = adjusted_test(k, 200, 190, 200, margin)
+    assert abs(p - 0.05) > 1e-3  # none of these is so close that rounding decides
+    assert is_not_inferior(counted(k, 200), counted(190, 200), margin) == (p < 0.05)
+
+
+def test_both_always_and_both_never():
+    assert is_not_inferior(counted(100, 100), counted(100, 100), 0.05)
+    assert not is_not_inferior(counted(20, 20), counted(20, 20), 0.05)  # 20 episodes cannot show it
+    assert not is_not_inferior(counted(0, 20), counted(0, 20), 0.05)
+
+
+@pytest.mark.parametrize("bar", [0.6, 0.9, 0.97])
+def test_a_policy_worse_by_the_margin_passes_once_in_twenty(bar):
+    generator = np.random.default_rng(0)
+    draws = generator.binomial(300, [bar - 0.05, bar], size=(2000, 2))
+    passed = [is_not_inferior(counted(int(a), 300), counted(int(b), 300), 0.05) for a, b in draws]
+    assert np.mean(passed) == pytest.approx(0.05, abs=0.02)
+
+
+def test_the_number_of_episodes_that_would_do():
+    here, there = counted(95, 100), counted(98, 100)
+    needed = episodes_needed(here, there, 0.05)
+    assert adjusted_test(0.95 * needed, needed, 0.98 * needed, needed, 0.05) < 0.05
+    assert adjusted_test(0.95 * (needed - 1), needed - 1, 0.98 * (needed - 1), needed - 1, 0.05) > 0.05
+    assert episodes_needed(counted(90, 100), there, 0.05) is None  # worse by more than the margin, however many
+    assert episodes_needed(counted(93, 100), there, 0.05) is None  # by just the margin
+
+
+# --- decision -------------------------------------------------------------------------------------------------
+
+
+def invented(
+    distances: dict[Cell, list[float]], successes: dict[Cell, Success] | None = None, bar: Cell = TEACHER
+) -> Evaluation:
+    records = {
+        cell: [Record(d, 0.0, 0.0, 1.0, 1.0, 0.0, [0.0], [0.0], 1.0, 1.0) for d in of] for cell, of in distances.items()
+    }
+    return Evaluation(bar, records, {"teacher": Reference(8, 0.0)}, successes=successes or {})
+
+
+def around(value: float, frames: int = 100, width: float = 0.01) -> list[float]:
+    """Energy distances of this mean, whose differences from others of the same mean are all the same."""
+    return list(value + width * np.linspace(-1, 1, frames))
+
+
+MARGINS = Margins(success=0.05, energy_distance=0.01)
+
+
+def test_the_smallest_number_whose_energy_distance_is_within_the_margin():
+    student = {1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001}
+    evaluation = invented({TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, d in student.items()})
+    decision = decide(evaluation, "student", MARGINS)
+    assert (decision.recommended, decision.evidence, decision.margin) == (2, "energy distance", 0.01)
+    said = decision.in_words()
+    assert "Recommended: num_steps=2" in said
+    assert "an energy distance of 0.0110, against 0.0030 (the difference is at most 0.0080" in said
+    assert "At 1 step it has an energy distance of 0.2000" in said
+
+
+def test_too_few_frames_are_said_as_such_with_the_number_that_would_do():
+    generator = np.random.default_rng(0)
+    noise = generator.normal(0, 0.05, 30)
+    noise -= noise.mean()
+    evaluation = invented({TEACHER: [0.003] * 30, Cell("student", 1): list(0.003 + noise)})
+    decision = decide(evaluation, "student", MARGINS)
+    (only,) = decision.comparisons
+    assert decision.recommended is None
+    assert not only.not_inferior
+    width = 1.96 * noise.std(ddof=1) / 30**0.5  # of a normal interval, which the bootstrap's is close to
+    assert only.needed == pytest.approx(30 * (width / 0.01) ** 2, rel=0.25)
+    assert f"too few frames to decide, some {only.needed} would do" in decision.in_words()
+
+
+def test_success_decides_where_it_was_driven():
+    """The same energy distances as above would have given 2."""
+    student = {1: (0.2, 178), 2: (0.011, 189), 5: (0.002, 197), 10: (0.001, 198)}
+    distances = {TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, (d, _) in student.items()}
+    successes = {TEACHER: counted(196, 200)} | {Cell("student", n): counted(k, 200) for n, (_, k) in student.items()}
+    decision = decide(invented(distances, successes), "student", MARGINS)
+    assert (decision.recommended, decision.evidence) == (5, "success")
+    said = decision.in_words()
+    assert "it succeeds in 98.5% of 200 episodes, against 98.0%" in said
+    assert "margin 5 points, one-sided test of Agresti & Caffo at 5 %" in said
+    assert "At 1 step it succeeds in 89.0% of 200 episodes, against 98.0%." in said
+    needed = episodes_needed(counted(189, 200), counted(196, 200), 0.05)
+    assert (
+        f"At 2 steps it succeeds in 94.5% of 200 episodes, against 98.0%; that is too few episodes to decide, some {needed} would do."
+        in said
+    )
+
+
+def test_success_of_a_teacher_that_hardly_ever_succeeds_decides_nothing():
+    cell = Cell("student", 1)
+    evaluation = invented(
+        {TEACHER: around(0.003), cell: around(0.5)}, {TEACHER: counted(8, 200), cell: counted(0, 200)}
+    )
+    decision = decide(evaluation, "student", MARGINS)
+    assert (decision.recommended, decision.evidence) == (None, "energy distance")
+
+
+def test_nor_does_a_closed_loop_that_was_not_finished():
+    cells = [Cell("student", n) for n in (1, 2)]
+    evaluation = invented(
+        {TEACHER: around(0.003)} | {cell: around(0.004) for cell in cells},
+        {TEACHER: counted(198, 200), cells[0]: counted(100, 200)},
+    )
+    assert decide(evaluation, "student", MARGINS).evidence == "energy distance"
+
+
+def test_a_policy_alone_is_told_whether_it_needs_reflow():
+    bar = Cell("policy", 10)
+
+    def said(one_step: float) -> str:
+        distances = {Cell("policy", 1): around(one_step), Cell("policy", 2): around(0.02), bar: around(0.003)}
+        return decide(invented(distances, bar=bar), "policy", MARGINS).in_words()
+
+    unimodal = said(0.004)
+    assert "Recommended: num_steps=1" in unimodal
+    assert "One step loses nothing that counts: reflow is not needed." in unimodal
+    multimodal = said(0.3)
+    assert "Recommended: num_steps=10, the policy's own 10 steps" in multimodal
+    assert "At 1 step it has an energy distance of 0.3000, against 0.0030" in multimodal
+    assert "Reflow is what could make fewer steps as good." in multimodal
+
+
+def test_a_student_that_needs_as_many_steps_as_its_teacher_is_told_so():
+    distances = {TEACHER: around(0.003), Cell("student", 1): around(0.3), Cell("student", 10): around(0.003)}
+    assert "So reflow has saved no steps yet." in decide(invented(distances), "student", MARGINS).in_words()
+
+
+def test_a_low_bar_is_called_out():
+    assert bar_is_low(Cell("teacher", 5)) is None
+    said = bar_is_low(Cell("teacher", 2))
+    assert "it is the teacher with 2 steps" in said
+    assert "--bar_num_steps=10" in said
+
+
+def test_the_bar_itself_is_never_short_of_episodes():
+    """A policy alone, on 20 episodes, too few to show that anything is as good as itself."""
+    bar = Cell("policy", 10)
+    evaluation = invented({bar: around(0.003)}, {bar: counted(20, 20)}, bar=bar)
+    assert decide(evaluation, "policy", MARGINS).recommended == 10
+
+
+# --- the two errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("r", "c"), [(0.032, 0.076), (0.08, 0.01), (0.0, 0.3)])
+def test_the_fit_finds_what_a_synthetic_student_was_made_of(r, c):
+    """Each chunk is off by r in one direction and by c/n in another; only the flow errors are handed over."""
+    generator = np.random.default_rng(0)
+    place, noise = np.linalg.qr(generator.standard_normal((64, 2)))[0].T * 8  # orthogonal, RMS 1
+    errors = {n: float(np.sqrt(np.mean((r * place + c / n * noise) ** 2))) for n in (1, 2, 5, 10)}
+    found = fit(errors)
+    assert found.holds
+    assert (found.r, found.c) == (pytest.approx(r, abs=1e-4), pytest.approx(c, abs=1e-4))
+    assert found.residual < 1e-4
+
+
+def test_nothing_is_said_where_the_law_does_not_hold():
+    found = fit({1: 0.05, 2: 0.05, 5: 0.09, 10: 0.15})  # a student that more steps spoil
+    assert not found.holds
+    assert found.residual > 0.02
+    assert advice(found, 1) is None
+    assert fit({1: 0.1, 10: 0.05}) is None
+
+
+def test_advice_follows_the_larger_error():
+    noisy, misplaced = TwoErrors(0.02, 0.1, 0.0, True), TwoErrors(0.06, 0.1, 0.0, True)
+    assert "noise that is left over (c/n = 0.100 against r = 0.020)" in advice(noisy, 1)
+    assert "noise that is left over" in advice(misplaced, 1)
+    assert "actions in the wrong place (r = 0.060 against c/n = 0.050)" in advice(misplaced, 2)
+
+
+def test_a_comparison_reads_as_a_sentence():
+    one = Comparison(1, "success", 0.9, 0.98, None, False, 200, None)
+    decision = Decision("student", TEACHER, "success", 0.05, None, (one,))
+    assert decision.in_words() == (
+        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps (margin 5 points, "
+        "one-sided test of Agresti & Caffo at 5 %). At 1 step it succeeds in 90.0% of 200 episodes, against "
+        "98.0%."
+    )
