@@ -24,8 +24,8 @@ from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.environment import DrivePastConfig
 from smolvla_reflow.demo.task import DEMONSTRATIONS, IMAGE_SIZE, write_dataset
 from smolvla_reflow.evaluation.closed_loop import success_rate
-from smolvla_reflow.evaluation.metrics import Success
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.smolvla.normalization import Affine
 
 UNSEEN_EPISODES, UNSEEN_SEED = 40, 1

@@ -325,13 +325,22 @@ def frame_records(
     return [Record(**dict(zip(by_field, values, strict=True))) for values in frames]
 
 
-def joined(parts: Iterable[Measured]) -> dict[Cell, list[Record]]:
-    """The records of several batches, one after the other."""
+def evaluate(policies: Sequence[MeasuredPolicy], batches: Iterable[dict[str, Any]], settings: Settings) -> Evaluation:
+    """Measure policies on batches of raw frames, as `measure_batch` does on one; no latency, no success."""
+    parts: list[Measured] = []
+    for batch in batches:
+        parts.append(measure_batch(policies, batch, settings, parts[0].references if parts else None))
+    return evaluation_of(policies, parts, settings.seed)
+
+
+def evaluation_of(policies: Sequence[MeasuredPolicy], parts: Sequence[Measured], seed: int) -> Evaluation:
+    """What one or more measured batches say of these policies."""
     records: dict[Cell, list[Record]] = defaultdict(list)
     for part in parts:
         for cell, measured in part.records.items():
             records[cell] += measured
-    return dict(records)
+    bar = Cell(policies[0].name, policies[0].num_steps)
+    return Evaluation(bar, dict(records), parts[0].references, seed=seed)
 
 
 def mean(records: Sequence[Record]) -> Record:

@@ -7,11 +7,13 @@ from here, W in [0, 1] (1 on the prefix) and 0 < w <= max_guidance_weight, its E
 
     x <- x - (v - w W (A - a)) / n        so a step goes the share (w / n) W of the way from a to A, past it if w > n.
 
-In the last step, t = 1/n, x - v/n is a itself, and x - A = (1 - w/n) (a - A) on the prefix. LeRobot's w is
-max_guidance_weight at t = 1 and at most n - 1 + 1/(n - 1) <= n in the last of n >= 2 steps. Therefore one step leaves
-|1 - max_guidance_weight| times the error of a chunk without guidance, 9 times for LeRobot's 10, and two steps leave
-none from a weight of 2 on. A weight of at most n never goes too far, at any n: 10 at LeRobot's 10 steps does not, nor
-does 1 at one step, which leaves no error.
+In the last step, t = 1/n, x - v/n is a itself, which leaves x - A = (1 - w/n) (a - A) on the prefix. LeRobot's w is
+max_guidance_weight at t = 1, and in the last of n >= 2 steps at most n - 1 + 1/(n - 1), which is n for two and less
+than n for more. Therefore one step leaves |1 - max_guidance_weight| times the error of a chunk without guidance, nine
+times for LeRobot's 10 and none for 1, while two steps leave none from a weight of 2 on.
+
+From two steps on the weight is left alone. A cap at n would keep the earlier steps from going past A as well, but the
+last step puts that right, and where W is small the actions after the prefix would follow the chunk before less.
 """
 
 import contextlib
@@ -37,7 +39,7 @@ class PrefixError:
         max_guidance_weight: as configured.
         unguided: without guidance.
         guided: with it, as configured.
-        capped: with `max_guidance_weight` capped at the number of steps.
+        capped: with it, at the weight that should be stored with this number of steps.
     """
 
     num_steps: int
@@ -53,8 +55,8 @@ def is_enabled(rtc_config: RTCConfig | None) -> bool:
 
 
 def capped(rtc_config: RTCConfig, num_steps: int) -> float:
-    """The `max_guidance_weight` with which no step goes too far."""
-    return min(rtc_config.max_guidance_weight, float(num_steps))
+    """The `max_guidance_weight` with which the last step does not go past the chunk before: at most 1 for one step."""
+    return min(rtc_config.max_guidance_weight, 1.0) if num_steps == 1 else rtc_config.max_guidance_weight
 
 
 @contextlib.contextmanager
@@ -135,14 +137,14 @@ def note(found: Sequence[PrefixError], num_steps: int | None = None) -> str:
         f"square, normalised) at {steps} steps, without guidance by "
         f"{_listed(f'{each.unguided:.2f}' for each in found)}."
     )
-    past = [each for each in found if weight > each.num_steps]
-    if not past:
+    one = next((each for each in found if each.num_steps == 1 and weight > 1), None)
+    if one is None or num_steps not in (1, None):
         return sentence
-    number = "the number of steps" if num_steps is None else f"{min(weight, num_steps):g}"
+    two = " Two steps keep them with the weight as it is." if weight >= 2 else ""
     return (
-        f"{sentence} A weight above the number of steps goes too far; capped at that, it leaves "
-        f"{_listed(f'{each.capped:.2f}' for each in found)}. --write_num_steps caps it. lerobot-rollout, which takes "
-        f"no weight from config.json, needs --inference.rtc.max_guidance_weight set to {number}."
+        f"{sentence} At 1 step a weight above 1 goes past them; capped at 1, which --write_num_steps stores with 1 "
+        f"step, it leaves {one.capped:.2f}. lerobot-rollout takes no weight from config.json: there it needs "
+        f"--inference.rtc.max_guidance_weight=1.{two}"
     )
 
 

@@ -15,7 +15,7 @@ from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import load_frames
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.latency import ChunkParts, Latency, measure_latency, measure_parts
-from smolvla_reflow.evaluation.measure import Cell, Evaluation, Measured, Settings, cells, joined, measure_batch
+from smolvla_reflow.evaluation.measure import Cell, Evaluation, Measured, Settings, cells, evaluation_of, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.progress import Progress, progress
 from smolvla_reflow.evaluation.success import Success
@@ -93,8 +93,7 @@ def _frames(
             return measure_batch(policies, next(loaded), settings, references).as_json()
 
         finished.append(Measured.from_json(_part("frames", name, measure, journal, bar)))
-        bar_cell = Cell(policies[0].name, policies[0].num_steps)
-        found = Found(Evaluation(bar_cell, joined(finished), finished[0].references, seed=cfg.seed))
+        found = Found(evaluation_of(policies, finished, cfg.seed))
         yield found
     return found
 
