@@ -8,12 +8,6 @@ from lerobot.configs.default import DatasetConfig
 from smolvla_reflow.dataset import TOLERANCE_S, load_batches, open_dataset
 
 
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` positions from 0 to `total - 1`, both included; every position if there are fewer."""
-    count = min(count, total)
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
-
-
 def load_frames(
     dataset: DatasetConfig,
     positions: Sequence[int],

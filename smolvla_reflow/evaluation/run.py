@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import chosen_episodes, frame_ranges, open_metadata
+from smolvla_reflow.dataset import chosen_episodes, evenly_spaced, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.decision import Decision, Margins, bar_is_low, decide
-from smolvla_reflow.evaluation.frames import evenly_spaced
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.lineage import check_lineage
 from smolvla_reflow.evaluation.measure import Evaluation
