@@ -5,6 +5,7 @@
     detach(policy)
 
 In train mode a batch takes this way:  policy.forward -> Step -> loss strategy -> Losses -> loss.
+What the step tells of the student beside the loss is in the metrics (`monitor.py`).
 
 Teacher and student share the prefix (images, language, state) wherever they can: `attach` freezes the student's
 `state_proj`, the one part of it that a fine-tuned SmolVLA trains, and `detach` thaws it.
@@ -16,7 +17,7 @@ in the slot LeRobot itself uses when it compiles a policy (`self.forward = ...`)
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -29,6 +30,7 @@ from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import LossStrategy, get_loss_strategy
+from smolvla_reflow.monitor import Monitor
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, reduce
@@ -36,7 +38,7 @@ from smolvla_reflow.sharing import Sharing, share
 from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
-from smolvla_reflow.smolvla.normalization import space_maps
+from smolvla_reflow.smolvla.normalization import action_deviations, space_maps
 from smolvla_reflow.smolvla.observation import Observation, observe, recorded_actions, with_one_state
 from smolvla_reflow.smolvla.prefix import is_trained, trained_part
 from smolvla_reflow.smolvla.statistics import Statistics
@@ -59,6 +61,9 @@ class Attachment:
         sharing: of the prefix, or of the images' features, by student and teacher.
         policy_forward: the policy's forward as it was before.
         bindings: what is to be undone.
+        monitor: what the metrics of a step are, beside the loss.
+        reports: asked before each forward pass in training for numbers that are to stand in its metrics, too: always
+            the same names.
     """
 
     policy: SmolVLAPolicy
@@ -67,6 +72,8 @@ class Attachment:
     sharing: Sharing
     policy_forward: PolicyForward
     bindings: tuple[Binding, ...]
+    monitor: Monitor
+    reports: list[Callable[[], Mapping[str, float]]] = field(default_factory=list)
 
     @property
     def teacher(self) -> SmolVLAPolicy | None:
@@ -105,6 +112,7 @@ class Attachment:
             joint_forward=joint,
             one_prefix=self.teacher is not None and by_teacher is None and not joint,
             teachers_observation=by_teacher,
+            deviations=self.monitor.deviations_on(actions.device),
         )
 
     def teachers(self, seen: Observation, batch: Mapping[str, Any]) -> Observation | None:
@@ -142,17 +150,19 @@ class PolicyMixin:
         """In train mode the loss of `model.training_mode`, otherwise the stock one.
 
         Returns:
-            The loss, a scalar or with `reduction="none"` one per frame `(B,)`, and the metrics that LeRobot logs.
+            The loss, a scalar or with `reduction="none"` one per frame `(B,)`, and the metrics that LeRobot logs:
+            of couplings also `one_step_error` and the loss by tenths of t, `loss_t0` to `loss_t9` (`monitor.py`).
         """
         attachment = attachment_of(self)
         if not self.training:
             return attachment.policy_forward(batch, noise, time, reduction)
+        reported = {name: value for report in attachment.reports for name, value in report().items()}
         batch = with_one_state(attachment.policy, batch)
         observation, actions = observe(attachment.policy, batch), recorded_actions(attachment.policy, batch)
         step = attachment.step(observation, actions, noise, time, batch, strategy=self.model.training_mode)
         losses = attachment.losses(step, self.model.training_mode)
         loss, metrics = reduce(losses, step, attachment.policy, attachment.policy_forward, reduction)
-        return loss, metrics | {name: float(value) for name, value in step.metrics.items()}
+        return loss, attachment.monitor.read(metrics, {**step.metrics, **reported}, step.lines)
 
 
 class ModelMixin:
@@ -226,10 +236,12 @@ def attach(
         strategy: a name from `available_loss_strategies()`, or a loss in a file, `path/to/file.py:name`.
         recipe: distribution of t, couplings for a frame, share of recorded data; the default recipe if None.
         solver: of the teacher's ODE, or a method's name; by default `jittered`, with as many velocity evaluations as
-            the teacher's stock sampler takes. An error of the couplings is one that training cannot undo.
+            the teacher's stock sampler takes, but at least 10. An error of the couplings is one that training cannot
+            undo.
         dataset_stats: what the batches are normalised by (LeRobot's `dataset.meta.stats`), if that may differ from
             the statistics saved in the teacher's checkpoint; state and actions are then mapped. Pairs know what they
-            are normalised by, and are refused if it is not this.
+            are normalised by, and are refused if it is not this. They also make `one_step_error` one in standard
+            deviations where the batches are not normalised by those; without them it is in normalised units.
         train_state_proj: train `state_proj` with the rest, if the policy's config does, for which the student has to
             encode the prefix itself, with gradient.
 
@@ -256,9 +268,10 @@ def attach(
         source = _stored(pairs, base, dataset_stats)
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or JITTERED)
-        source = _frozen(teacher, policy, ode, dataset_stats)
+        source = frozen_source(teacher, policy, ode, dataset_stats)
     sharing = share(base, source, loss, per_frame=recipe.couplings_per_frame, train_state_proj=train_state_proj)
-    attachment = _bind(base, source, strategy, recipe, sharing)
+    monitor = Monitor(action_deviations(base, dataset_stats or {}))
+    attachment = _bind(base, source, strategy, recipe, sharing, monitor)
     logging.getLogger(__name__).info(sharing.described(base, attachment.teacher))
     return attachment
 
@@ -337,20 +350,21 @@ def _check_effect(
         raise ReflowError("The teacher's ODE was solved when the pairs were made, so that solver has no effect.")
 
 
-def _frozen(
+def frozen_source(
     teacher: str | Path | Checkpoint | SmolVLAPolicy | None,
     student: nn.Module,
     solver: Solver,
     dataset_stats: Statistics | None,
 ) -> FrozenTeacher:
-    """Build the frozen teacher."""
+    """Build the frozen teacher of a student that has none attached; arguments and errors as of `attach`."""
     origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space, rename_map = None, _own_names(origin)
     if dataset_stats is not None:
         if not isinstance(origin, Checkpoint):
             raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
         space = space_maps(origin, dataset_stats)
-    return FrozenTeacher(frozen_teacher(student, origin, solver.num_steps), solver, space, rename_map)
+    policy = frozen_teacher(student, origin, solver.num_steps)
+    return FrozenTeacher(policy, solver.of_couplings(policy.config.num_steps), space, rename_map)
 
 
 def _own_names(origin: TeacherSource) -> dict[str, str]:
@@ -374,7 +388,9 @@ def _stored(
     return source
 
 
-def _bind(base: SmolVLAPolicy, source: CouplingSource, strategy: str, recipe: Recipe, sharing: Sharing) -> Attachment:
+def _bind(
+    base: SmolVLAPolicy, source: CouplingSource, strategy: str, recipe: Recipe, sharing: Sharing, monitor: Monitor
+) -> Attachment:
     model = base.model
     policy_forward, teacher = base.forward, source.policy if isinstance(source, FrozenTeacher) else None
     models = (model,) if teacher is None else (model, teacher.model)
@@ -391,7 +407,7 @@ def _bind(base: SmolVLAPolicy, source: CouplingSource, strategy: str, recipe: Re
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
         ),
     )
-    attachment = Attachment(base, source, recipe, sharing, policy_forward, bindings)
+    attachment = Attachment(base, source, recipe, sharing, policy_forward, bindings, monitor)
     for module in (base, model):
         vars(module)[_STATE] = attachment
     return attachment

@@ -19,6 +19,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetad
 from lerobot.policies.factory import dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
+from lerobot.utils.logging_utils import MetricsTracker
 from packaging.version import Version
 from torch import Tensor
 
@@ -42,6 +43,7 @@ __all__ = [
     "needs_camera_statistics",
     "open_as_training",
     "open_metadata_as_training",
+    "prints_metrics",
     "refuse_remote_job",
     "renamed_statistics",
     "resumes_from_hub",
@@ -251,6 +253,14 @@ def saves_final_checkpoint_alone() -> bool:
 def resumes_from_hub() -> bool:
     """Whether a run is resumed from the checkpoints that it pushed to the hub; from 0.6.0 on it is."""
     return Version(lerobot.__version__) >= Version("0.6.0")
+
+
+def prints_metrics() -> bool:
+    """Whether training averages and prints what a policy reports beside its loss, as from 0.6.0 on.
+
+    Before, it sends the last step's to W&B, and prints nothing of it.
+    """
+    return hasattr(MetricsTracker, "update_metrics")
 
 
 def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:

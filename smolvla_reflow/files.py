@@ -1,8 +1,13 @@
-"""Files that are never seen half-written, and the checksum of what is in them."""
+"""Files and folders that are never seen half-written, and the checksum of what is in them."""
 
+import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from smolvla_reflow.errors import ReflowError
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -13,6 +18,26 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(new: Path) -> Iterator[Path]:
+    """A folder to be filled, which appears as `new` once that is done, and not at all if it breaks off."""
+    partial = new.with_name(f".{new.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(new)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(new: Path, old: Path) -> None:
+    """Raise ReflowError if what is made of one folder, which is left as it is, cannot go into this new one."""
+    if new.exists():
+        raise ReflowError(f"{new} exists already; name a new folder.")
+    if new.resolve().is_relative_to(old.resolve()):
+        raise ReflowError(f"{new} lies within {old}, which is left as it is; name a folder elsewhere.")
 
 
 def sha256(path: Path) -> "hashlib._Hash":

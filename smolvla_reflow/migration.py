@@ -6,7 +6,6 @@ safetensors are read, nothing in them is executed, and the old folder is only re
 """
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.files import check_new_folder, whole_folder
 from smolvla_reflow.smolvla.checkpoint import (
     FORK_FIELDS,
     TEACHER_PREFIX,
@@ -116,24 +116,12 @@ def write(migration: Migration, new: Path) -> None:
     Raises:
         ReflowError: `new` exists, lies within the old folder, or cannot be written.
     """
-    check_new(migration, new)
-    partial = new.with_name(f".{new.name}.partial-{os.getpid()}")
+    check_new_folder(new, migration.old)
     try:
-        partial.mkdir(parents=True)
-        _write_files(migration, partial)
-        partial.rename(new)
+        with whole_folder(new) as partial:
+            _write_files(migration, partial)
     except (OSError, ValueError) as error:
         raise ReflowError(f"{new} cannot be written ({error}).") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new(migration: Migration, new: Path) -> None:
-    """Raise ReflowError if the stock checkpoint cannot go there."""
-    if new.exists():
-        raise ReflowError(f"{new} exists already; name a new folder.")
-    if new.resolve().is_relative_to(migration.old.resolve()):
-        raise ReflowError(f"{new} lies within {migration.old}, which is left as it is; name a folder elsewhere.")
 
 
 def _write_files(migration: Migration, folder: Path) -> None:

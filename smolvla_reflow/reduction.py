@@ -43,7 +43,7 @@ def reduce(
         reduction: "mean", or "none" for one loss per frame.
 
     Returns:
-        As LeRobot's forward does: the loss, a scalar or (B,), and metrics to log.
+        As LeRobot's forward does: the loss, a scalar or (B,), and metrics to log, which may still be tensors.
     """
     values, recorded = losses.values, losses.recorded
     if recorded is True:
@@ -52,7 +52,7 @@ def reduce(
         counts = ~recorded[:, None, None] | counted_by_lerobot(values, step, policy, policy_forward)
         values = values.masked_fill(~counts, 0) * (counts.numel() / counts.sum().clamp_min(1))
     loss = values.mean(dim=(1, 2)) if reduction == "none" else values.mean()
-    return loss, {"loss": loss.mean().item()}
+    return loss, {"loss": loss.detach().mean()}
 
 
 def counted_by_lerobot(values: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:

@@ -54,6 +54,9 @@ JITTERED = "jittered"
 FIXED_STEP = (*TABLEAUX, JITTERED)
 ADAPTIVE = ("dopri5",)
 DEFAULT_TOLERANCE = 1e-5
+# For couplings. A student whose config.json says 1 or 2 (`smolvla-reflow-eval --write_num_steps`) is good enough so for
+# its robot, and not as the teacher of the next round, to which its errors are handed on.
+LEAST_STEPS = 10
 
 # (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t in [0, 1], a number or a scalar tensor.
 VelocityField = Callable[[Tensor, Any], Tensor]
@@ -74,8 +77,8 @@ class Solver:
         method: one of `FIXED_STEP`, of order 1, 2, 3, 4 and 2 at 1, 2, 3, 4 and 2 velocity evaluations a step, or of
             `ADAPTIVE`, of order 5.
         num_steps: of a fixed-step method, all equal but for `jittered`, whose first and last together are as long as
-            another. None for the policy's own `config.num_steps`, or for `jittered` half of it, so that it takes as
-            many velocity evaluations as the stock sampler.
+            another. None for the policy's own `config.num_steps` (of couplings, at least 10), or for `jittered` half of
+            it, so that it takes as many velocity evaluations as the stock sampler.
         rtol: relative tolerance of an adaptive method, default 1e-5. Its error estimate is one norm over the
             whole batch, so that a sample's last digits depend on its neighbours.
         atol: absolute tolerance, in normalised units, default 1e-5.
@@ -109,6 +112,22 @@ class Solver:
         if self.method in ADAPTIVE:
             return replace(self, rtol=self.rtol or DEFAULT_TOLERANCE, atol=self.atol or DEFAULT_TOLERANCE)
         return replace(self, num_steps=self.num_steps or (-(-num_steps // 2) if self.method == JITTERED else num_steps))
+
+    def of_couplings(self, num_steps: int) -> "Solver":
+        """This solver as it makes couplings: where its steps are open, at least 10, whatever a teacher's config says.
+
+        Args:
+            num_steps: of the teacher's own config.
+        """
+        return self.resolved(max(num_steps, LEAST_STEPS))
+
+    def in_words(self) -> str:
+        """Method, steps and velocity evaluations of a solver with every value filled in."""
+        if self.method in ADAPTIVE:
+            return f"{self.method} with rtol {self.rtol:g} and atol {self.atol:g}"
+        assert self.num_steps is not None
+        evaluations = self.num_steps * len(self._tableau.stages)
+        return f"{self.method} with num_steps {self.num_steps} ({evaluations} velocity evaluations)"
 
     def integrate(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Tensor:
         """Solve the ODE from `noise` at t = 1; returns x at t = 0, in the shape and dtype of `noise`.
@@ -196,8 +215,8 @@ class SolverFlags:
     """Solver of the teacher's ODE, either 'midpoint', 'jittered' (the same on a grid that is shifted at random in each
     batch), 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
     num_steps: int | None = None
-    """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config, or half of them for
-    'jittered'."""
+    """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config, but at least 10, or
+    half of that for 'jittered'."""
     rtol: float | None = None
     """Relative tolerance of dopri5, by default 1e-5."""
     atol: float | None = None

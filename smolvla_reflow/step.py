@@ -24,6 +24,7 @@ from torch.nn.functional import mse_loss
 
 from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.monitor import MEASURED, ONE_STEP, TENTHS, LineSums, sums_of
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.prefix import Prefix, encode
@@ -37,6 +38,7 @@ REPORTED_BY_LEROBOT = frozenset(
         *("preprocessing_s", "step_s", "steps", "samples", "episodes", "epochs"),
     }
 )
+REPORTED_BY_REFLOW = frozenset({ONE_STEP, *TENTHS, *MEASURED})
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,9 @@ class Step:
         joint_forward: whether the student's errors come from `forward`, which encodes the prefix with gradient.
         one_prefix: whether the student's encoded prefix is the teacher's too.
         teachers_observation: what the teacher sees, if its cameras are others than the student's, else None.
+        deviations: (D,), how many standard deviations one unit of each of the robot's action dimensions is.
         metrics: what `log` has collected.
+        lines: what `losses` has found of the couplings, for the metrics of every loss (`monitor.py`).
     """
 
     model: VLAFlowMatching
@@ -89,7 +93,9 @@ class Step:
     joint_forward: bool = False
     one_prefix: bool = False
     teachers_observation: Observation | None = None
+    deviations: Tensor | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    lines: list[LineSums] = field(default_factory=list)
 
     @property
     def frames(self) -> Tensor | None:
@@ -155,6 +161,7 @@ class Step:
             raise ReflowError(f"{count} lines for {len(self.actions)} frames: each frame needs as many, in a row.")
         if times is None:
             times = STOCK if coupling.recorded is True else self.recipe.time_sampling
+        sampling = TimeSampling(times) if isinstance(times, str) and self.time is None else None
         if isinstance(times, Tensor) and times.ndim == 2 and self.time is None:
             coupling, times, weights = _once_for_each_time(coupling, times, weights)
         frames, count = len(self.actions), len(coupling.noise)
@@ -167,6 +174,8 @@ class Step:
             w = None if w is None else torch.cat([torch.ones_like(w[:m]), w[m:]])
 
         values = self.squared_errors(coupling, t)
+        if self.deviations is not None and coupling.recorded is not True and self.recipe.real_data_ratio < 1:
+            self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
         if w is not None:
             values = values * w
         values = values.unflatten(0, (frames, count // frames)).mean(dim=1)
@@ -212,16 +221,18 @@ class Step:
         return self._teacher.repeated(len(x) // len(self.actions))(x, t).to(x.dtype)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Report a number beside the loss, which LeRobot sends to W&B and, from 0.6 on, prints.
+        """Report a number beside the loss, on the console and to W&B.
 
         From 0.6 on LeRobot averages it over the steps since its last line and over processes, so log the same names in
-        every step and process.
+        every step and process. Before, it is the last step's, and the training command prints it.
 
         Raises:
             ReflowError: LeRobot reports something else under that name, or there are several numbers.
         """
         if name in REPORTED_BY_LEROBOT:
             raise ReflowError(f"LeRobot reports '{name}' itself; choose another name for the metric.")
+        if name in REPORTED_BY_REFLOW:
+            raise ReflowError(f"'{name}' is reported of every loss; choose another name for the metric.")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ReflowError(f"The metric '{name}' has {value.numel()} numbers; log one, such as its mean.")
         self.metrics[name] = value.detach() if isinstance(value, Tensor) else value

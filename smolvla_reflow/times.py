@@ -43,6 +43,19 @@ class TimeSampling:
     def terms(self) -> tuple[str, ...]:
         return tuple(self.name.split("+"))
 
+    @property
+    def visits_one(self) -> bool:
+        """Whether t = 1 is among the times, as it is on every grid. (A draw of `beta` may only round to it.)"""
+        return self.terms != (STOCK,) * len(self.terms)
+
+    @property
+    def tenths(self) -> frozenset[int]:
+        """Where the times can be: the k of those [k/10, (k+1)/10), the last of which includes 1."""
+        if STOCK in self.terms:
+            return frozenset(range(10))
+        grids = [_grid_steps(term) for term in self.terms]
+        return frozenset(min(9, 10 * i // steps) for steps in grids for i in range(1, steps + 1))
+
     def draw(self, size: int, device: torch.device, stock: StockTimes) -> Tensor:
         """Times `(size,)`, float32.
 

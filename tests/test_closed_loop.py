@@ -17,8 +17,8 @@ from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfi
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, TASK, draw_scenes
 from smolvla_reflow.evaluation.closed_loop import success_rate
-from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.evaluation.policy import load_measured_policy
+from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"

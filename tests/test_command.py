@@ -129,6 +129,28 @@ def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
     assert saved["scheduler"]["decay_lr"] == pytest.approx(5e-7)
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "said"),
+    [
+        (2, None, "jittered with num_steps 5 (10 velocity evaluations). The teacher's config says num_steps 2."),
+        (2, 2, "jittered with num_steps 2 (4 velocity evaluations)."),
+        (14, None, "jittered with num_steps 7 (14 velocity evaluations)."),
+    ],
+)
+def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monkeypatch, own, asked, said):
+    """Also those of a teacher that `--write_num_steps` made one of few steps. It is said, and done."""
+    teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "num_steps": own}))
+    taken, integrate = set(), Solver.integrate
+    monkeypatch.setattr(Solver, "integrate", lambda self, *a, **k: taken.add(self) or integrate(self, *a, **k))
+    flags = {"reflow__teacher_path": teacher, "reflow__num_steps": asked, "steps": 1}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    assert f"Reflow: couplings by {said}" in capsys.readouterr().err
+    assert taken == {Solver("jittered", num_steps=int(re.search(r"num_steps (\d+)", said)[1]))}
+    assert json.loads((tmp_path / "run" / LAST / "config.json").read_text())["num_steps"] == own
+
+
 def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
     """Nothing but the loss differs: same data order, same random numbers, same optimizer, same result."""
     flags = reflow_run(workshop, tmp_path / "run", reflow__strategy="standard")

@@ -18,7 +18,7 @@ from helpers import EPISODES_HAVE_TO_EXIST, reflow_run, reflow_train_main, refus
 from pairs_helpers import contents, make_pairs, pairs_flags
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow import Pairs, ReflowError
+from smolvla_reflow import Pairs, ReflowError, Solver
 from smolvla_reflow import files as files_module
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
@@ -333,3 +333,40 @@ def test_verify_opens_only_what_the_user_names(copied, origin, capsys):
     line = refused(capsys, pairs_command.main, [f"--verify={copied}"])
     assert "their manifest has it at --teacher_path=../../elsewhere --dataset_root=/etc" in line
     assert "--dataset_root=/etc" in refused(capsys, pairs_command.main, [f"--verify={copied}", origin[0]])
+
+
+# --- a teacher whose config says few steps -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(workshop, tmp_path):
+    """The teacher, after `smolvla-reflow-eval --write_num_steps` made it a policy of 2 steps."""
+    folder = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
+    return folder
+
+
+def test_it_is_solved_in_ten(workshop, quick, tmp_path, capsys):
+    """As the manifest and the line at the start say; what is asked for is done."""
+    common = {"reflow__teacher_path": quick, "reflow__solver": None}
+    for asked, taken in ((None, 10), (3, 3)):
+        folder = make_pairs(workshop, tmp_path / str(taken), reflow__num_steps=asked, **common)
+        assert read_manifest(folder).provenance.solver == Solver("midpoint", num_steps=taken)
+        said = f"solved by midpoint with num_steps {taken} ({2 * taken} velocity evaluations)."
+        assert said in capsys.readouterr().err
+
+
+def test_a_set_begun_with_its_own_steps_is_finished_with_them(workshop, quick, tmp_path, capsys):
+    """As they were made before; also repaired, and trained on."""
+    common = {"reflow__teacher_path": quick, "reflow__solver": None}
+    folder = make_pairs(workshop, tmp_path / "pairs", reflow__num_steps=2, **common)
+    before = contents(folder)
+    (folder / "pairs-00001.safetensors").unlink()
+    make_pairs(workshop, folder, repair="true", **common)
+    assert contents(folder) == before
+    line = refused(capsys, pairs_command.main, pairs_flags(workshop, folder, reflow__num_steps=10, **common))
+    assert "num_steps is 2 in the pairs and 10 here" in line
+    run = {"reflow__teacher_path": quick, "reflow__pairs_path": folder, "steps": 1}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **run))
+    assert "the pairs were solved by midpoint with num_steps 2 (4 velocity" in capsys.readouterr().err

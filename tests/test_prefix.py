@@ -11,6 +11,7 @@ from helpers import CHUNK, WIDTH, reflow_run, reflow_train_main, refused
 from oracle import Flow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_reflow import Coupling, Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
@@ -341,6 +342,18 @@ def test_recorded_rows_are_not_solved(policy, teacher, batch, ratio, solved, tra
 # --- waiting for the device ----------------------------------------------------------------------------------------
 
 
+class ListReads(TorchFunctionMode):
+    """Counts how often the host reads all of a tensor's values, which reaches no dispatch on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
 class Reads(TorchDispatchMode):
     """Counts how often the host reads a tensor's value, for which it would wait for a GPU."""
 
@@ -355,14 +368,15 @@ class Reads(TorchDispatchMode):
 
 
 def reads(function):
-    with Reads() as mode:
+    with Reads() as mode, ListReads() as lists:
         function()
-    return mode.count
+    return mode.count + lists.count
 
 
 def test_reads_are_counted():
     assert reads(lambda: torch.ones(1).item()) == 1
     assert reads(lambda: bool((torch.ones(1) > 0).all())) == 1
+    assert reads(lambda: torch.ones(3).tolist()) == 1
     assert reads(lambda: torch.ones(3) + 1) == 0
 
 

@@ -3,19 +3,23 @@
 #
 #     bash examples/benchmarks/gpu.sh outputs/gpu
 #
-# The cost of a step at three batch sizes, in bfloat16 autocast, plain and compiled; the latency of a chunk; pairs; the demo's
-# two trainings on the card; and the tests that need one.
+# The cost of a step at three batch sizes in bfloat16 autocast, in float32, and compiled; the latency of a chunk; pairs; the
+# demo's two trainings on the card; and the tests that need one.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?Name a folder for the results, such as outputs/gpu}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/card.txt"
-for compile in false true; do
-  python "$here/step_cost.py" --device=cuda --batch_sizes='[2,8,32]' --autocast=true --compile_model=$compile \
-    | tee "$out/step_cost_compile_$compile.txt"
+step_cost() {  # where to, flags...
+  python "$here/step_cost.py" --device=cuda --steps=7 "${@:2}" | tee "$out/step_cost_$1.txt"
+}
+step_cost autocast --batch_sizes='[2,8,32]' --autocast=true
+step_cost float32 --batch_sizes='[32]' --variants='[standard, naive, reflow, by four]'
+for mode in reduce-overhead max-autotune; do
+  step_cost "$mode" --batch_sizes='[8]' --variants='[standard, reflow]' --autocast=true --compile_model=true --compile_mode=$mode
 done
-python "$here/chunk_latency.py" --device=cuda | tee "$out/chunk_latency.txt"
-python "$here/pairs_cost.py" --device=cuda | tee "$out/pairs_cost.txt"
+python "$here/chunk_latency.py" --device=cuda --repeats=20 | tee "$out/chunk_latency.txt"
+python "$here/pairs_cost.py" --device=cuda --batch_size=32 --num_pairs=100000 --steps=10 | tee "$out/pairs_cost.txt"
 # The demo's two trainings, on the card; speed is not the point of a network this small.
 python - "$out/demo" <<'EOF'
 import sys

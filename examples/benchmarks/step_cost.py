@@ -1,7 +1,9 @@
 """What a reflow training step costs next to a standard one, on SmolVLA at its real size.
 
     python examples/benchmarks/step_cost.py
-    python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --autocast=true --compile_model=true
+    python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --autocast=true
+    python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[8]' --autocast=true \
+        --variants='[standard, reflow]' --compile_model=true
 
 Ways to train the same student on the same batch, the teacher's ODE being solved in 10 steps:
 
@@ -15,7 +17,8 @@ Ways to train the same student on the same batch, the teacher's ODE being solved
     state_proj trained  what this package does where it cannot share the prefix, here by --reflow.train_state_proj=true
 
 Seconds are medians over interleaved steps (forward, backward, AdamW) in one process; the ratio is to the standard
-step. Memory is the peak of a process of its own that loads a checkpoint and its teacher and trains two steps.
+step. Compiled steps are not interleaved: each attached teacher has its CUDA graphs recorded anew. Memory is the peak of
+a process of its own that loads a checkpoint and its teacher and trains two steps.
 """
 
 import contextlib
@@ -32,6 +35,7 @@ import draccus
 import torch
 from architecture import make_batch, make_policy, write_real_size_backbone
 from lerobot.configs.policies import PreTrainedConfig
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
@@ -67,6 +71,7 @@ REFLOW = {
     "state_proj trained": Attached(train_state_proj=True),
 }
 VARIANTS = (STANDARD, NAIVE, *REFLOW)
+WARM_UP = 3  # compiled steps: one compiles, and one records the CUDA graphs
 
 
 @dataclass
@@ -74,7 +79,9 @@ class BenchmarkConfig:
     device: str = "cpu"
     batch_sizes: list[int] = field(default_factory=lambda: [2])
     steps: int = 5
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))  # standard among them
     compile_model: bool = False
+    compile_mode: str = SmolVLAConfig.compile_mode
     autocast: bool = False  # to bfloat16
     # Internal: measure the peak memory of one variant on this checkpoint.
     checkpoint: Path | None = None
@@ -102,7 +109,7 @@ def own_loss(student: SmolVLAPolicy) -> Loss:
 
 def load(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
     config = PreTrainedConfig.from_pretrained(checkpoint)
-    config.compile_model = cfg.compile_model
+    config.compile_model, config.compile_mode = cfg.compile_model, cfg.compile_mode
     return SmolVLAPolicy.from_pretrained(checkpoint, config=config)
 
 
@@ -111,20 +118,19 @@ def load_naive_teacher(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
 
 
 def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[str, float]:
-    """Median seconds of each variant's step, taken in turn."""
+    """Median seconds of each variant's step, taken in turn unless compiled."""
     student, teacher = load(cfg, checkpoint).train(), load_naive_teacher(cfg, checkpoint)
     optimizer = torch.optim.AdamW(student.get_optim_params(), lr=0.0)  # so that it stays what its teacher is
     batch = make_batch(student, batch_size)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for i in range(cfg.steps + 1):
-        for variant in VARIANTS:
+    seconds: dict[str, list[float]] = {variant: [] for variant in cfg.variants}
+    turns, at_once = (1, WARM_UP + cfg.steps) if cfg.compile_model else (1 + cfg.steps, 1)
+    for _ in range(turns):
+        for variant in cfg.variants:
             # Attaching is done before a training begins, and is not timed.
             with REFLOW[variant].attach(student, checkpoint) if variant in REFLOW else contextlib.nullcontext():
                 loss = naive_loss(student, teacher) if variant == NAIVE else own_loss(student)
-                taken = take_step(loss, batch, optimizer, cfg.autocast)
-            if i > 0:  # the first one warms up
-                seconds[variant].append(taken)
-    return {variant: statistics.median(values) for variant, values in seconds.items()}
+                seconds[variant] += [take_step(loss, batch, optimizer, cfg.autocast) for _ in range(at_once)]
+    return {variant: statistics.median(values[-cfg.steps :]) for variant, values in seconds.items()}
 
 
 def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
@@ -156,6 +162,7 @@ def memory_of(cfg: BenchmarkConfig, variant: str, checkpoint: Path, batch_size: 
         f"--device={cfg.device}",
         f"--batch_sizes=[{batch_size}]",
         f"--compile_model={cfg.compile_model}",
+        f"--compile_mode={cfg.compile_mode}",
         f"--autocast={cfg.autocast}",
     ]
     command = [sys.executable, __file__, *flags]
@@ -169,7 +176,8 @@ def main() -> None:
             measured = measure_memory(cfg, cfg.checkpoint)
         print(json.dumps(measured))
         return
-    print(f"{machine(cfg.device)}, compile_model={cfg.compile_model}, autocast={cfg.autocast}")
+    compiled = cfg.compile_mode if cfg.compile_model else False
+    print(f"{machine(cfg.device)}, compiled={compiled}, autocast={cfg.autocast}")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         checkpoint = Path(folder) / "checkpoint"
         torch.manual_seed(0)
@@ -179,11 +187,11 @@ def main() -> None:
         policy.save_pretrained(checkpoint)
         del policy
         for batch_size in cfg.batch_sizes:
-            memory = {variant: memory_of(cfg, variant, checkpoint, batch_size) for variant in VARIANTS}
+            memory = {variant: memory_of(cfg, variant, checkpoint, batch_size) for variant in cfg.variants}
             seconds = time_steps(cfg, checkpoint, batch_size)
             title = f"batch {batch_size}"
             lines = [f"\n{title:<18} s/step  ratio   parameters   extra   peak memory  extra, of the model's"]
-            for variant in VARIANTS:
+            for variant in cfg.variants:
                 parameters, peak = memory[variant]["parameters"], memory[variant]["peak"]
                 lines.append(
                     f"{variant:<18} {seconds[variant]:6.3f}  {seconds[variant] / seconds[STANDARD]:4.2f}x  "

@@ -9,6 +9,9 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+# As LeRobot's own commands set them.
+torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
 from smolvla_reflow.commands.console import asks_for_help, parse_errors, reported_errors
-from smolvla_reflow.migration import Migration, check_new, plan, write
+from smolvla_reflow.files import check_new_folder
+from smolvla_reflow.migration import Migration, plan, write
 
 PROGRAM = "smolvla-reflow-migrate"
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args = parser().parse_args(argv)
         new = args.new.expanduser()
         migration = plan(args.old)
-        check_new(migration, new)
+        check_new_folder(new, migration.old)
         print(in_words(migration))
         if not migration.changes:
             print(f"{migration.old} is a stock checkpoint already; there is nothing to migrate.")

@@ -13,6 +13,12 @@ from smolvla_reflow.compat import collate_function
 from smolvla_reflow.errors import ReflowError, first_line
 
 
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` positions from 0 to `total - 1`, both included; every position if there are fewer."""
+    count = min(count, total)
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
 def load_batches(
     dataset: LeRobotDataset, batches: Sequence[Sequence[int]], num_workers: int = 0
 ) -> Iterator[dict[str, Any]]:

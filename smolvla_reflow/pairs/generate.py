@@ -5,6 +5,7 @@ are those of an uninterrupted one, to the byte.
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,9 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> Made:
         manifest = begin(folder, plan.manifest, process, repair=cfg.repair)
         if not manifest.unfinished:
             return Made(folder, manifest, teacher.source, by_this_run=False)
+        logging.getLogger(__name__).info(
+            "Pairs of the teacher %s, solved by %s.", teacher.cited(), manifest.provenance.solver.in_words()
+        )
         dataset = together(lambda: open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s))
         maker = together(lambda: load_pair_maker(plan.teacher, manifest.provenance, plan.space, device, cfg.rename_map))
         try:

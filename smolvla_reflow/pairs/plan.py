@@ -8,11 +8,12 @@ from typing import Any
 from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features, renamed_statistics
 from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.pairs.config import PairsConfig
-from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance
+from smolvla_reflow.pairs.manifest import DTYPES, MANIFEST_NAME, Manifest, Provenance, read_manifest
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
+from smolvla_reflow.solver import Solver
 
 # What of `--dataset.*`, besides the place, decides what the teacher sees of a frame.
 SEEN_THROUGH = ("use_imagenet_stats", "depth_output_unit")
@@ -64,13 +65,27 @@ def _provenance(
         dataset=cfg.dataset.repo_id,
         total_frames=metadata.total_frames,
         statistics=fingerprint(teacher.config, stats),
-        solver=cfg.reflow.to_solver().resolved(teacher.config.num_steps),
+        solver=_solver(cfg, teacher),
         chunk_size=teacher.config.chunk_size,
         max_action_dim=teacher.config.max_action_dim,
         seed=cfg.seed,
         couplings_per_frame=cfg.couplings_per_frame,
         dtype=cfg.dtype,
     )
+
+
+def _solver(cfg: PairsConfig, teacher: Checkpoint) -> Solver:
+    """How to solve the teacher's ODE.
+
+    A set that was begun when open steps were the teacher's own, however few, is finished with those.
+    """
+    asked, steps = cfg.reflow.to_solver(), teacher.config.num_steps
+    folder = (cfg.output_dir or Path()).expanduser()
+    if (folder / MANIFEST_NAME).is_file():
+        begun = read_manifest(folder)
+        if begun.checksums and begun.provenance.solver == asked.resolved(steps):
+            return begun.provenance.solver
+    return asked.of_couplings(steps)
 
 
 def _made_from(cfg: PairsConfig, teacher: Checkpoint) -> dict[str, Any]:

@@ -19,13 +19,19 @@ from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.files import sha256
+from smolvla_reflow.smolvla.adapter import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    adapter_digest,
+    check_adapter,
+    merge_command,
+)
 from smolvla_reflow.smolvla.backbone import load_tokenizer
 from smolvla_reflow.smolvla.saved_steps import NEWER, SavedStep, named_files, saved_steps
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
 POSTPROCESSOR_NAME = "policy_postprocessor.json"
 TRAIN_CONFIG_NAME = "train_config.json"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 TOKENIZER_STEP = "tokenizer_processor"
 # Prefixes of config fields about training, publishing and running a policy; `num_steps` belongs to the solver.
 IRRELEVANT_TO_ACTIONS = (
@@ -69,9 +75,10 @@ class Checkpoint:
     Attributes:
         source: how the user named it; an absolute path if it is a folder.
         folder: where its files are.
-        config: its `config.json`, with the backbone that is used here.
+        config: its `config.json`, with the backbone that is used here, and of an adapter as of a whole policy.
         commit: of a checkpoint on the hub.
         tokenizer: the folder or hub id that instructions are tokenised from here; None if its processors name none.
+        base: of an adapter, the checkpoint with the weights that it was trained on.
     """
 
     source: str
@@ -79,14 +86,30 @@ class Checkpoint:
     config: SmolVLAConfig
     commit: str | None = None
     tokenizer: str | None = None
+    base: Located | None = None
+
+    @property
+    def weights_file(self) -> Path:
+        """Its `model.safetensors`; of an adapter, its base's."""
+        return (self.base or self).folder / SAFETENSORS_SINGLE_FILE
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The tensors of `model.safetensors` by name, each read when it is asked for."""
-        return stored_tensors(self.folder / SAFETENSORS_SINGLE_FILE)
+        """Its policy's tensors by name, each read when it is asked for; of an adapter, all of the merged policy.
+
+        Raises:
+            ReflowError: they cannot be read, or the adapter not be merged.
+        """
+        if self.base is None:
+            return stored_tensors(self.weights_file)
+        from smolvla_reflow.smolvla.policy import load_policy  # which loads what is opened here
+
+        return load_policy(self, "cpu").state_dict()
 
     def fingerprint(self) -> str:
         """SHA-256 of what its actions depend on: weights, configuration and statistics, wherever it is stored."""
-        digest = sha256(self.folder / SAFETENSORS_SINGLE_FILE)
+        digest = sha256(self.weights_file)
+        if self.base is not None:
+            digest.update(adapter_digest(self.folder, read_json(self.folder / ADAPTER_CONFIG_NAME)))
         fields = read_json(self.folder / CONFIG_NAME)
         relevant = {k: v for k, v in fields.items() if not k.startswith(IRRELEVANT_TO_ACTIONS)}
         digest.update(json.dumps(relevant, sort_keys=True).encode())
@@ -139,7 +162,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, backbone: str | None = None) -> Checkpoint:
-    """Open a folder or hub id that `SmolVLAPolicy.save_pretrained` or `lerobot-train` wrote.
+    """Open a folder or hub id that `SmolVLAPolicy.save_pretrained` or `lerobot-train`, also with `--peft.*`, wrote.
 
     Args:
         source: the folder or hub id.
@@ -151,8 +174,12 @@ def open_checkpoint(source: str | Path, revision: str | None = None, backbone: s
     """
     located = locate(source, revision)
     fields = _fields(located)
-    _check_weights(located, fields)
-    return _described(located, backbone)
+    base = None
+    if _is_adapter(located.folder) and fields.get("use_peft"):
+        base = _base_of(located)
+    else:
+        _check_weights(located, fields)
+    return _described(located, backbone, base)
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
@@ -245,6 +272,49 @@ def _fields(located: Located) -> dict[str, Any]:
     return fields
 
 
+def _is_adapter(folder: Path) -> bool:
+    """Whether a checkpoint holds an adapter alone, and no whole policy."""
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / SAFETENSORS_SINGLE_FILE).is_file()
+
+
+def _base_of(adapter: Located) -> Located:
+    """The checkpoint that an adapter was trained on, found where and as LeRobot looks for it.
+
+    Older LeRobots leave out the revision, which is that of the base that the adapter was trained on.
+
+    Raises:
+        ReflowError: the adapter cannot be loaded, its base is not here, or is no whole SmolVLA.
+    """
+    file = adapter.folder / ADAPTER_CONFIG_NAME
+    fields = read_json(file)
+    check_adapter(adapter.name, adapter.folder, fields)
+    named, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not named:
+        raise ReflowError(f"{file} names no base (base_model_name_or_path), so LeRobot cannot load it either; add it.")
+    try:
+        base = locate(named, None if Path(named).exists() else revision)
+        base_fields = _fields(base)
+        if not _is_adapter(base.folder):
+            _check_weights(base, base_fields)
+    except ReflowError as error:
+        raise ReflowError(
+            f"The adapter {adapter.name} needs the base that it was trained on, named as {named} in its "
+            f"{ADAPTER_CONFIG_NAME}: {error} If it is somewhere else, write that into base_model_name_or_path there"
+            + (", or run this in the folder that the path starts from." if _is_relative(named) else ".")
+        ) from None
+    if _is_adapter(base.folder):
+        raise ReflowError(
+            f"The base {named} that {file} names is an adapter too, which LeRobot does not load as a base. LeRobot 0.4 "
+            "writes that when it resumes an adapter, which it begins anew then; write that one's own base there, "
+            f"{read_json(base.folder / ADAPTER_CONFIG_NAME).get('base_model_name_or_path')}."
+        )
+    return base
+
+
+def _is_relative(name: str) -> bool:
+    return not Path(name).expanduser().is_absolute()
+
+
 def _check_weights(located: Located, fields: Mapping[str, Any]) -> None:
     """Raise ReflowError unless the checkpoint holds weights that the installed LeRobot would load."""
     folder, name = located.folder, located.name
@@ -269,11 +339,12 @@ def _check_weights(located: Located, fields: Mapping[str, Any]) -> None:
     if fields.get("use_peft") and (folder / ADAPTER_CONFIG_NAME).is_file():
         raise ReflowError(
             f"{name} holds an adapter, which LeRobot would load, beside a {SAFETENSORS_SINGLE_FILE}. If the adapter is "
-            "merged into that, take the adapter_* files out; if not, merge it into its base first."
+            f"merged into that, take the adapter_* files out; if not, take out {SAFETENSORS_SINGLE_FILE}, or merge the "
+            f"adapter then with: {merge_command(name)}"
         )
 
 
-def _described(located: Located, backbone: str | None = None) -> Checkpoint:
+def _described(located: Located, backbone: str | None = None, base: Located | None = None) -> Checkpoint:
     """The checkpoint with its configuration and processors read, but not its weights."""
     folder, name, commit = located
     by_file = {
@@ -282,12 +353,12 @@ def _described(located: Located, backbone: str | None = None) -> Checkpoint:
         if (folder / file).is_file()
     }
     config = read_config(folder)
-    # What LeRobot notes for an adapter is still there when that has been merged.
-    config.use_peft = config.use_peft and (folder / ADAPTER_CONFIG_NAME).is_file()
+    # An adapter is merged here, and what LeRobot notes for it is still there when it had been before.
+    config.use_peft = False
     tokenizer = _tokenizer(by_file.get(PREPROCESSOR_NAME, []), config.vlm_model_name, backbone)
     if backbone is not None:
         config.vlm_model_name = backbone
-    return Checkpoint(name, folder, config, commit, tokenizer)
+    return Checkpoint(name, folder, config, commit, tokenizer, base)
 
 
 def _tokenizer(steps: list[SavedStep], named: str, backbone: str | None) -> str | None:
@@ -330,7 +401,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
             for inner in folders:
                 if not (folder / inner).exists():
                     snapshot_download(repo_id, revision=commit, allow_patterns=f"{escape(inner)}/*")
-        _fetch(repo_id, SAFETENSORS_SINGLE_FILE, commit, needed=not (folder / ADAPTER_CONFIG_NAME).is_file())
+        is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+        if is_adapter:
+            _fetch(repo_id, ADAPTER_WEIGHTS_NAME, commit)
+        _fetch(repo_id, SAFETENSORS_SINGLE_FILE, commit, needed=not is_adapter)
     except ReflowError:
         raise
     except Exception as error:  # the hub client's errors share no base class
@@ -363,7 +437,10 @@ def _suggestion(folder: Path) -> str:
 def _instead_of_weights(folder: Path) -> str:
     """What the folder holds in place of weights, and what to do about it."""
     if list(folder.glob("adapter_*")):
-        return " It is a PEFT adapter: merge it into its base first."
+        return (
+            f" It is a PEFT adapter that LeRobot would not load either: its {CONFIG_NAME} lacks use_peft=true, or it "
+            f"has no {ADAPTER_CONFIG_NAME}. Put that right to use it, or to merge it with: {merge_command(folder)}"
+        )
     if list(folder.glob("pytorch_model_fsdp_*")):
         return f" They are in shards: make one file of them with lerobot-convert-dcp --checkpoint_dir={folder}"
     if list(folder.glob("*.bin")) + list(folder.glob("*.pt")) + list(folder.glob("*.pth")):

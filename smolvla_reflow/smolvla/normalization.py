@@ -32,6 +32,7 @@ from smolvla_reflow.smolvla.statistics import (
     TYPES,
     Statistics,
     in_use,
+    moving_deviations,
     never_moves,
     robot_width,
     saved_statistics,
@@ -226,8 +227,28 @@ def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
     """
     saved = saved_statistics(checkpoint)
     _check(checkpoint.source, checkpoint.config, saved, saved)
-    unnormalised = _probe(UnnormalizerProcessorStep, ACTION, checkpoint.config, saved)
-    if not checkpoint.config.adapt_to_pi_aloha:
+    return _robot_units(checkpoint.config, saved, policy)
+
+
+def action_deviations(policy: SmolVLAPolicy, stats: Statistics) -> Tensor:
+    """How many standard deviations one normalised unit of each action dimension is, (D,) float32; 0 if it never moves.
+
+    Args:
+        policy: whose batches are normalised.
+        stats: by which numbers. Where they do not say what a standard deviation is, a unit counts as one, which under
+            LeRobot's "MEAN_STD" it is.
+    """
+    if "std" not in stats.get(ACTION, {}):
+        feature = policy.config.action_feature
+        return torch.ones(policy.config.max_action_dim if feature is None else feature.shape[0])
+    std = moving_deviations(stats[ACTION]).double()
+    scale = _robot_units(policy.config, stats, policy).scale.abs()
+    return torch.where(std > 0, scale / std, 0.0).float()
+
+
+def _robot_units(config: SmolVLAConfig, stats: Statistics, policy: SmolVLAPolicy) -> Affine:
+    unnormalised = _probe(UnnormalizerProcessorStep, ACTION, config, stats)
+    if not config.adapt_to_pi_aloha:
         return unnormalised
     width = len(unnormalised.scale)
     encoded = [policy._pi_aloha_encode_actions(torch.full((1, 1, width), x).double())[0, 0] for x in (0.0, 1.0)]

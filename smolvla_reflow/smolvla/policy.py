@@ -13,6 +13,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 
 from smolvla_reflow.errors import ReflowError, first_line, in_one_line
+from smolvla_reflow.smolvla.adapter import merged
 from smolvla_reflow.smolvla.backbone import check_backbone, load_tokenizer
 from smolvla_reflow.smolvla.checkpoint import (
     POSTPROCESSOR_NAME,
@@ -20,11 +21,14 @@ from smolvla_reflow.smolvla.checkpoint import (
     STATISTICS_AMONG_WEIGHTS,
     TOKENIZER_STEP,
     Checkpoint,
+    stored_tensors,
 )
 
 
 def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     """A checkpoint's policy for inference on `device`, neither compiled nor guided by an earlier chunk.
+
+    An adapter's is its base, with the adapter merged into it.
 
     Raises:
         ReflowError: its backbone is not here, or its weights do not fit its configuration or are not finite.
@@ -33,7 +37,12 @@ def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     config.device, config.compile_model, config.rtc_config = device, False, None
     check_backbone(config)
     try:
-        policy = SmolVLAPolicy.from_pretrained(checkpoint.folder, config=config).to(device)
+        policy = SmolVLAPolicy.from_pretrained(checkpoint.weights_file.parent, config=config)
+        if checkpoint.base is not None:
+            policy = merged(policy, checkpoint.folder)
+        policy = policy.to(device)
+    except ReflowError:
+        raise
     except Exception as error:  # LeRobot and transformers let through whatever a checkpoint leads them to
         reason = misfit(error) or in_one_line(error)
         raise ReflowError(f"The policy in {checkpoint.source} cannot be loaded: {reason}") from error
@@ -49,7 +58,7 @@ def misfit(error: Exception) -> str | None:
 
 def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
     """Raise ReflowError for missing, unknown or non-finite weights, of which LeRobot warns at most."""
-    stored = checkpoint.weights()
+    stored = stored_tensors(checkpoint.weights_file)
     # Tied parameters are one object under several names, of which a checkpoint stores one.
     loaded = {id(parameter) for name, parameter in policy.named_parameters(remove_duplicate=False) if name in stored}
     missing = [name for name, parameter in policy.named_parameters() if id(parameter) not in loaded]

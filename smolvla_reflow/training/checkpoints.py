@@ -1,7 +1,8 @@
 """The checkpoints of a run: its teacher, which stays the one that it began with, and the one its student starts from.
 
 LeRobot reads `--policy.path` from the command line itself, without a revision, and takes the tokenizer's name from the
-JSON file that it finds there. So the student's checkpoint is handed over as a folder in which all of it holds here.
+JSON file that it finds there. So the student's checkpoint is handed over as a folder in which all of it holds here, and
+an adapter, which LeRobot would go on with as one, as the stock checkpoint that it is once it is merged into its base.
 """
 
 import contextlib
@@ -12,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME
+from safetensors import SafetensorError
 from torch import nn
 
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.smolvla.adapter import ADAPTER_CONFIG_NAME, merge_command
 from smolvla_reflow.smolvla.backbone import load_tokenizer
 from smolvla_reflow.smolvla.checkpoint import (
-    ADAPTER_CONFIG_NAME,
     PREPROCESSOR_NAME,
     TOKENIZER_STEP,
     Checkpoint,
-    locate,
     open_checkpoint,
     read_json,
 )
+from smolvla_reflow.smolvla.merging import write_merged
 from smolvla_reflow.smolvla.teacher import base_policy
 from smolvla_reflow.training.config import ReflowConfig
 
@@ -79,12 +81,8 @@ def _revision(reflow: ReflowConfig, typed: Collection[str], named_anew: bool) ->
     return None
 
 
-def open_start(flags: Sequence[str], teacher: Checkpoint, backbone: str | None) -> Checkpoint | None:
-    """The checkpoint that `--policy.path` names; None if it is an adapter's, which LeRobot has a way of its own for.
-
-    Raises:
-        ReflowError: it cannot be used.
-    """
+def open_start(flags: Sequence[str], teacher: Checkpoint, backbone: str | None) -> Checkpoint:
+    """The checkpoint that `--policy.path` names. Raises ReflowError if it cannot be used."""
     given = by_name(flags)
     path, revision = given["policy.path"], given.get("policy.pretrained_revision")
     here = Path(path).expanduser()
@@ -94,9 +92,16 @@ def open_start(flags: Sequence[str], teacher: Checkpoint, backbone: str | None) 
             return teacher
     elif path == teacher.source and revision in (None, given.get("reflow.teacher_revision"), teacher.commit):
         return teacher
-    if (locate(path, revision).folder / ADAPTER_CONFIG_NAME).is_file():
-        return None
     return open_checkpoint(path, revision, backbone)
+
+
+def check_base(start: Checkpoint) -> None:
+    """Raise ReflowError if no adapter can be trained on this checkpoint, of which only the name is saved with it."""
+    if start.base is not None:
+        raise ReflowError(
+            f"With --peft.* the student is a new adapter, whose base LeRobot has to find again, and {start.source} is "
+            f"an adapter itself. Merge it first, {merge_command(start.source)}, and start from --policy.path=NEW_FOLDER"
+        )
 
 
 @contextlib.contextmanager
@@ -104,7 +109,7 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
     """The flags with which LeRobot starts the student from this checkpoint.
 
     What the checkpoint says and does not hold here (where its tokenizer is, an adapter that has been merged) is put
-    right in a temporary folder, all else in which are links.
+    right in a temporary folder, all else in which are links; and an adapter is merged there.
     """
     if start is None:
         yield list(flags)
@@ -113,13 +118,26 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
     with contextlib.ExitStack() as stack:
         if corrected:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reflow_start_")))
-            for path in folder.iterdir():
-                if path.name not in corrected:
-                    (scratch / path.name).symlink_to(path)
+            if start.base is not None:
+                _merge(start, scratch)
+            else:
+                for path in folder.iterdir():
+                    if path.name not in corrected:
+                        (scratch / path.name).symlink_to(path)
             for name, content in corrected.items():
                 (scratch / name).write_text(json.dumps(content, indent=2))
             folder = scratch
         yield [*(flag for flag in flags if not flag.startswith("--policy.path=")), f"--policy.path={folder}"]
+
+
+def _merge(start: Checkpoint, scratch: Path) -> None:
+    try:
+        write_merged(start, scratch)
+    except (OSError, SafetensorError) as error:
+        raise ReflowError(
+            f"The adapter {start.source} is merged into its base in {scratch}, which cannot be written ({error}). Make "
+            "room there, or set TMPDIR to a folder elsewhere."
+        ) from None
 
 
 def name_start(policy: nn.Module, start: Checkpoint) -> None:
@@ -127,6 +145,18 @@ def name_start(policy: nn.Module, start: Checkpoint) -> None:
     base_policy(policy).config.pretrained_path = Path(start.source)
     for adapter in getattr(policy, "peft_config", {}).values():
         adapter.base_model_name_or_path, adapter.revision = start.source, start.commit
+
+
+def restore_adapter(policy: Any, saved: Path) -> None:
+    """Give a resumed student the adapter that was saved in this folder, if it is one.
+
+    LeRobot 0.4 wraps it once more, in an adapter that begins at zero and has the saved one for its base.
+    """
+    adapters = getattr(policy, "peft_config", {})
+    for name, adapter in adapters.items():
+        policy.load_adapter(str(saved), name, is_trainable=True)
+        noted = read_json(saved / ADAPTER_CONFIG_NAME)
+        adapter.base_model_name_or_path, adapter.revision = noted.get("base_model_name_or_path"), noted.get("revision")
 
 
 def by_name(flags: Sequence[str]) -> dict[str, str]:

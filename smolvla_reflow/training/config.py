@@ -47,6 +47,12 @@ class ReflowConfig(SolverFlags):
     the student starts."""
     augment_pairs: bool = False
     """Allow image transforms together with pairs, whose actions the teacher chose for the images as recorded."""
+    measure_freq: int = 0
+    """Every how many steps to measure the student on frames of held-out episodes, its flow error and energy distance at
+    1 and 2 steps. By default never."""
+    measure_episodes: list[int] | None = None
+    """Episodes to measure on, which are not trained on then. By default those that LeRobot holds out
+    (--dataset.eval_split), where its version does."""
 
     def recipe(self) -> Recipe:
         """The section's choices of how the student learns. Raises ReflowError if one is unknown or out of range."""

@@ -50,7 +50,10 @@ OF_STANDARD_TRAINING = (
 )
 # Prefixes of the policy's fields that say how it is trained; the others are those of a checkpoint.
 OF_TRAINING = ("device", "use_amp", "compile_", "optimizer_", "scheduler_", "freeze_", "train_", "private")
-OF_ITS_DATASET = ("dataset.root", "dataset.revision", "dataset.episodes", "dataset.exclude_episodes")
+OF_ITS_DATASET = (
+    *("dataset.root", "dataset.revision", "dataset.episodes", "dataset.exclude_episodes"),
+    "reflow.measure_episodes",
+)
 
 
 @dataclass(frozen=True)

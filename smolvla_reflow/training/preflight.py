@@ -39,6 +39,7 @@ from smolvla_reflow.smolvla.teacher import check_agreement
 from smolvla_reflow.smolvla.words import check_words
 from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
+from smolvla_reflow.training.measuring import hold_out
 
 
 def check_options(reflow: ReflowConfig) -> None:
@@ -76,7 +77,7 @@ def check_run(
     """Raise ReflowError if this dataset cannot be trained on with this teacher, or with these pairs.
 
     Args:
-        cfg: validated.
+        cfg: validated. Episodes to measure on are taken out of those to train on (`measuring.py`).
         teacher: of the run.
         pairs: that it made, if they are used.
         typed: names of the flags on the command line, which hold also where they say what is the default.
@@ -93,6 +94,7 @@ def check_run(
     features = dataset_to_policy_features(metadata.features)
     fitted(teacher, features, cfg.rename_map)
     check_students_cameras(cfg.policy, features, cfg.rename_map)
+    hold_out(cfg, metadata, typed)
     check_frames(cfg, metadata)
     stats = training_statistics(cfg, metadata)
     space_maps(teacher, stats)
@@ -113,6 +115,8 @@ def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDataset
 
 def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
     """Raise ReflowError for numbers that LeRobot would stumble over half-way."""
+    if cfg.reflow.measure_freq < 0:
+        raise ReflowError(f"--reflow.measure_freq={cfg.reflow.measure_freq}: give a number of steps, or 0 for never.")
     for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(cfg, name) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")

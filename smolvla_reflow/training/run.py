@@ -7,6 +7,7 @@ train          LeRobot's own, whose Accelerator attaches the teacher to the poli
 
 import errno
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from lerobot.datasets.video_utils import FrameTimestampError
 from safetensors import SafetensorError
 from torch import nn
 
-from smolvla_reflow.attach import attach
-from smolvla_reflow.compat import gradient_accumulation
+from smolvla_reflow.attach import Attachment, attach, frozen_source
+from smolvla_reflow.compat import gradient_accumulation, prints_metrics
 from smolvla_reflow.compat import train as lerobot_train
+from smolvla_reflow.coupling import FrozenTeacher
 from smolvla_reflow.dataset import frame_error
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
@@ -34,11 +36,21 @@ from smolvla_reflow.smolvla.policy import misfit
 from smolvla_reflow.smolvla.prefix import is_trained
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.teacher import base_policy, keep_whole
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.arguments import NOTHING, Arguments
-from smolvla_reflow.training.checkpoints import by_name, name_start, open_start, open_teacher
+from smolvla_reflow.training.checkpoints import (
+    by_name,
+    check_base,
+    name_start,
+    open_start,
+    open_teacher,
+    restore_adapter,
+)
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
+from smolvla_reflow.training.console_line import ConsoleLine
 from smolvla_reflow.training.loss_check import LossCheck
+from smolvla_reflow.training.measuring import Measuring, begin, training_preprocessor
 from smolvla_reflow.training.preflight import check_options
 from smolvla_reflow.training.run_folder import how_to_go_on, training_step
 
@@ -52,8 +64,7 @@ class Inputs:
     Attributes:
         teacher: whose couplings the student learns.
         pairs: couplings that the teacher made before, if they are used.
-        start: where the student starts, as a rule the teacher; None if LeRobot alone knows, of a resumed run or an
-            adapter.
+        start: where the student starts, as a rule the teacher; None of a resumed run, of which LeRobot knows.
     """
 
     teacher: Checkpoint
@@ -86,6 +97,8 @@ def open_inputs(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Inputs:
     backbone = flags.get("policy.vlm_model_name") if cfg.policy is None else getattr(cfg.policy, "vlm_model_name", None)
     teacher = open_teacher(reflow, arguments.typed, backbone, resume=arguments.resume)
     start = None if arguments.resume else open_start(arguments.flags, teacher, backbone)
+    if start is not None and cfg.peft is not None:
+        check_base(start)
     names_of_dataset = flags.get("policy.input_features", "").lower() in NOTHING[1:]  # which LeRobot then gives it
     if not cfg.resume and not cfg.rename_map and "rename_map" not in arguments.typed and not names_of_dataset:
         cfg.rename_map = saved_rename_map(teacher)
@@ -109,11 +122,16 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
             configuration.
         KeyboardInterrupt: with how to go on.
     """
+    attachments: list[Attachment] = []
+    measurings: list[Measuring] = []
 
     def attach_to(policy: nn.Module, sharded: bool) -> None:
         announce(cfg, inputs, arguments)
+        measured_by = measure_with(cfg, inputs, stats, policy) if cfg.reflow.measure_freq else None
         if inputs.start is not None:
             name_start(policy, inputs.start)
+        else:
+            restore_adapter(policy, Path(str(cfg.policy.pretrained_path)))
         source: dict[str, Any] = {"pairs": inputs.pairs}
         if inputs.pairs is None:
             solver = cfg.reflow.to_solver() if get_loss_strategy(cfg.reflow.strategy).couples else None
@@ -126,21 +144,35 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
             dataset_stats=stats,
             train_state_proj=cfg.reflow.train_state_proj or state_has_to_be_learned(policy, inputs),
         )
+        attachments.append(attached)
+        if measured_by is not None:
+            measurings.append(measured_by(attached, step=first_step(cfg)))
+            attached.reports.append(measurings[-1])
         if sharded and attached.teacher is not None:
             keep_whole(attached.teacher)
             logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
 
     def hooked(accelerator: Accelerator) -> Accelerator:
-        on_loader = None
+        on_loader, sharded = None, accelerator.distributed_type == DistributedType.FSDP
+        if sharded and cfg.reflow.measure_freq:
+            raise ReflowError("--reflow.measure_freq cannot measure a student that FSDP has sharded; leave it out.")
         if inputs.pairs is not None:
             inputs.pairs.check(PartialState())  # now that the processes know of each other, and before any writes
             on_loader = partial(read_in_loader, pairs=inputs.pairs, per_frame=cfg.reflow.recipe().couplings_per_frame)
-        on_policy = partial(attach_to, sharded=accelerator.distributed_type == DistributedType.FSDP)
-        on_loss = loss_check(cfg, arguments, accelerator)
-        return hook(accelerator, on_policy=on_policy, on_loss=on_loss, on_loader=on_loader)
+        check = loss_check(cfg, arguments, accelerator)
+        line = ConsoleLine(first_step(cfg), cfg.log_freq, lambda: attachments[-1].monitor.reported)
+
+        def on_loss(loss: float) -> None:
+            check(loss)
+            if not prints_metrics():
+                line(loss)
+
+        return hook(accelerator, on_policy=partial(attach_to, sharded=sharded), on_loss=on_loss, on_loader=on_loader)
 
     try:
         lerobot_train(cfg, hooked)
+        for measuring in measurings:
+            measuring.finish()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_continue(cfg, arguments)) from None
     except FrameTimestampError as error:
@@ -154,6 +186,32 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         if problem is None:
             raise
         raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {problem}") from None
+
+
+def measure_with(
+    cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, policy: nn.Module
+) -> Callable[..., Measuring]:
+    """What measures this student, once it is attached. Until then its configuration says where it starts.
+
+    With stored pairs a teacher is built for it, and forgotten once it has given its fine solutions.
+    """
+    preprocessor = training_preprocessor(cfg, base_policy(policy), stats)
+    teacher = None if inputs.pairs is None else frozen_source(inputs.teacher, policy, Solver(), stats)
+
+    def measured_by(attached: Attachment, step: int) -> Measuring:
+        source = teacher or attached.source
+        assert isinstance(source, FrozenTeacher)
+        return begin(
+            cfg,
+            attached.policy,
+            source,
+            preprocessor,
+            attached.monitor.deviations,
+            num_steps=inputs.teacher.config.num_steps,
+            step=step,
+        )
+
+    return measured_by
 
 
 def state_has_to_be_learned(policy: nn.Module, inputs: Inputs) -> bool:
@@ -191,13 +249,27 @@ def announce(cfg: ReflowTrainPipelineConfig, inputs: Inputs, arguments: Argument
         if cfg.rename_map and "rename_map" not in arguments.typed:
             logging.info("Reflow: the dataset's names are mapped as for the teacher: %s.", cfg.rename_map)
     if inputs.pairs is not None:
+        made = inputs.pairs.manifest.provenance.solver.in_words()
         logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(inputs.pairs), inputs.pairs.folder)
+        logging.info("Reflow: the pairs were solved by %s.", made)
+    elif get_loss_strategy(cfg.reflow.strategy).couples:
+        own = inputs.teacher.config.num_steps
+        solver = cfg.reflow.to_solver().of_couplings(own)
+        logging.info("Reflow: couplings by %s. The teacher's config says num_steps %d.", solver.in_words(), own)
+    if cfg.reflow.measure_freq and cfg.reflow.measure_episodes:
+        logging.info("Reflow: episodes %s are measured on and not trained on.", cfg.reflow.measure_episodes)
+
+
+def first_step(cfg: ReflowTrainPipelineConfig) -> int:
+    """How many steps have been trained before this run begins."""
+    return training_step(Path(cfg.checkpoint_path)) if cfg.resume and cfg.checkpoint_path else 0
 
 
 def loss_check(cfg: ReflowTrainPipelineConfig, arguments: Arguments, accelerator: Accelerator) -> LossCheck:
     """What looks at each loss of this run."""
-    step = training_step(Path(cfg.checkpoint_path)) if cfg.resume and cfg.checkpoint_path else 0
-    return LossCheck(step, gradient_accumulation(cfg), accelerator.scaler, partial(how_to_continue, cfg, arguments))
+    return LossCheck(
+        first_step(cfg), gradient_accumulation(cfg), accelerator.scaler, partial(how_to_continue, cfg, arguments)
+    )
 
 
 def how_to_continue(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> str:

@@ -28,8 +28,8 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError
 
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.smolvla.adapter import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from smolvla_reflow.smolvla.checkpoint import (
-    ADAPTER_CONFIG_NAME,
     POSTPROCESSOR_NAME,
     PREPROCESSOR_NAME,
     TRAIN_CONFIG_NAME,
@@ -38,7 +38,6 @@ from smolvla_reflow.smolvla.checkpoint import (
 from smolvla_reflow.smolvla.saved_steps import named_files
 
 CONFIG = Path(PRETRAINED_MODEL_DIR) / TRAIN_CONFIG_NAME
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # LeRobot 0.6.2 averages weights, and saves what each process of a sharded run holds, as torch's distributed
 # checkpoints, which are complete once they have their metadata.
 AVERAGED_WEIGHTS = "ema_state.pt"
@@ -80,7 +79,7 @@ def last_good(output_dir: Path) -> Path | None:
     """
     for checkpoint in whole_checkpoints(output_dir):
         policy, state = checkpoint / PRETRAINED_MODEL_DIR, checkpoint / TRAINING_STATE_DIR
-        paths = (policy / SAFETENSORS_SINGLE_FILE, policy / ADAPTER_WEIGHTS, state / OPTIMIZER_STATE)
+        paths = (policy / SAFETENSORS_SINGLE_FILE, policy / ADAPTER_WEIGHTS_NAME, state / OPTIMIZER_STATE)
         files = [StoredTensors(path) for path in paths if path.is_file()]
         if all(torch.isfinite(file[name]).all() for file in files for name in file):
             return checkpoint
@@ -212,7 +211,7 @@ def _weights(policy: Path, config: Mapping[str, Any]) -> Iterator[Path]:
         yield policy / SHARDED_WEIGHTS / SHARDS_METADATA
     elif _section(config, "policy").get("use_peft"):
         yield policy / ADAPTER_CONFIG_NAME
-        yield policy / ADAPTER_WEIGHTS
+        yield policy / ADAPTER_WEIGHTS_NAME
     else:
         yield policy / SAFETENSORS_SINGLE_FILE
 
