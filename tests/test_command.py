@@ -273,6 +273,8 @@ def test_help_explains_the_reflow_options(capsys):
     text = capsys.readouterr().out
     for name in ("teacher_path", "strategy", "solver", "num_steps", "rtol", "atol"):
         assert f"--reflow.{name}" in text
+    assert "Every how many steps to measure the student" in " ".join(text.split())
+    assert "Episodes to measure on, which are not trained on then." in " ".join(text.split())
     assert "Steps of the solver (not for dopri5)" in " ".join(text.split())
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "smolvla_reflow"
 # nothing of each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
-    ("training", "evaluation", "demo", "migration"),
+    ("training", "evaluation", "demo"),
     ("attach",),
     ("sharing",),
     ("losses", "reduction", "pairs", "dataset"),
@@ -21,7 +21,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
 )
 ALLOWED_BESIDE = {
-    ("training", "migration"): "the earlier fork's flags",
     ("pairs", "dataset"): "the frames to make pairs of",
 }
 
@@ -76,4 +75,4 @@ def test_imports_point_one_way():
 def test_the_method_stands_flat_on_top():
     flat = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
     assert {"coupling", "times", "solver", "noise", "recipe", "step", "losses", "attach"} <= flat
-    assert len(flat) <= 16
+    assert len(flat) <= 15

@@ -53,7 +53,7 @@ IRRELEVANT_TO_ACTIONS = (
     "n_action_steps",
     "num_steps",
 )
-# What the earlier fork wrote into a checkpoint; `smolvla_reflow.migration` takes it out.
+# What the earlier fork wrote into a checkpoint; `smolvla_reflow.smolvla.migration` takes it out.
 FORK_FIELDS = ("training_mode", "teacher_model_path", "use_reflow")
 TEACHER_PREFIX = "model.teacher."
 # Where LeRobot had the statistics before it had processors.
