@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from smolvla_reflow import ReflowError
 from smolvla_reflow.commands import migrate
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.smolvla.migration import plan
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.smolvla.migration import plan
 
 FIELDS = {"training_mode": "reflow", "teacher_model_path": "outputs/1rf", "use_reflow": True}
 

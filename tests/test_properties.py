@@ -20,9 +20,9 @@ from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.commands.train import parse
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.files import sha256
-from smolvla_reflow.smolvla.migration import plan
 from smolvla_reflow.pairs.manifest import Manifest, Provenance, read_manifest, shard_path
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
+from smolvla_reflow.smolvla.migration import plan
 from smolvla_reflow.times import TimeSampling
 from smolvla_reflow.training.arguments import complete
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig

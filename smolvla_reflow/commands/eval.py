@@ -2,10 +2,13 @@
 
     smolvla-reflow-eval --policy.path=STUDENT --teacher_path=TEACHER --dataset.repo_id=... --output_dir=DIR
 
-Teacher and student are measured on the same frames, from the same noise. Without --teacher_path the report is about
-one policy alone, which also shows whether reflow would gain anything for it. After several rounds of reflow,
---earlier_rounds='[2RF,3RF]' puts all of them into one report. With --env.type=... the policies also run in that
-simulated environment, as in lerobot-eval, and the report says how often they succeed.
+Teacher and student are measured on the same frames, from the same noise. Recommended is the smallest number of steps
+at which the student is shown to be as good as the teacher with its own. With --env.type=... the policies run in that
+simulated environment, as in lerobot-eval, and how often they succeed decides; otherwise it is how far the distribution
+of their actions is from the teacher's. Without --teacher_path the report is about one policy alone and says whether it
+needs reflow. After several rounds of reflow, --earlier_rounds='[2RF,3RF]' puts all of them into one report.
+
+If the command is broken off, the same command goes on where it was.
 """
 
 from collections.abc import Sequence

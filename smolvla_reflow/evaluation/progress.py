@@ -10,6 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+SECONDS_BETWEEN_REFRESHES = 0.5
 
 
 class Progress:
@@ -28,6 +29,7 @@ class Progress:
         self.seconds: dict[str, list[float]] = {kind: [] for kind in parts}
         self.begun = time.monotonic()
         self.current: tuple[str, float] | None = None
+        self.shown = -SECONDS_BETWEEN_REFRESHES
         self.bar = tqdm(
             desc="starting",
             total=1.0,
@@ -40,13 +42,13 @@ class Progress:
         """Run a part of this kind and show `what` meanwhile. Other bars, which it may have, are not shown."""
         self.current = (kind, time.monotonic())
         self.bar.set_description_str(what, refresh=False)
-        self.tick()
+        self.show()
         with contextlib.redirect_stderr(io.StringIO()):
             found = part()
         self.seconds[kind].append(time.monotonic() - self.current[1])
         self.left[kind] -= 1
         self.current = None
-        self.tick()
+        self.show()
         return found
 
     def skip(self, kind: str) -> None:
@@ -54,8 +56,14 @@ class Progress:
         self.left[kind] -= 1
 
     def tick(self) -> None:
+        """Called often within a part, so that the bar moves on; it is shown now and then."""
+        if time.monotonic() - self.shown >= SECONDS_BETWEEN_REFRESHES:
+            self.show()
+
+    def show(self) -> None:
         """Show the time that has passed, and what is left."""
-        elapsed, left = time.monotonic() - self.begun, self.seconds_left()
+        self.shown = time.monotonic()
+        elapsed, left = self.shown - self.begun, self.seconds_left()
         self.bar.n = 0.0 if left is None else elapsed / max(elapsed + left, 1e-9)
         self.bar.set_postfix_str("" if left is None else f"about {tqdm.format_interval(round(left))} left", False)
         self.bar.refresh()

@@ -1,7 +1,7 @@
 """The report of an evaluation: a table, `report.json`, `report.md` for a model card, `report.png` for a paper."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,9 @@ EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
+DETAILS = ("own flow error", "straightness", "action error")
+
+
 def as_interval(found: Interval) -> str:
     """A mean and its confidence interval as text."""
     return f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"
@@ -129,15 +132,15 @@ def in_percent(success: Success) -> str:
     return f"{success.rate:.1%} ({success.low:.0%} to {success.high:.0%})"
 
 
-def cells_of(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's titles and rows as text, without columns that are empty in every row."""
-    columns = [[title, *map(show, rows)] for title, show in EVERY_COLUMN]
+def cells_of(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[list[str]]:
+    """The table's titles and rows as text, without some columns and those that are empty in every row."""
+    columns = [[title, *map(show, rows)] for title, show in EVERY_COLUMN if title not in left_out]
     return [list(line) for line in zip(*(column for column in columns if any(column[1:])), strict=True)]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table as aligned text, for a terminal."""
-    cells = cells_of(rows)
+    """The table as aligned text, narrow enough for a terminal."""
+    cells = cells_of(rows, DETAILS)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join(lines)

@@ -48,6 +48,8 @@ def run(cfg: EvalConfig) -> None:
         check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
     chosen = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset, held_out=True))
     positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
+    if len(positions) < 2:
+        raise ReflowError("The episodes to measure on have a single frame; choose --dataset.episodes that have more.")
     made_with = {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))}
     journal = Journal(cfg.output_dir, made_with)
     policies = [
