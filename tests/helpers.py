@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import utils as dataset_utils
 from lerobot.scripts import lerobot_train
 
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
+from smolvla_reflow.dataset import load_batches, open_dataset
 from smolvla_reflow.demo.flags import LAST, reflow_flags
 from smolvla_reflow.demo.task import REPO_ID
 
@@ -82,6 +84,14 @@ def eval_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
         "batch_size": 4,
     }
     return as_flags(flags, **changes)
+
+
+def load_frames(
+    dataset: DatasetConfig, positions: Sequence[int], *, chunk_size: int, batch_size: int, tolerance_s: float = 1e-4
+) -> Iterator[dict[str, Any]]:
+    """Raw batches of a dataset's frames with their recorded chunks, as `smolvla-reflow-eval` loads them."""
+    frames = open_dataset(dataset, chunk_size=chunk_size, tolerance_s=tolerance_s, held_out=True)
+    return load_batches(frames, [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)])
 
 
 def reflow_run(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import eval_flags, reflow_run, reflow_train_main, refused
+from helpers import eval_flags, load_frames, reflow_run, reflow_train_main, refused
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import NormalizationMode
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -33,7 +33,6 @@ from smolvla_reflow.dataset import (
     open_metadata,
 )
 from smolvla_reflow.demo.task import CAMERA, FPS, REPO_ID
-from smolvla_reflow.evaluation.frames import load_frames
 
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 DATA = "data/chunk-000/file-000.parquet"

@@ -22,6 +22,7 @@ from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.evaluation import latency
+from smolvla_reflow.evaluation import run as eval_run
 from smolvla_reflow.evaluation.latency import ChunkParts, measure_parts
 from smolvla_reflow.evaluation.measure import Cell, Evaluation, Row, Settings, Solutions, frame_records, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
@@ -48,7 +49,7 @@ def test_straightness_of_a_linear_field():
     a = 1.3
     noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = noise.square().mean(dim=(-2, -1)) * (a * (1 - math.exp(-2 * a)) / 2 - (1 - math.exp(-a)) ** 2)
-    fine = solved_finely(lambda x, t: a * x, noise, lambda x: x, [], 16)
+    fine = solved_finely(lambda x, t: a * x, noise, lambda x: x, min, 16)
     torch.testing.assert_close(fine.straightness, exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(fine.actions, noise * math.exp(-a), rtol=1e-6, atol=0)
 
@@ -56,7 +57,7 @@ def test_straightness_of_a_linear_field():
 def test_the_flow_to_a_point_is_straight():
     point = 0.7
     noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    fine = solved_finely(lambda x, t: noise - point, noise, lambda x: x, [], 4)
+    fine = solved_finely(lambda x, t: noise - point, noise, lambda x: x, min, 4)
     torch.testing.assert_close(fine.actions, torch.full_like(noise, point))
     assert fine.straightness.abs().max() < 1e-20
     velocities = (noise - point).expand(7, *noise.shape)
@@ -374,21 +375,23 @@ def riccati(x, t):
 def test_the_reference_is_as_fine_as_it_has_to_be_and_no_finer():
     noise = 0.5 + torch.rand(8, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     true = 1 / (1 / noise - (math.cos(6) - 1) / 6)
-    rmse = {
-        n: (Solver("rk4", num_steps=n).integrate(riccati, noise) - true).square().mean().sqrt().item()
-        for n in (8, 16, 32, 64)
-    }
+    ends = {n: Solver("rk4", num_steps=n).integrate(riccati, noise) for n in (8, 16, 32, 64)}
+    change = {n: (ends[n] - ends[n // 2]).square().mean().sqrt().item() for n in (16, 32, 64)}
     for steps in (16, 32, 64):
-        # A sample whose error is between what the last doubling changed and what the one before it did.
-        change, before = (
-            abs(rmse[steps // 2] - rmse[steps]),
-            abs(rmse[steps // 4] - rmse[steps // 2]) if steps > 16 else math.inf,
-        )
-        sample = true + 10 * min(2 * change, (change * before) ** 0.5)
-        found = solved_finely(riccati, noise, lambda x: x, [sample, sample + 1], None).reference
-        assert found.steps == steps
-        assert found.rmse == pytest.approx(change, rel=0.1)
-        assert rmse[steps] < found.rmse  # an estimate from above
+        # Errors of which a tenth is a little more than this doubling changes, and less than the one before.
+        found = solved_finely(riccati, noise, lambda x: x, lambda fine, steps=steps: 11 * change[steps], None).reference
+        assert found == Reference(steps, pytest.approx(change[steps]))
+        assert (ends[steps] - true).square().mean().sqrt().item() < found.rmse  # an estimate from above
+
+
+def test_the_reference_of_a_rough_flow_has_an_end():
+    noise, asked = torch.ones(1, 2, 3), []
+
+    def rough(x, t):
+        asked.append(t)
+        return torch.full_like(x, 1.0 if len(asked) % 7 else -1.0)
+
+    assert solved_finely(rough, noise, lambda x: x, lambda fine: 0.0, None).reference.steps == 128
 
 
 def test_the_reference_is_chosen_on_the_first_batch_and_kept(workshop):
@@ -413,7 +416,7 @@ def test_the_reference_is_chosen_on_the_first_batch_and_kept(workshop):
 
 def test_a_number_of_steps_that_is_given_is_taken(policy):
     noise = torch.ones(2, 5, 3)
-    found = solved_finely(lambda x, t: x, noise, lambda x: x, [], 6).reference
+    found = solved_finely(lambda x, t: x, noise, lambda x: x, min, 6).reference
     half = Solver("rk4", num_steps=3).integrate(lambda x, t: x, noise)
     expected = (Solver("rk4", num_steps=6).integrate(lambda x, t: x, noise) - half).abs().mean().item()
     assert found == Reference(6, pytest.approx(expected))
@@ -476,6 +479,23 @@ def test_what_is_left_to_gain_in_words():
 # --- what it recommends ---------------------------------------------------------------------------------------
 
 
+def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, capsys):
+    """A teacher that --write_num_steps has set to two steps."""
+    quick = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
+    config = json.loads((quick / "config.json").read_text())
+    (quick / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
+    flags = {"policy__path": student, "teacher_path": quick, "num_steps": "[1]", "num_frames": 2}
+    low = run_eval(workshop, tmp_path / "low", **flags)
+    assert low["decision"]["bar"] == ["teacher", 2]
+    (note,) = low["notes"]
+    assert note.startswith("The bar is low: it is the teacher with 2 steps")
+    assert note in capsys.readouterr().out
+    high = run_eval(workshop, tmp_path / "high", bar_num_steps=10, **flags)
+    assert (high["decision"]["bar"], high["notes"]) == (["teacher", 10], [])
+    assert {row["num_steps"] for row in high["rows"] if row["policy"] == "teacher"} == {1, 10}
+    assert row_of(high, "teacher", 10)["speedup"] == 1
+
+
 def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, capsys):
     """With a student measured at 1 step, at the 3 that are its own default, and at the 10 of its teacher."""
     poor = Path(shutil.copytree(student, tmp_path / "poor"))
@@ -490,8 +510,8 @@ def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, cap
     assert found["recommended_num_steps"] is None
     said = capsys.readouterr().out
     assert "No number of steps that was measured is shown to be as good as the teacher's own 10 steps" in said
-    assert "actions in the wrong place (r = 3" in said
     assert found["two_errors"]["student"]["r"] == pytest.approx(3, rel=0.05)
+    assert f"actions in the wrong place (r = {found['two_errors']['student']['r']:.3f}" in said
     assert found["two_errors"]["student"]["holds"]
     assert "Stored num_steps" not in said
     assert json.loads((poor / "config.json").read_text())["num_steps"] == 3
@@ -542,6 +562,13 @@ def test_user_errors(workshop, tmp_path, capsys, flags, message):
     line = refused(capsys, eval_command.main, eval_flags(workshop, **{"output_dir": tmp_path / "r", **flags}))
     assert line.startswith("smolvla-reflow-eval: error:")
     assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_single_frame_is_too_few(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_run, "frame_ranges", lambda *args: [range(0, 1)])
+    line = refused(capsys, eval_command.main, eval_flags(workshop, tmp_path / "r"))
+    assert "have a single frame" in line
     assert not (tmp_path / "r").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, eval_flags, make_batch
+from helpers import ACTION_DIM, CHUNK, WIDTH, eval_flags, load_frames, make_batch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import FeatureType, PolicyFeature, RTCAttentionSchedule
 from lerobot.policies.factory import make_pre_post_processors
@@ -20,7 +20,6 @@ from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.evaluation.frames import load_frames
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
 from smolvla_reflow.evaluation.real_time_chunking import (
     PrefixError,

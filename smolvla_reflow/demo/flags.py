@@ -46,7 +46,7 @@ def reflow_flags(folder: Path, *, steps: int = 2000, lr: float = 1e-3) -> list[s
     ]
 
 
-def evaluation_flags(folder: Path, *, episodes: int = 500, frames: int = 16) -> list[str]:
+def evaluation_flags(folder: Path, *, episodes: int = 1000, frames: int = 16) -> list[str]:
     """`smolvla-reflow-eval`: both policies on some frames, and on unseen scenes in closed loop."""
     return [
         f"--policy.path={folder / '2rf' / LAST}",

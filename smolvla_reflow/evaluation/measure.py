@@ -233,7 +233,8 @@ def measure_batch(
         steps_of[cell.policy].append(cell.num_steps)
     for policy in policies:
         with policy.inference(policy.num_steps):
-            solved = solutions(policy, batch, steps_of[policy.name], settings, (references or {}).get(policy.name))
+            reference = (references or {}).get(policy.name)
+            solved = solutions(policy, batch, steps_of[policy.name], settings, target, reference)
         chosen[policy.name] = solved.reference
         target = solved.fine if target is None else target
         for n in steps_of[policy.name]:
@@ -266,9 +267,19 @@ def solutions(
     batch: dict[str, Any],
     num_steps: Sequence[int],
     settings: Settings,
-    reference: Reference | None,
+    target: Tensor | None = None,
+    reference: Reference | None = None,
 ) -> Solutions:
-    """Solve the policy's ODE for every noise of a batch; each frame's observation is encoded once."""
+    """Solve a policy's ODE for every noise of a batch; each frame's observation is encoded once.
+
+    Args:
+        policy: which.
+        batch: of raw frames.
+        num_steps: of the Euler solutions.
+        settings: what to measure.
+        target: the reference policy's fine solutions; None for itself.
+        reference: how fine the solutions are to be, if that is known.
+    """
     config, frames, noises = policy.policy.config, batch["index"].tolist(), settings.num_noises
     observation = observe(policy.policy, policy.preprocessor(dict(batch)))
     velocity = velocity_of(policy.policy.model, observation).repeated(noises)
@@ -284,11 +295,16 @@ def solutions(
     def actions(x: Tensor) -> Tensor:
         return policy.robot_units(x[..., : len(scale)]).unflatten(0, (len(frames), noises)).cpu()
 
-    euler = {n: Solver("euler", num_steps=n).integrate(velocity, noise) for n in num_steps}
-    fine = solved_finely(velocity, noise, in_deviations, euler.values(), reference or settings.reference_steps)
+    ends = {n: actions(Solver("euler", num_steps=n).integrate(velocity, noise)) for n in num_steps}
+
+    def smallest_error(fine: Tensor) -> float:
+        aim = actions(fine) if target is None else target
+        return min(settings.in_deviations(end - aim).square().mean().sqrt().item() for end in ends.values())
+
+    fine = solved_finely(velocity, noise, in_deviations, smallest_error, reference or settings.reference_steps)
     return Solutions(
         fine=actions(fine.actions),
-        euler={n: actions(end) for n, end in euler.items()},
+        euler=ends,
         straightness=fine.straightness.unflatten(0, (len(frames), noises)).cpu(),
         reference=fine.reference,
     )

@@ -1,10 +1,10 @@
 """The fine solutions that errors are measured against, as fine as they have to be.
 
 The number of rk4 steps is doubled until the last doubling changed the solutions by less than a tenth of the smallest
-error that is to be measured by them.
+flow error in the policy's rows.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ def solved_finely(
     velocity: VelocityField,
     noise: Tensor,
     in_deviations: Callable[[Tensor], Tensor],
-    samples: Iterable[Tensor],
+    smallest_error: Callable[[Tensor], float],
     steps: Reference | int | None,
 ) -> Fine:
     """Solve the ODE finely.
@@ -59,7 +59,7 @@ def solved_finely(
         velocity: the field.
         noise: (N * K, chunk_size, max_action_dim).
         in_deviations: from differences in the policy's normalised space to standard deviations of the robot's actions.
-        samples: ends of coarse solutions, whose errors are to be measured.
+        smallest_error: from these actions to the smallest flow error, in standard deviations.
         steps: as chosen before; a number, whose error is then estimated; or None to choose one.
     """
 
@@ -72,13 +72,13 @@ def solved_finely(
         half = Solver("rk4", num_steps=max(1, steps // 2)).integrate(velocity, noise)
         fine = _solved(velocity, noise, in_deviations, steps)
         return Fine(*fine, Reference(steps, distance(fine[0], half)))
-    steps, samples = FIRST_STEPS, list(samples)
+    steps = FIRST_STEPS
     half, _ = _solved(velocity, noise, in_deviations, steps)
     while True:
         steps *= 2
         fine = _solved(velocity, noise, in_deviations, steps)
         change = distance(fine[0], half)
-        if steps >= MOST_STEPS or change <= ENOUGH * min(distance(sample, fine[0]) for sample in samples):
+        if steps >= MOST_STEPS or change <= ENOUGH * smallest_error(fine[0]):
             return Fine(*fine, Reference(steps, change))
         half = fine[0]
 

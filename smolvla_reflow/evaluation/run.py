@@ -10,8 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import chosen_episodes, evenly_spaced, frame_ranges, open_metadata
+from smolvla_reflow.dataset import (
+    chosen_episodes,
+    evenly_spaced,
+    frame_ranges,
+    load_batches,
+    open_dataset,
+    open_metadata,
+)
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.checks import check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
@@ -20,14 +29,15 @@ from smolvla_reflow.evaluation.decision import Decision, Margins, bar_is_low, de
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.lineage import check_lineage
 from smolvla_reflow.evaluation.measure import Evaluation
-from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
+from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.real_time_chunking import is_enabled, measure_chunking, note
 from smolvla_reflow.evaluation.report import NAMES, WHAT_THE_COLUMNS_SAY, Report, table
-from smolvla_reflow.evaluation.stages import Found, frames_at, measure_all
+from smolvla_reflow.evaluation.stages import Found, Work, measure_all
 from smolvla_reflow.evaluation.storing import write_num_steps
 from smolvla_reflow.evaluation.task_sentence import dataset_sentences, in_words, shown_sentences, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
+from smolvla_reflow.smolvla.statistics import moving_deviations
 
 SECONDS_BETWEEN_WRITES = 20.0
 
@@ -58,17 +68,20 @@ def run(cfg: EvalConfig) -> None:
     ]
     if cfg.bar_num_steps is not None:
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
+    chunk_size = policies[0].policy.config.chunk_size
+    frames = open_dataset(cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True)
+    work = Work(cfg, policies, frames, positions, moving_deviations(metadata.stats["action"]), journal)
     warning = sentence_warning(cfg, metadata)
     if warning:
         print(f"Warning: {warning}\n")
     notes = [warning] if warning else []
     try:
-        found = grown(cfg, measure_all(cfg, policies, metadata, positions, journal), notes, made_with)
+        found = grown(cfg, measure_all(work), notes, made_with)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"What is measured is kept in {cfg.output_dir}; the same command goes on from there."
         ) from None
-    notes += chunking_notes(cfg, policies, checkpoints, positions, found)
+    notes += chunking_notes(work, list(checkpoints.values())[-1].config.rtc_config, found)
     report = make_report(cfg, found, notes, made_with)
     write(cfg.output_dir, report)
     print("\n\n".join(["", table(report.rows), WHAT_THE_COLUMNS_SAY, *report.sentences()]))
@@ -114,19 +127,13 @@ def grown(cfg: EvalConfig, parts: Iterable[Found], notes: list[str], made_with: 
     return found
 
 
-def chunking_notes(
-    cfg: EvalConfig,
-    policies: Sequence[MeasuredPolicy],
-    checkpoints: dict[str, Checkpoint],
-    positions: Sequence[int],
-    found: Found,
-) -> list[str]:
+def chunking_notes(work: Work, rtc_config: RTCConfig | None, found: Found) -> list[str]:
     """What real-time chunking makes of few steps, where the judged checkpoint has it enabled."""
-    rtc_config = list(checkpoints.values())[-1].config.rtc_config
-    if not is_enabled(rtc_config):
+    if rtc_config is None or not is_enabled(rtc_config):
         return []
-    (batch,) = frames_at(cfg, policies, positions[:4], 4)
-    errors = measure_chunking(policies[-1], rtc_config, batch, sorted({1, 2, 10, *cfg.num_steps}), cfg.seed)
+    cfg = work.cfg
+    (batch,) = load_batches(work.frames, [work.positions[:4]])
+    errors = measure_chunking(work.policies[-1], rtc_config, batch, sorted({1, 2, 10, *cfg.num_steps}), cfg.seed)
     return [note(errors, decided(cfg, found.evaluation).recommended)]
 
 

@@ -9,17 +9,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from smolvla_reflow.compat import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from torch import Tensor
+
+from smolvla_reflow.dataset import load_batches
 from smolvla_reflow.evaluation.closed_loop import success_rate
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.frames import load_frames
 from smolvla_reflow.evaluation.journal import Journal
-from smolvla_reflow.evaluation.latency import ChunkParts, Latency, measure_latency, measure_parts
+from smolvla_reflow.evaluation.latency import ChunkParts, Latency, measure_latency, measure_parts, pace
 from smolvla_reflow.evaluation.measure import Cell, Evaluation, Measured, Settings, cells, evaluation_of, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.progress import Progress, progress
 from smolvla_reflow.evaluation.success import Success
-from smolvla_reflow.smolvla.statistics import moving_deviations
 
 
 @dataclass(frozen=True)
@@ -41,127 +42,120 @@ class Found:
 Stage: TypeAlias = Generator[Found, None, Found]
 
 
-def measure_all(
-    cfg: EvalConfig,
-    policies: Sequence[MeasuredPolicy],
-    metadata: LeRobotDatasetMetadata,
-    positions: Sequence[int],
-    journal: Journal,
-) -> Iterator[Found]:
-    """Measure everything that was asked for; yields what there is after each part.
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured.
 
-    Args:
+    Attributes:
         cfg: checked.
         policies: the reference policy first, the judged one last.
-        metadata: of the dataset.
-        positions: of the frames to measure on.
+        frames: the dataset, each frame with its recorded chunk.
+        positions: in it, of the frames to measure on.
+        action_std: (D,) standard deviations of its actions.
         journal: of the parts that are finished.
     """
-    batches = [positions[i : i + cfg.batch_size] for i in range(0, len(positions), cfg.batch_size)]
-    table = cells(policies, cfg.num_steps)
-    driven = table if cfg.env is not None else []
-    with progress({"frames": len(batches), "latency": len(table) + 1, "episodes": len(driven)}) as bar:
-        found = yield from _frames(cfg, policies, metadata, batches, journal, bar)
-        found = yield from _latencies(cfg, policies, positions, table, found, journal, bar)
-        found = yield from _episodes(cfg, policies, driven, found, journal, bar)
+
+    cfg: EvalConfig
+    policies: Sequence[MeasuredPolicy]
+    frames: LeRobotDataset
+    positions: Sequence[int]
+    action_std: Tensor
+    journal: Journal
+
+    def policy(self, name: str) -> MeasuredPolicy:
+        """The policy of this name."""
+        return next(policy for policy in self.policies if policy.name == name)
+
+    @property
+    def table(self) -> list[Cell]:
+        """Every policy and number of steps."""
+        return cells(self.policies, self.cfg.num_steps)
+
+    @property
+    def batches(self) -> list[Sequence[int]]:
+        """The positions, some at once."""
+        size = self.cfg.batch_size
+        return [self.positions[i : i + size] for i in range(0, len(self.positions), size)]
+
+    @property
+    def timed(self) -> dict[Cell, Cell]:
+        """For each policy and number of steps the one whose latency is measured: the first that takes as long."""
+        first: dict[Any, Cell] = {}
+        return {cell: first.setdefault((pace(self.policy(cell.policy)), cell.num_steps), cell) for cell in self.table}
+
+    @property
+    def driven(self) -> list[Cell]:
+        """Every policy and number of steps that is to run episodes."""
+        return self.table if self.cfg.env is not None else []
+
+
+def measure_all(work: Work) -> Iterator[Found]:
+    """Measure everything that is to be measured; yields what there is after each part."""
+    latencies = len(set(work.timed.values())) + 1
+    parts = {"frames": len(work.batches), "latency": latencies, "episodes": len(work.driven)}
+    with progress(parts) as bar:
+        found = yield from _frames(work, bar)
+        found = yield from _latencies(work, found, bar)
+        found = yield from _episodes(work, found, bar)
     yield replace(found, complete=True)
 
 
-def _frames(
-    cfg: EvalConfig,
-    policies: Sequence[MeasuredPolicy],
-    metadata: LeRobotDatasetMetadata,
-    batches: Sequence[Sequence[int]],
-    journal: Journal,
-    bar: Progress,
-) -> Stage:
-    settings = Settings(
-        action_std=moving_deviations(metadata.stats["action"]),
-        num_steps=cfg.num_steps,
-        num_noises=cfg.num_noises,
-        reference_steps=cfg.reference_steps,
-        seed=cfg.seed,
-    )
-    names = [f"frames {batch[0]} to {batch[-1]}" for batch in batches]
-    to_load = [batch for name, batch in zip(names, batches, strict=True) if name not in journal.parts]
-    loaded = frames_at(cfg, policies, [position for batch in to_load for position in batch], cfg.batch_size)
+def _frames(work: Work, bar: Progress) -> Stage:
+    cfg = work.cfg
+    settings = Settings(work.action_std, cfg.num_steps, cfg.num_noises, cfg.reference_steps, cfg.seed)
+    by_name = {f"frames {batch[0]} to {batch[-1]}": batch for batch in work.batches}
+    loaded = load_batches(work.frames, [batch for name, batch in by_name.items() if name not in work.journal.parts])
     finished: list[Measured] = []
-    for name in names:
 
-        def measure() -> dict[str, Any]:
-            references = finished[0].references if finished else None
-            return measure_batch(policies, next(loaded), settings, references).as_json()
+    def measure() -> dict[str, Any]:
+        references = finished[0].references if finished else None
+        return measure_batch(work.policies, next(loaded), settings, references).as_json()
 
-        finished.append(Measured.from_json(_part("frames", name, measure, journal, bar)))
-        found = Found(evaluation_of(policies, finished, cfg.seed))
+    for name in by_name:
+        finished.append(Measured.from_json(_part("frames", name, measure, work.journal, bar)))
+        found = Found(evaluation_of(work.policies, finished, cfg.seed))
         yield found
     return found
 
 
-def _latencies(
-    cfg: EvalConfig,
-    policies: Sequence[MeasuredPolicy],
-    positions: Sequence[int],
-    table: Sequence[Cell],
-    found: Found,
-    journal: Journal,
-    bar: Progress,
-) -> Stage:
-    (frame,) = frames_at(cfg, policies, positions[:1], 1)
-    by_name = {policy.name: policy for policy in policies}
-    for cell in table:
-        name = f"latency of the {cell.policy} at num_steps={cell.num_steps}"
-        timed = _part(
-            "latency",
-            name,
-            lambda cell=cell: asdict(measure_latency(by_name[cell.policy], frame, cell.num_steps)),  # type: ignore[misc]
-            journal,
-            bar,
-        )
-        latencies = {**found.evaluation.latencies, cell: Latency(**timed)}
+def _latencies(work: Work, found: Found, bar: Progress) -> Stage:
+    (frame,) = load_batches(work.frames, [work.positions[:1]])
+    timed: dict[Cell, Latency] = {}
+    for cell, like in work.timed.items():
+        if like not in timed:
+            policy = work.policy(like.policy)
+
+            def measure(policy: MeasuredPolicy = policy, num_steps: int = like.num_steps) -> dict[str, Any]:
+                return asdict(measure_latency(policy, frame, num_steps))
+
+            name = f"latency of the {like.policy} at num_steps={like.num_steps}"
+            timed[like] = Latency(**_part("latency", name, measure, work.journal, bar))
+        latencies = {**found.evaluation.latencies, cell: timed[like]}
         found = replace(found, evaluation=replace(found.evaluation, latencies=latencies))
         yield found
-    parts = _part("latency", "parts of a chunk", lambda: asdict(measure_parts(policies[-1], frame)), journal, bar)
+    judged = work.policies[-1]
+    parts = _part("latency", "parts of a chunk", lambda: asdict(measure_parts(judged, frame)), work.journal, bar)
     found = replace(found, chunk_parts=ChunkParts(**parts))
     yield found
     return found
 
 
-def _episodes(
-    cfg: EvalConfig,
-    policies: Sequence[MeasuredPolicy],
-    driven: Sequence[Cell],
-    found: Found,
-    journal: Journal,
-    bar: Progress,
-) -> Stage:
-    by_name = {policy.name: policy for policy in policies}
-    for cell in driven:
-        policy = by_name[cell.policy]
+def _episodes(work: Work, found: Found, bar: Progress) -> Stage:
+    cfg = work.cfg
+    for cell in work.driven:
         assert cfg.env is not None
+        policy = work.policy(cell.policy)
+        policy = replace(policy, postprocessor=_with_a_tick(policy.postprocessor, bar))
 
         def drive(policy: MeasuredPolicy = policy, num_steps: int = cell.num_steps) -> dict[str, Any]:
-            ticking = replace(policy, postprocessor=_with_a_tick(policy.postprocessor, bar))
-            return asdict(success_rate(ticking, cfg.env, cfg.eval, num_steps, cfg.seed, cfg.env_task))
+            return asdict(success_rate(policy, cfg.env, cfg.eval, num_steps, cfg.seed, cfg.env_task))
 
         name = f"episodes of the {cell.policy} at num_steps={cell.num_steps}"
-        counted = Success(**_part("episodes", name, drive, journal, bar))
+        counted = Success(**_part("episodes", name, drive, work.journal, bar))
         successes = {**found.evaluation.successes, cell: counted}
         found = replace(found, evaluation=replace(found.evaluation, successes=successes))
         yield found
     return found
-
-
-def frames_at(
-    cfg: EvalConfig, policies: Sequence[MeasuredPolicy], positions: Sequence[int], batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Raw batches of the frames at these positions."""
-    if not positions:
-        return iter(())
-    chunk_size = policies[0].policy.config.chunk_size
-    return load_frames(
-        cfg.dataset, positions, chunk_size=chunk_size, batch_size=batch_size, tolerance_s=cfg.tolerance_s
-    )
 
 
 def _part(kind: str, name: str, measure: Callable[[], Any], journal: Journal, bar: Progress) -> Any:
