@@ -63,6 +63,8 @@ def check_options(reflow: ReflowConfig) -> None:
             f"--reflow.train_state_proj=true has no effect with --reflow.strategy={reflow.strategy}, which trains it "
             "anyway; leave it out."
         )
+    if reflow.measure_freq < 0:
+        raise ReflowError(f"--reflow.measure_freq={reflow.measure_freq}: give a number of steps, or 0 for never.")
     if reflow.augment_pairs and not reflow.pairs_path:
         raise ReflowError("--reflow.augment_pairs=true has no effect without --reflow.pairs_path; leave it out.")
 
@@ -115,8 +117,6 @@ def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDataset
 
 def check_numbers(cfg: ReflowTrainPipelineConfig) -> None:
     """Raise ReflowError for numbers that LeRobot would stumble over half-way."""
-    if cfg.reflow.measure_freq < 0:
-        raise ReflowError(f"--reflow.measure_freq={cfg.reflow.measure_freq}: give a number of steps, or 0 for never.")
     for name, least in (("steps", 1), ("batch_size", 1), ("num_workers", 0)):
         if getattr(cfg, name) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
