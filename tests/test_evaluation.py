@@ -552,6 +552,7 @@ def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, stu
         ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
         pytest.param({"dataset__episodes": "[99]"}, "no episode 99", marks=EPISODES_HAVE_TO_EXIST),
         ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
+        ({"tolerance": 0.1}, "unrecognized arguments: --tolerance=0.1"),  # and not the beginning of --tolerance_s
         ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
         ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
     ],

@@ -6,13 +6,16 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import draccus
 import yaml
+from draccus.argparsing import ArgumentParser
 from lerobot.configs import parser
 
 from smolvla_reflow.errors import ReflowError, in_one_line
 
+T = TypeVar("T")
 USER_ERROR = 2
 INTERRUPTED = 130
 DEBUG = "--debug"
@@ -74,6 +77,16 @@ def parse_errors() -> Iterator[None]:
     except draccus.utils.DraccusException as error:
         cause = f" ({_one_line(str(error.__cause__))})" if error.__cause__ else ""
         raise ReflowError(f"{_one_line(str(error))}{cause}. See --help.") from None
+
+
+def parsed(config: type[T], argv: Sequence[str]) -> T:
+    """These flags, by their whole names: a part of one is no name, since it could come to mean another.
+
+    Raises:
+        ReflowError: there is no such flag, or its value cannot be read.
+    """
+    with parse_errors():
+        return ArgumentParser(config, allow_abbrev=False).parse_args(argv)
 
 
 @contextlib.contextmanager

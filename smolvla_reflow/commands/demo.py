@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
 from smolvla_reflow.commands import eval as eval_command
-from smolvla_reflow.commands.console import asks_for_help, parse_errors, reported_errors
+from smolvla_reflow.commands.console import asks_for_help, parsed, reported_errors
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.run import run_demo
 from smolvla_reflow.errors import ReflowError
@@ -34,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` without the program's name, by default the process's own."""
     with reported_errors(PROGRAM, argv) as argv:
         asks_for_help(argv, __doc__)
-        with parse_errors():
-            cfg = draccus.parse(DemoConfig, args=argv)
-        run(cfg)
+        run(parsed(DemoConfig, argv))
 
 
 def run(cfg: DemoConfig) -> None:

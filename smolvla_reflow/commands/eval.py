@@ -13,13 +13,11 @@ If the command is broken off, the same command goes on where it was.
 
 from collections.abc import Sequence
 
-import draccus
-
 from smolvla_reflow.commands.console import (
     asks_for_help,
     is_given,
     load_plugins,
-    parse_errors,
+    parsed,
     reported_errors,
     with_values,
 )
@@ -35,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reported_errors(PROGRAM, argv) as argv:
         if not asks_for_help(argv, __doc__) and not is_given(argv, "dataset.repo_id"):
             raise ReflowError("Name the dataset to measure on: --dataset.repo_id=... (--dataset.root=...).")
-        with parse_errors():
-            cfg = draccus.parse(EvalConfig, args=load_plugins(with_values(argv, "write_num_steps")))
-        run(cfg)
+        run(parsed(EvalConfig, load_plugins(with_values(argv, "write_num_steps"))))
 
 
 if __name__ == "__main__":

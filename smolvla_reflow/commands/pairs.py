@@ -10,16 +10,13 @@ the largest difference; `--verify=DIR --help` lists its flags.
 
 import atexit
 from collections.abc import Sequence
-from typing import Any
-
-import draccus
 
 from smolvla_reflow.commands.console import (
     asks_for_help,
     is_given,
     load_plugins,
     own_log,
-    parse_errors,
+    parsed,
     reported_errors,
     with_values,
 )
@@ -39,12 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not asks_for_help(argv, __doc__):
             check_flags(argv, verifying)
         argv = load_plugins(argv)
-        with parse_errors():
-            cfg: Any = draccus.parse(VerifyConfig if verifying else PairsConfig, args=argv)
-        if isinstance(cfg, VerifyConfig):
-            print(verify(cfg).in_words())
+        if verifying:
+            print(verify(parsed(VerifyConfig, argv)).in_words())
         else:
-            make(cfg)
+            make(parsed(PairsConfig, argv))
 
 
 def check_flags(argv: Sequence[str], verifying: bool) -> None:
