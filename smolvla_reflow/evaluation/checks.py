@@ -34,7 +34,7 @@ def check_values(cfg: EvalConfig) -> None:
     if not 0 < cfg.success_margin < 1:
         raise ReflowError(f"--success_margin={cfg.success_margin}: give a share between 0 and 1, such as 0.05.")
     if not 0 < cfg.energy_margin < math.inf:
-        raise ReflowError(f"--energy_margin={cfg.energy_margin}: give a number above 0, such as 0.01.")
+        raise ReflowError(f"--energy_margin={cfg.energy_margin}: give a number above 0, such as 0.003.")
     if cfg.env_task is not None and cfg.env is None:
         raise ReflowError("--env_task has no effect without --env.type; leave it out.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():

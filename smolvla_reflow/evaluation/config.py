@@ -49,7 +49,7 @@ class EvalConfig:
     """Steps of rk4 for the fine solutions that errors are measured against. By default as many as it takes."""
     success_margin: float = 0.05
     """By how much less often than the teacher a policy may succeed and still be recommended, as a share."""
-    energy_margin: float = 0.01
+    energy_margin: float = 0.003
     """By how much its energy distance may be above the teacher's, in standard deviations, where no environment is
     driven."""
     batch_size: int = 16
