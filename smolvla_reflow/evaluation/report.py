@@ -89,18 +89,21 @@ class Report:
         if self.chunk_parts is not None:
             parts = [self.chunk_parts.left_to_gain(self.recommended_num_steps or self.decision.bar.num_steps)]
         advice = [self.advice] if self.advice else []
-        return [*unfinished, self.recommendation, *advice, *fits, *parts, *self.notes]
+        return [*unfinished, self.recommendation, *fits, *advice, *parts, self._fine_solutions(), *self.notes]
+
+    def _fine_solutions(self) -> str:
+        steps = ", ".join(f"{found.steps} steps for the {policy}" for policy, found in self.references.items())
+        error = max(found.rmse for found in self.references.values())
+        return f"The fine solutions are by rk4, {steps}; their own error is at most about {error:.1g}."
 
     def markdown(self) -> str:
         """The report as a section of a model card."""
         made = "\n".join(f"- {name}: `{value}`" for name, value in self.made_with.items())
         said = "\n\n".join(self.sentences())
-        fine = ", ".join(f"{r.steps} steps of rk4 for the {policy}" for policy, r in self.references.items())
         return (
             f"## How many ODE steps\n\n{said}\n\n{markdown_table(self.rows)}\n\n"
             f"Distances are in standard deviations of the actions, action error is in the robot's units. "
-            f"{WHAT_THE_COLUMNS_SAY} Fine solutions: {fine}; their own error is at most about "
-            f"{max(r.rmse for r in self.references.values()):.1g}.\n\n{made}\n"
+            f"{WHAT_THE_COLUMNS_SAY}\n\n{made}\n"
         )
 
 
