@@ -21,6 +21,7 @@ class Journal:
     """The finished parts of one evaluation.
 
     Attributes:
+        setup: what is evaluated and how, as JSON has it.
         parts: what each has given, by its name, as JSON has it.
     """
 
@@ -35,7 +36,7 @@ class Journal:
             ReflowError: the folder holds a journal of another evaluation, or one that cannot be read.
         """
         self.file = folder / NAME
-        self.setup = json.loads(json.dumps(setup))
+        self.setup: dict[str, Any] = json.loads(json.dumps(setup))
         self.parts: dict[str, Any] = {}
         self._whole = 0  # bytes up to the end of the last line that was written whole
         if self.file.is_file():

@@ -1,21 +1,16 @@
 """The report of an evaluation: a table, `report.json`, `report.md` for a model card, `report.png` for a paper."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-
-from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, Decision
+from smolvla_reflow.evaluation.decision import Decision
 from smolvla_reflow.evaluation.intervals import Interval
 from smolvla_reflow.evaluation.latency import ChunkParts
 from smolvla_reflow.evaluation.measure import Row
+from smolvla_reflow.evaluation.picture import draw
 from smolvla_reflow.evaluation.reference import Reference
 from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.evaluation.two_errors import TwoErrors
@@ -23,9 +18,6 @@ from smolvla_reflow.files import write_whole
 
 SCHEMA_VERSION = 2
 NAMES = ("report.json", "report.md", "report.png")
-COLUMN_WIDTH_INCHES = 3.4
-FIRST, LAST = ("#D55E00", "s"), ("#0072B2", "o")
-BETWEEN = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"))
 
 WHAT_THE_COLUMNS_SAY = (
     "Energy distance compares the distribution of the actions with that of the reference policy's fine solutions: a "
@@ -74,7 +66,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "report.json", (json.dumps(asdict(self), indent=2) + "\n").encode())
         write_whole(folder / "report.md", self.markdown().encode())
-        draw(self, folder / "report.png")
+        draw(self.rows, self.decision, folder / "report.png")
 
     def sentences(self) -> list[str]:
         """What the report says in words: the recommendation first."""
@@ -154,109 +146,3 @@ def markdown_table(rows: Sequence[Row]) -> str:
     titles, *cells = cells_of(rows)
     cells = [titles, ["---"] * len(titles), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def draw(report: Report, file: Path) -> None:
-    """Plot what decides, success or energy distance, over the number of steps, and below it flow error.
-
-    There is one line per policy. The picture is as wide as a column of a paper, and readable at that width.
-    """
-    figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3), layout="constrained")
-    FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, sharex=True)
-    if any(row.success is not None for row in report.rows):
-        draw_success(report, above)
-    else:
-        draw_energy_distance(report, above)
-    draw_flow_error(report, below)
-    steps = sorted({row.num_steps for row in report.rows})
-    below.set_xscale("log")
-    below.set_xlabel("ODE steps", fontsize=8)
-    below.set_xticks(steps, [str(n) for n in steps])
-    below.set_xticks([], minor=True)
-    above.legend(fontsize=7, frameon=False)
-    for axis in (above, below):
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3, lw=0.5)
-    figure.savefig(file, dpi=300)
-
-
-def draw_success(report: Report, axis: Axes) -> None:
-    """Plot success with its confidence interval."""
-    found = [(row, row.success) for row in report.rows if row.success is not None]
-    intervals = {(row.policy, row.num_steps): 100 * np.array([s.low, s.rate, s.high]) for row, s in found}
-    draw_intervals(report, axis, intervals)
-    axis.set_ylim(-3, 103)
-    axis.set_ylabel("success (%)", fontsize=8)
-
-
-def draw_energy_distance(report: Report, axis: Axes) -> None:
-    """Plot energy distances with their confidence intervals, and how high the judged policy's may be."""
-    distances = {(row.policy, row.num_steps): row.energy_distance for row in report.rows}
-    draw_intervals(report, axis, {key: np.array([d.low, d.value, d.high]) for key, d in distances.items()})
-    decision = report.decision
-    if decision.evidence == ENERGY_DISTANCE:
-        highest = distances[decision.bar].value + decision.margin
-        axis.axhline(highest, color="black", lw=0.8, ls=":", label="bar + margin")
-    axis.set_yscale("symlog", linthresh=decision.margin if decision.evidence == ENERGY_DISTANCE else 0.01)
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.set_ylabel("energy distance (std.)", fontsize=8)
-
-
-def draw_intervals(report: Report, axis: Axes, intervals: Mapping[tuple[str, int], np.ndarray]) -> None:
-    """Plot (low, value, high) of policies and numbers of steps, with a circle around the recommended one.
-
-    The policies are moved apart, so that none covers another.
-    """
-    for place, (name, rows) in enumerate(by_policy(report.rows).items()):
-        shown = [row for row in rows if (name, row.num_steps) in intervals]
-        if not shown:
-            continue
-        colour, marker = styles(report.rows)[place]
-        low, value, high = np.array([intervals[name, row.num_steps] for row in shown]).T
-        at = np.array(steps_of(shown)) * (1.0 + 0.04 * place)
-        finite = np.nan_to_num([value - low, high - value], posinf=0.0)
-        axis.errorbar(
-            at,
-            value,
-            yerr=np.clip(finite, 0.0, None),
-            color=colour,
-            marker=marker,
-            ms=4,
-            lw=1.2,
-            elinewidth=0.8,
-            capsize=2,
-            label=name,
-        )
-        for x, y, row in zip(at, value, shown, strict=True):
-            if (name, row.num_steps) == (report.decision.policy, report.recommended_num_steps):
-                faster = "" if row.speedup is None else f", {row.speedup:.1f}x as fast"
-                label = f"recommended: {row.num_steps}{faster}"
-                axis.plot(x, y, "o", ms=11, mfc="none", mec="black", mew=1.0, ls="", label=label)
-
-
-def draw_flow_error(report: Report, axis: Axes) -> None:
-    """Plot flow errors."""
-    for rows, (colour, marker) in zip(by_policy(report.rows).values(), styles(report.rows), strict=True):
-        axis.plot(steps_of(rows), [row.flow_rmse for row in rows], color=colour, marker=marker, ms=4, lw=1.2)
-    axis.set_yscale("log")
-    axis.set_ylabel("flow error (std.)", fontsize=8)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_locator(NullLocator())
-
-
-def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each policy by its name, in the order of the report."""
-    return {name: [row for row in rows if row.policy == name] for name in dict.fromkeys(row.policy for row in rows)}
-
-
-def styles(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Colour and marker of each policy; the last one, which the recommendation is for, always looks the same."""
-    between = len(by_policy(rows)) - 2
-    return [LAST] if between < 0 else [FIRST, *(BETWEEN[i % len(BETWEEN)] for i in range(between)), LAST]
-
-
-def steps_of(rows: Sequence[Row]) -> list[int]:
-    """The number of steps of each row."""
-    return [row.num_steps for row in rows]

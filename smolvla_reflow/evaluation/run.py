@@ -4,7 +4,7 @@ The report is written as it grows, and once it is complete, what it recommends c
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,17 +51,39 @@ def run(cfg: EvalConfig) -> None:
     """
     check_values(cfg)
     assert cfg.output_dir is not None  # checked
-    checkpoints = open_checkpoints(cfg)
-    metadata = open_metadata(cfg.dataset)
+    checkpoints, metadata = open_checkpoints(cfg), open_metadata(cfg.dataset)
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
     if cfg.env is not None:
         check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
+    work, judged = planned(cfg, checkpoints, metadata), list(checkpoints.values())[-1]
+    warning = sentence_warning(cfg, metadata)
+    if warning:
+        print(f"Warning: {warning}\n")
+    notes = [warning] if warning else []
+    try:
+        found = grown(work, notes)
+        notes += chunking_notes(work, judged.config.rtc_config, found)
+    except KeyboardInterrupt:
+        kept = f"What is measured is kept in {cfg.output_dir}; the same command goes on from there."
+        raise KeyboardInterrupt(kept if work.journal.parts else "Nothing was measured yet.") from None
+    report = make_report(work, found, notes)
+    write(cfg.output_dir, report)
+    print("\n\n".join(["", table(report.rows), WHAT_THE_COLUMNS_SAY, *report.sentences()]))
+    if cfg.write_num_steps and report.recommended_num_steps is not None:
+        path = write_num_steps(judged.folder, report.recommended_num_steps)
+        print(f"\nStored num_steps={report.recommended_num_steps} in {path}.")
+    work.journal.close()
+    print(f"\nReport: {cfg.output_dir}/{', '.join(NAMES)}")
+
+
+def planned(cfg: EvalConfig, checkpoints: dict[str, Checkpoint], metadata: LeRobotDatasetMetadata) -> Work:
+    """What is to be measured; its journal says of what and how."""
+    assert cfg.output_dir is not None
     chosen = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset, held_out=True))
     positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
     if len(positions) < 2:
         raise ReflowError("The episodes to measure on have a single frame; choose --dataset.episodes that have more.")
-    made_with = {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))}
-    journal = Journal(cfg.output_dir, made_with)
+    journal = Journal(cfg.output_dir, {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))})
     policies = [
         load_measured_policy(name, checkpoint, cfg.policy.device, cfg.rename_map)
         for name, checkpoint in checkpoints.items()
@@ -70,26 +92,7 @@ def run(cfg: EvalConfig) -> None:
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
     chunk_size = policies[0].policy.config.chunk_size
     frames = open_dataset(cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True)
-    work = Work(cfg, policies, frames, positions, moving_deviations(metadata.stats["action"]), journal)
-    warning = sentence_warning(cfg, metadata)
-    if warning:
-        print(f"Warning: {warning}\n")
-    notes = [warning] if warning else []
-    try:
-        found = grown(cfg, measure_all(work), notes, made_with)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"What is measured is kept in {cfg.output_dir}; the same command goes on from there."
-        ) from None
-    notes += chunking_notes(work, list(checkpoints.values())[-1].config.rtc_config, found)
-    report = make_report(cfg, found, notes, made_with)
-    write(cfg.output_dir, report)
-    print("\n\n".join(["", table(report.rows), WHAT_THE_COLUMNS_SAY, *report.sentences()]))
-    if cfg.write_num_steps and report.recommended_num_steps is not None:
-        path = write_num_steps(list(checkpoints.values())[-1].folder, report.recommended_num_steps)
-        print(f"\nStored num_steps={report.recommended_num_steps} in {path}.")
-    journal.close()
-    print(f"\nReport: {cfg.output_dir}/{', '.join(NAMES)}")
+    return Work(cfg, policies, frames, positions, moving_deviations(metadata.stats["action"]), journal)
 
 
 def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
@@ -115,13 +118,13 @@ def sentence_warning(cfg: EvalConfig, metadata: LeRobotDatasetMetadata) -> str |
     return in_words(unseen, trained, by) if unseen else None
 
 
-def grown(cfg: EvalConfig, parts: Iterable[Found], notes: list[str], made_with: dict[str, Any]) -> Found:
+def grown(work: Work, notes: Sequence[str]) -> Found:
     """Measure part by part, and write the report now and then; returns everything."""
-    assert cfg.output_dir is not None
+    assert work.cfg.output_dir is not None
     written, found = time.monotonic(), None
-    for found in parts:
+    for found in measure_all(work):
         if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-            write(cfg.output_dir, make_report(cfg, replace(found, complete=False), notes, made_with))
+            write(work.cfg.output_dir, make_report(work, replace(found, complete=False), notes))
             written = time.monotonic()
     assert found is not None
     return found
@@ -143,10 +146,10 @@ def decided(cfg: EvalConfig, evaluation: Evaluation) -> Decision:
     return decide(evaluation, judged, Margins(cfg.success_margin, cfg.energy_margin))
 
 
-def make_report(cfg: EvalConfig, found: Found, notes: Sequence[str], made_with: dict[str, Any]) -> Report:
+def make_report(work: Work, found: Found, notes: Sequence[str]) -> Report:
     """The report of what has been measured."""
     evaluation, rows = found.evaluation, found.evaluation.rows()
-    decision = decided(cfg, evaluation)
+    decision = decided(work.cfg, evaluation)
     students = [name for name in dict.fromkeys(row.policy for row in rows) if name != evaluation.bar.policy]
     two_errors: dict[str, TwoErrors | None] = {
         name: fit({row.num_steps: row.flow_rmse for row in rows if row.policy == name}) for name in students
@@ -162,7 +165,7 @@ def make_report(cfg: EvalConfig, found: Found, notes: Sequence[str], made_with: 
         references=dict(evaluation.references),
         chunk_parts=found.chunk_parts,
         notes=[*([low] if low else []), *notes],
-        made_with=made_with,
+        made_with=work.journal.setup,
         complete=found.complete,
     )
 
