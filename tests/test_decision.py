@@ -179,7 +179,21 @@ def test_a_policy_alone_is_told_whether_it_needs_reflow():
     multimodal = said(0.3)
     assert "Recommended: num_steps=10, the policy's own 10 steps" in multimodal
     assert "At 1 step it has an energy distance of 0.3000, against 0.0030" in multimodal
-    assert "Reflow is what could make fewer steps as good." in multimodal
+    assert "One step loses 0.2970 of energy distance: reflow is needed for as few." in multimodal
+    assert "reflow" not in decide(invented({bar: around(0.003)}, bar=bar), "policy", MARGINS).in_words()
+
+
+def test_a_policy_alone_by_success():
+    bar, one = Cell("policy", 10), Cell("policy", 1)
+
+    def said(successes: int) -> str:
+        driven = {bar: counted(98, 100), one: counted(successes, 100)}
+        return decide(invented({bar: around(0.003), one: around(0.3)}, driven, bar=bar), "policy", MARGINS).in_words()
+
+    assert "One step loses 58.0 points of success: reflow is needed for as few." in said(40)
+    assert "too few episodes to decide" in said(95)
+    assert said(95).endswith("Until then it is open whether reflow is needed.")
+    assert "reflow is not needed" in said(98)
 
 
 def test_a_student_that_needs_as_many_steps_as_its_teacher_is_told_so():

@@ -64,6 +64,16 @@ class Comparison:
             f"{self.worst:.4f} by its 95 % interval over {self.sample} frames)"
         )
 
+    def needs_reflow(self) -> str:
+        """Of a policy alone, with one step: whether reflow is worth it."""
+        if self.not_inferior:
+            return "One step loses nothing that counts: reflow is not needed."
+        if self.needed is not None:
+            return "Until then it is open whether reflow is needed."
+        points, distance = 100 * (self.bar - self.here), self.here - self.bar
+        lost = f"{points:.1f} points of success" if self.evidence == SUCCESS else f"{distance:.4f} of energy distance"
+        return f"One step loses {lost}: reflow is needed for as few."
+
     def shortfall(self) -> str:
         """Why it is not enough, in words."""
         unit = "episodes" if self.evidence == SUCCESS else "frames"
@@ -129,9 +139,8 @@ class Decision:
     def _worth(self) -> str:
         """Whether reflow is worth it, for a policy alone; and for a student, whether it was."""
         if self.is_alone:
-            if self.recommended == 1:
-                return "One step loses nothing that counts: reflow is not needed."
-            return "Reflow is what could make fewer steps as good."
+            one_step = [each for each in self.comparisons if each.num_steps == 1]
+            return one_step[0].needs_reflow() if one_step else ""
         if self.recommended is not None and self.recommended >= self.bar.num_steps:
             return "So reflow has saved no steps yet."
         return ""
