@@ -68,6 +68,9 @@ def test_the_same_command_goes_on_and_ends_in_the_same_report(
         eval_command.main(flags(workshop, tmp_path / "r"))
     assert exit.value.code == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+    so_far = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert not so_far["complete"]
+    assert [row["num_steps"] for row in so_far["rows"]] == [1, 2, 10]
     kept = [json.loads(line) for line in (tmp_path / "r" / NAME).read_text().splitlines()][1:]
     assert sum(next(iter(part)).startswith(name) for part in kept) == 1
 

@@ -119,15 +119,25 @@ def sentence_warning(cfg: EvalConfig, metadata: LeRobotDatasetMetadata) -> str |
 
 
 def grown(work: Work, notes: Sequence[str]) -> Found:
-    """Measure part by part, and write the report now and then; returns everything."""
-    assert work.cfg.output_dir is not None
+    """Measure part by part, and write the report now and then, and when it is broken off; returns everything."""
     written, found = time.monotonic(), None
-    for found in measure_all(work):
-        if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
-            write(work.cfg.output_dir, make_report(work, replace(found, complete=False), notes))
-            written = time.monotonic()
+    try:
+        for found in measure_all(work):
+            if time.monotonic() - written > SECONDS_BETWEEN_WRITES:
+                write_unfinished(work, found, notes)
+                written = time.monotonic()
+    except KeyboardInterrupt:
+        if found is not None:
+            write_unfinished(work, found, notes)
+        raise
     assert found is not None
     return found
+
+
+def write_unfinished(work: Work, found: Found, notes: Sequence[str]) -> None:
+    """Write the report of what there is so far."""
+    assert work.cfg.output_dir is not None
+    write(work.cfg.output_dir, make_report(work, replace(found, complete=False), notes))
 
 
 def chunking_notes(work: Work, rtc_config: RTCConfig | None, found: Found) -> list[str]:
