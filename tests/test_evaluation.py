@@ -23,8 +23,18 @@ from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.evaluation import latency
 from smolvla_reflow.evaluation import run as eval_run
+from smolvla_reflow.evaluation.intervals import over_frames
 from smolvla_reflow.evaluation.latency import ChunkParts, measure_parts
-from smolvla_reflow.evaluation.measure import Cell, Evaluation, Row, Settings, Solutions, frame_records, measure_batch
+from smolvla_reflow.evaluation.measure import (
+    Cell,
+    Evaluation,
+    Row,
+    Settings,
+    Solutions,
+    frame_records,
+    measure_batch,
+    solutions,
+)
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
 from smolvla_reflow.evaluation.reference import Reference, solved_finely
 from smolvla_reflow.metrics import absolute_error, energy_distance, spread, squared_error, straightness
@@ -362,6 +372,34 @@ def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
         assert found.energy_distance == expected.energy_distance != 0
         assert found.action_error[:1] == expected.action_error
         assert len(found.action_error) == len(found.action_error_executed) == 2
+
+
+@pytest.fixture(scope="module")
+def fine(workshop):
+    """The teacher's fine solutions on every other frame, from four noises of one seed and of another."""
+    teacher = load_measured_policy("teacher", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(0, 48, 2)])
+    deviations = torch.as_tensor(dataset.meta.stats["action"]["std"], dtype=torch.float32)
+    found = []
+    for seed in (0, 1):
+        settings = Settings(deviations, [1, 10], num_noises=4, reference_steps=16, seed=seed)
+        with teacher.inference(10):
+            solved = solutions(teacher, batch, [1, 10], settings)
+        found.append({name: settings.in_deviations(x) for name, x in {0: solved.fine, **solved.euler}.items()})
+    return found
+
+
+def test_the_teacher_is_at_no_distance_from_itself(fine):
+    """Its fine solutions from two sets of noises; while its one step is far from them."""
+    here, there = fine
+    found = over_frames(energy_distance(here[0], there[0]).numpy(), seed=0)
+    assert found.low < 0 < found.high
+    far = over_frames(energy_distance(here[1], there[0]).numpy(), seed=0)
+    assert far.low > 0
+    assert energy_distance(here[0], here[0]).abs().max() < 1e-12
 
 
 # --- the reference --------------------------------------------------------------------------------------------
