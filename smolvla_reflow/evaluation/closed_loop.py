@@ -17,17 +17,21 @@ from lerobot.utils.random_utils import set_seed
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.success import Success
-from smolvla_reflow.evaluation.task_sentence import with_sentence
+from smolvla_reflow.evaluation.task_sentence import shown_sentences, with_sentence
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted
 
 
-def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str]) -> None:
-    """Raise ReflowError unless this environment is installed and has the observations and actions of these policies."""
+def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str], seed: int) -> list[str]:
+    """Start an environment for these policies; returns the sentences that it shows (`task_sentence.py`).
+
+    Raises:
+        ReflowError: it is not installed, cannot be started, or lacks the observations and actions of these policies.
+    """
     for checkpoint in checkpoints:
         fitted(checkpoint, env_to_policy_features(env), rename_map, where=f"--env.type={env.type}")
     try:
-        close_envs(make_env(env, n_envs=1))
+        return shown_sentences(env, seed)
     except Exception as error:  # each simulator has errors of its own
         raise ReflowError(f"--env.type={env.type} cannot be started ({first_line(error).rstrip('.')}).") from error
 

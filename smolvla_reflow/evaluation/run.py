@@ -34,7 +34,7 @@ from smolvla_reflow.evaluation.real_time_chunking import is_enabled, measure_chu
 from smolvla_reflow.evaluation.report import NAMES, WHAT_THE_COLUMNS_SAY, Report, table
 from smolvla_reflow.evaluation.stages import Found, Work, measure_all
 from smolvla_reflow.evaluation.storing import write_num_steps
-from smolvla_reflow.evaluation.task_sentence import dataset_sentences, in_words, shown_sentences, unseen_sentences
+from smolvla_reflow.evaluation.task_sentence import dataset_sentences, in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.statistics import moving_deviations
@@ -53,10 +53,9 @@ def run(cfg: EvalConfig) -> None:
     assert cfg.output_dir is not None  # checked
     checkpoints, metadata = open_checkpoints(cfg), open_metadata(cfg.dataset)
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
-    if cfg.env is not None:
-        check_env(cfg.env, list(checkpoints.values()), cfg.rename_map)
+    shown = [] if cfg.env is None else check_env(cfg.env, list(checkpoints.values()), cfg.rename_map, cfg.seed)
     work, judged = planned(cfg, checkpoints, metadata), list(checkpoints.values())[-1]
-    warning = sentence_warning(cfg, metadata)
+    warning = sentence_warning(cfg, metadata, shown)
     if warning:
         print(f"Warning: {warning}\n")
     notes = [warning] if warning else []
@@ -107,14 +106,19 @@ def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
     return {"teacher": teacher, **{f"round {k}": each for k, each in enumerate(rounds, start=1)}, "student": judged}
 
 
-def sentence_warning(cfg: EvalConfig, metadata: LeRobotDatasetMetadata) -> str | None:
-    """What to say if the policies will see a sentence in the environment that is in no training episode."""
+def sentence_warning(cfg: EvalConfig, metadata: LeRobotDatasetMetadata, shown: Sequence[str]) -> str | None:
+    """What to say if the policies will see a sentence in the environment that is in no training episode.
+
+    Args:
+        cfg: checked.
+        metadata: of the dataset.
+        shown: by the environment itself.
+    """
     if cfg.env is None:
         return None
+    shown, by = (shown, f"--env.type={cfg.env.type}") if cfg.env_task is None else ([cfg.env_task], "--env_task")
     trained = dataset_sentences(metadata)
-    shown = [cfg.env_task] if cfg.env_task is not None else shown_sentences(cfg.env, cfg.seed)
     unseen = unseen_sentences(shown, trained)
-    by = "--env_task" if cfg.env_task is not None else f"--env.type={cfg.env.type}"
     return in_words(unseen, trained, by) if unseen else None
 
 
