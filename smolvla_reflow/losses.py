@@ -179,7 +179,9 @@ def _run(file: Path) -> dict[str, LossStrategy]:
     return {**functions, **registered}
 
 
-@register_loss_strategy("standard", couples=False, unused=("time_sampling", "real_data_ratio"), joint_forward=True)
+@register_loss_strategy(
+    "standard", couples=False, unused=("time_sampling", "weighting", "real_data_ratio"), joint_forward=True
+)
 def standard(step: Step) -> Losses:
     """Flow matching on recorded actions: what `lerobot-train` trains."""
     return step.losses(step.recorded())

@@ -1,11 +1,35 @@
 """The recipe: where on a coupling's line the student learns, couplings per frame, and the share of recorded data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.times import TimeSampling
+
+HUBER_SCALE = 0.00054  # arXiv 2310.14189, section 3.3
+
+
+def evenly(values: Tensor) -> Tensor:
+    """1 for each line: the squared error as it is."""
+    return values.new_ones(len(values))
+
+
+def huber(values: Tensor) -> Tensor:
+    """The weight that makes a squared error a pseudo-Huber loss of the line (arXiv 2405.20320, section 3.2).
+
+    With S the sum of a line's d squared errors and k = 0.00054 d, the gradient of `2 / sqrt(d) * sqrt(S + k^2)` is
+    that of the mean squared error `S / d`, weighed by `1 / sqrt(S / d + k^2 / d)`. So a line counts by the length of
+    its error, not by its square: those near t = 0, where no velocity can be right, do not drown those near t = 1.
+    """
+    d = values[0].numel()
+    return (values.mean(dim=(1, 2)) + HUBER_SCALE**2 * d).rsqrt()
+
+
+# From the squared errors (N, chunk_size, max_action_dim) of N lines to a factor on each, (N,).
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"none": evenly, "huber": huber}
 
 
 @dataclass(frozen=True)
@@ -16,20 +40,28 @@ class Recipe:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             prefix encoded, once for all of them.
+        weighting: of each line of a coupling by its own error, a name of `WEIGHTINGS`.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 
     time_sampling: str = "grid:1+beta"
     couplings_per_frame: int = 1
+    weighting: str = "none"
     real_data_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
         TimeSampling(self.time_sampling)
+        if self.weighting not in WEIGHTINGS:
+            raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
         if not 0 <= self.real_data_ratio <= 1:
             raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
+
+    def weights(self, values: Tensor) -> Tensor:
+        """A factor on each of N lines, (N,), without gradient, from their squared errors."""
+        return WEIGHTINGS[self.weighting](values.detach())
 
     def recorded_frames(self, batch_size: int) -> int:
         """How many of a batch's frames train on recorded actions, rounded up or down at random."""

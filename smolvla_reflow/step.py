@@ -142,7 +142,7 @@ class Step:
         """Squared errors of the student's velocity on these lines, `|| (noise - actions) - v(x_t, t) ||^2` unreduced.
 
         The recipe's share of the frames trains on recorded actions instead, in LeRobot's way: with noise of its own,
-        SmolVLA's times, and unweighed.
+        SmolVLA's times, and unweighed. Couplings are weighed by the recipe, and by `weights`.
 
         Args:
             coupling: N lines, as many in a row for each frame: B * K of `coupling()` and `recorded()`.
@@ -176,6 +176,11 @@ class Step:
         values = self.squared_errors(coupling, t)
         if self.deviations is not None and coupling.recorded is not True and self.recipe.real_data_ratio < 1:
             self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
+        if coupling.recorded is not True:
+            by_error = self.recipe.weights(values)
+            if isinstance(coupling.recorded, Tensor):
+                by_error = by_error.masked_fill(coupling.recorded, 1.0)
+            values = values * by_error[:, None, None]
         if w is not None:
             values = values * w
         values = values.unflatten(0, (frames, count // frames)).mean(dim=1)

@@ -16,9 +16,9 @@ from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, TASK, draw_scenes
-from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.policy import load_measured_policy
-from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.success import Episodes, Success
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"
@@ -30,7 +30,7 @@ EPISODES = 12
 @pytest.mark.parametrize(("k", "n"), [(0, 20), (7, 20), (20, 20), (199, 200)])
 def test_the_interval_is_wilsons(k, n):
     """Wilson (1927): the rates p at which |k/n - p| <= z sqrt(p (1 - p) / n), a quadratic in p."""
-    found = Success.count({"a": [True] * k + [False] * (n - k)})
+    found = Success.count({"a": Episodes([True] * k + [False] * (n - k), [0.5] * n)})
     z, p = 1.959963984540054, k / n
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     assert found.rate == p
@@ -40,9 +40,12 @@ def test_the_interval_is_wilsons(k, n):
 
 
 def test_tasks_are_told_apart():
-    found = Success.count({"reach/0": [True, False], "press/0": [True, True, True, True]})
+    found = Success.count(
+        {"reach/0": Episodes([True, False], [1.0, 0.25]), "press/0": Episodes([True] * 4, [3.0, 3.0, 3.0, 4.0])}
+    )
     assert found.by_task == {"reach/0": 0.5, "press/0": 1.0}
     assert (found.rate, found.episodes) == (5 / 6, 6)
+    assert found.best_reward == 14.25 / 6
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +54,28 @@ def measured(workshop):
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
-def test_drives_are_the_stock_policys(workshop, measured, num_steps):
-    """Stock checkpoint, stock processors, and a loop written here: the same seed, the same episodes succeed."""
+def test_drives_are_the_stock_policys(workshop, measured, num_steps, monkeypatch):
+    """Stock checkpoint, stock processors, and a loop written here: the same seed, the same episodes and rewards."""
+    step = DrivePast.step
+
+    def rewarded_by_height(env, action):
+        seen, _, *ended = step(env, action)
+        return seen, float(seen["agent_pos"][1]), *ended
+
+    monkeypatch.setattr(DrivePast, "step", rewarded_by_height)
     settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
-    found = success_rate(measured, DrivePastConfig(**EASY), settings, num_steps, seed=5)
+    driven = drive(measured, DrivePastConfig(**EASY), settings, num_steps, seed=5)
 
     policy = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).eval()
     preprocessor, postprocessor = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
     policy.config.num_steps = num_steps
     torch.manual_seed(5)
-    successes = []
+    successes, rewards = [], []
     for _ in range(EPISODES // 4):
         envs = [DrivePast(**EASY) for _ in range(4)]
         positions = np.stack([env.reset()[0]["agent_pos"] for env in envs])
         outcome: list[bool | None] = [None] * 4
+        best = [-float("inf")] * 4
         policy.reset()
         for _ in range(MAX_STEPS):
             if None not in outcome:
@@ -78,15 +89,20 @@ def test_drives_are_the_stock_policys(workshop, measured, num_steps):
             with torch.no_grad():
                 actions = postprocessor(policy.select_action(preprocessor(observation))).numpy()
             for i, env in enumerate(envs):
-                seen, _, ended, _, info = env.step(actions[i])
+                seen, reward, ended, _, info = env.step(actions[i])
+                if outcome[i] is None:
+                    best[i] = max(best[i], reward)
                 if ended:  # a vector environment starts the next episode at once
                     outcome[i] = info["is_success"] if outcome[i] is None else outcome[i]
                     seen, _ = env.reset()
                 positions[i] = seen["agent_pos"]
         successes += [bool(success) for success in outcome]
-    assert found.rate == sum(successes) / EPISODES
-    assert found.by_task == {"drive_past/0": found.rate}
-    assert 0 < found.rate < 1  # or the comparison would say nothing
+        rewards += best
+    assert driven["drive_past/0"].successes == successes
+    assert driven["drive_past/0"].best_rewards == pytest.approx(rewards, abs=1e-6)
+    assert driven.keys() == {"drive_past/0"}
+    assert 0 < sum(successes) < EPISODES  # or the comparison would say nothing
+    assert len({round(reward, 6) for reward in rewards}) > 1
     assert measured.policy.config.num_steps == measured.num_steps
 
 
@@ -103,7 +119,7 @@ def test_every_episode_has_a_scene_of_its_own_that_the_seed_decides(measured, mo
     monkeypatch.setattr(DrivePast, "reset", note)
     settings = EvalConfig(n_episodes=6, batch_size=2, use_async_envs=False)
     for num_steps in (1, 2):
-        success_rate(measured, DrivePastConfig(), settings, num_steps, seed=7)
+        drive(measured, DrivePastConfig(), settings, num_steps, seed=7)
         assert seen == [(seed, draw_scenes(1, seed)[0]) for seed in range(7, 13)]
         seen.clear()
 

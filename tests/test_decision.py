@@ -10,7 +10,7 @@ from smolvla_reflow.evaluation.decision import Comparison, Decision, Margins, ba
 from smolvla_reflow.evaluation.intervals import Interval, over_frames
 from smolvla_reflow.evaluation.measure import Cell, Evaluation, Record
 from smolvla_reflow.evaluation.reference import Reference
-from smolvla_reflow.evaluation.success import Success, episodes_needed, is_not_inferior
+from smolvla_reflow.evaluation.success import Episodes, Success, episodes_needed, is_not_inferior
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 
 TEACHER = Cell("teacher", 10)
@@ -45,7 +45,8 @@ def test_numbers_that_are_all_alike_and_one_alone():
 
 
 def counted(successes: int, episodes: int) -> Success:
-    return Success.count({"a": [True] * successes + [False] * (episodes - successes)})
+    succeeded = [True] * successes + [False] * (episodes - successes)
+    return Success.count({"a": Episodes(succeeded, [float(success) for success in succeeded])})
 
 
 def adjusted_test(k: float, n: int, other_k: float, other_n: int, margin: float) -> float:

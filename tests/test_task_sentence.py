@@ -18,7 +18,7 @@ from smolvla_reflow.demo.environment import DrivePast, DrivePastConfig
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import TASK
 from smolvla_reflow.evaluation import closed_loop, task_sentence
-from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.task_sentence import (
     dataset_sentences,
@@ -122,7 +122,7 @@ def test_the_sentence_found_is_the_one_that_the_policy_sees(workshop, spied, env
     """LeRobot's own evaluation is the judge."""
     measured, batches, _ = spied
     assert shown_sentences(env, seed=3) == [sentence]
-    success_rate(measured, env, SETTINGS, 1, seed=3)
+    drive(measured, env, SETTINGS, 1, seed=3)
     assert words(workshop, batches) == {f"{sentence}\n"}
 
 
@@ -199,11 +199,11 @@ def test_the_warning_quotes_both():
 
 def test_every_environment_and_task_shows_the_other_sentence(workshop, spied, three_tasks):
     measured, batches, _ = spied
-    success_rate(measured, DrivePastConfig(), SETTINGS, 1, seed=3, task="go round it")
+    drive(measured, DrivePastConfig(), SETTINGS, 1, seed=3, task="go round it")
     assert words(workshop, batches) == {"go round it\n"}
     assert {len(batch["observation.language.tokens"]) for batch in batches} == {2}
     batches.clear()
-    success_rate(measured, DrivePastConfig(), SETTINGS, 1, seed=3)
+    drive(measured, DrivePastConfig(), SETTINGS, 1, seed=3)
     assert words(workshop, batches) == {"a\n", "b\n"}
 
 
@@ -212,7 +212,7 @@ def test_the_drives_are_those_in_an_environment_that_shows_that_sentence(spied):
 
     def driven(env, task=None):
         actions.clear()
-        success_rate(measured, env, SETTINGS, 2, seed=4, task=task)
+        drive(measured, env, SETTINGS, 2, seed=4, task=task)
         return torch.stack(actions)
 
     said = driven(SayingConfig(says={"task": "go round it"}))

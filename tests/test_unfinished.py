@@ -49,7 +49,7 @@ def whole(workshop, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [("measure_batch", "frames"), ("measure_latency", "latency"), ("success_rate", "episodes")]
+    ("where", "name"), [("measure_batch", "frames"), ("measure_latency", "latency"), ("drive", "episodes")]
 )
 def test_the_same_command_goes_on_and_ends_in_the_same_report(
     workshop, whole, tmp_path, monkeypatch, capsys, where, name
@@ -85,14 +85,14 @@ def test_the_same_command_goes_on_and_ends_in_the_same_report(
 def test_the_report_grows(workshop, tmp_path, monkeypatch):
     """Written after every part here, it is there, and unfinished, before the first episode."""
     monkeypatch.setattr(run, "SECONDS_BETWEEN_WRITES", -1.0)
-    stock, seen = stages.success_rate, []
+    stock, seen = stages.drive, []
 
     def look(*args, **kwargs):
         seen.append(json.loads((tmp_path / "r" / "report.json").read_text()))
         seen[-1]["said"] = (tmp_path / "r" / "report.md").read_text()
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "success_rate", look)
+    monkeypatch.setattr(stages, "drive", look)
     eval_command.main(flags(workshop, tmp_path / "r"))
     assert [report["complete"] for report in seen] == [False] * 3
     assert [sum(row["success"] is not None for row in report["rows"]) for report in seen] == [0, 1, 2]

@@ -2,12 +2,13 @@
 
     python examples/studies/recipes.py --output_dir=outputs/study                          # the demo's task, driven too
     python examples/studies/recipes.py --output_dir=outputs/study --dataset_root=PATH ...  # any recorded dataset
+    python examples/studies/recipes.py --output_dir=outputs/study --pusht_root=PATH ...    # PushT, driven too
 
 For each seed a teacher is trained as LeRobot trains it, and from it one student of each variant that --recipes names.
 A variant is NAME=VALUE NAME=VALUE ... with the names of `Student` below, and '' the default. Rounds of reflow are
 joined by '>': the student of one round is the teacher of the next. Nothing but the policies and the measurements is
 written to disk; those that are there already are not made again, so an interrupted study can be continued.
-`tasks.py` has the data and the policy's configuration.
+`tasks.py` has the data and the policy's configuration, `tables.py` what is printed.
 """
 
 import json
@@ -17,22 +18,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import draccus
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from tasks import Batch, Task, demo_task, recorded_task
+from tables import differences, table
+from tasks import Batch, Task, demo_task, pusht_task, recorded_task
 from tqdm import tqdm
 
-from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, register_loss_strategy
+from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, get_loss_strategy, register_loss_strategy
 from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.solver import JITTERED, SolverFlags
 
 MEASURING_SEED = 1000
+SHIFT = 4
 VARIANTS = (  # what --recipes is by default
     "",
     "steps=2000",
@@ -57,6 +59,8 @@ class StudyConfig:
     """Folder of a LeRobotDataset with a single task, to train on instead of the demo's task."""
     action_dims: list[int] | None = None
     """Indices of the action dimensions that the policy learns, by default all of them."""
+    pusht_root: Path | None = None
+    """Folder of the dataset `pusht_pose`, to train on PushT instead."""
     width: int = 128
     """Of the backbone for a recorded dataset; the action expert is three quarters as wide."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -67,6 +71,8 @@ class StudyConfig:
     """Training steps of the teacher."""
     teacher_lr: float = 2e-3
     """Learning rate of the teacher."""
+    teacher_batch_size: int = 32
+    """Frames in each of its steps."""
     frames: int = 64
     """Number of unseen frames to measure on, each with four noises."""
     episodes: int = 200
@@ -81,6 +87,7 @@ class Student(SolverFlags):
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
+    weighting: str = Recipe.weighting
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False
     batch_size: int = 32
@@ -102,9 +109,18 @@ def without_padding(step: Step) -> Losses:
     return step.losses(step.coupling(), weights=weights)
 
 
+@register_loss_strategy("shifted", couples=False, joint_forward=True)
+def shifted(step: Step) -> Losses:
+    """The standard loss with times shifted towards the noise (arXiv 2606.05737): a rival that needs no teacher."""
+    t = step.model.sample_time(len(step.actions), step.actions.device)
+    return step.losses(step.recorded(), times=SHIFT * t / (1 + (SHIFT - 1) * t))
+
+
 def study(cfg: StudyConfig) -> None:
     """Train and measure everything, and print a table after each student."""
-    if cfg.dataset_root is None:
+    if cfg.pusht_root is not None:
+        task = pusht_task(cfg.pusht_root, cfg.output_dir)
+    elif cfg.dataset_root is None:
         task = demo_task(cfg.output_dir)
     else:
         task = recorded_task(cfg.dataset_root, cfg.output_dir, cfg.width, cfg.action_dims)
@@ -113,6 +129,7 @@ def study(cfg: StudyConfig) -> None:
         folder = cfg.output_dir / f"seed-{seed}"
         teacher = kept(folder / "teacher", partial(new_teacher, task, cfg, seed))
         found["teacher"].append(measured(folder / "teacher", teacher, teacher, task, cfg, seed))
+        print(table(found), flush=True)
         couplings_of = lru_cache(maxsize=4)(partial(couplings, task=task, seed=seed))
         for variant in cfg.recipes:
             student, rounds = teacher, []
@@ -121,14 +138,14 @@ def study(cfg: StudyConfig) -> None:
                 place = folder / "_then_".join(rounds)
                 student = kept(place, partial(new_student, student, task, words, seed, couplings_of))
             found[variant].append(measured(place, teacher, student, task, cfg, seed))
-            print(table(found), flush=True)
+            print(table(found), differences(found), sep="\n\n", flush=True)
 
 
 def new_teacher(task: Task, cfg: StudyConfig, seed: int) -> SmolVLAPolicy:
     """Train a teacher on the recorded actions, from random weights."""
     torch.manual_seed(seed)
     policy = task.policy()
-    which = torch.randint(len(task.seen["index"]), (cfg.teacher_steps, 32))
+    which = torch.randint(len(task.seen["index"]), (cfg.teacher_steps, cfg.teacher_batch_size))
     train(policy, (select(task.seen, frames) for frames in which), cfg.teacher_steps, cfg.teacher_lr, seed, "teacher")
     return policy
 
@@ -138,13 +155,17 @@ def new_student(
 ) -> SmolVLAPolicy:
     """Train a student of this teacher, on couplings that all its students with this solver see in the same order."""
     options = draccus.parse(Student, args=[f"--{word}" for word in words.split()])
-    student = task.policy(train_expert_only=True)
+    couples = get_loss_strategy(options.strategy).couples
+    student = task.policy(train_expert_only=couples)
     student.load_state_dict(teacher.state_dict())
-    given = couplings_of(teacher, options.to_solver(), options.steps, options.batch_size, options.couplings_per_frame)
-    batches = (select(task.seen, frames) for frames in given.frames)
+    batches = (select(task.seen, which) for which in frames_of(task, options.steps, options.batch_size, seed))
+    pairs = None
+    if couples:
+        solver, per_frame = options.to_solver(), options.couplings_per_frame
+        pairs = couplings_of(teacher, solver, options.steps, options.batch_size, per_frame).source()
     with attach(
         student,
-        pairs=given.source(),
+        pairs=pairs,
         strategy=options.strategy,
         recipe=options.recipe(),
         train_state_proj=options.train_state_proj,
@@ -153,17 +174,21 @@ def new_student(
     return student
 
 
+def frames_of(task: Task, steps: int, batch_size: int, seed: int) -> torch.Tensor:
+    """(steps, batch_size) positions in `Task.seen`, those of every student with this seed."""
+    torch.manual_seed(seed)
+    return torch.randint(len(task.seen["index"]), (steps, batch_size))
+
+
 @dataclass(frozen=True)
 class Couplings:
     """The couplings of a whole training.
 
     Attributes:
-        frames: (steps, batch) positions in `Task.seen`.
         noise: (steps, batch * per_frame, chunk_size, max_action_dim).
         actions: of the same shape, what the teacher carries the noise to.
     """
 
-    frames: torch.Tensor
     noise: torch.Tensor
     actions: torch.Tensor
 
@@ -183,15 +208,14 @@ def couplings(
     teacher: SmolVLAPolicy, solver: Solver, steps: int, batch_size: int, per_frame: int, *, task: Task, seed: int
 ) -> Couplings:
     """Solve the teacher's ODE for a whole training in advance, so that several variants can share the work."""
-    torch.manual_seed(seed)
     config = teacher.config
-    frames = torch.randint(len(task.seen["index"]), (steps, batch_size))
+    frames = frames_of(task, steps, batch_size, seed)
     noise = torch.randn(steps, batch_size * per_frame, config.chunk_size, config.max_action_dim)
     actions = [
         solve(teacher, observe(teacher, select(task.seen, which)), x, solver)
         for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True)
     ]
-    return Couplings(frames, noise, torch.stack(actions))
+    return Couplings(noise, torch.stack(actions))
 
 
 def train(policy: SmolVLAPolicy, batches: Iterable[Batch], steps: int, lr: float, seed: int, name: str) -> None:
@@ -244,31 +268,11 @@ def measured(
         for row in found.values():
             row["energy_distance"] = row["energy_distance"]["value"]
         for n in task.num_steps:
-            success = task.success(policy, n, cfg.episodes, seed)
-            found[n]["success"] = success.rate if success else None
-        file.write_text(json.dumps(found, indent=1) + "\n")
+            driven = task.drive(policy, n, cfg.episodes, seed)
+            found[n]["success"] = driven and driven.successes
+            found[n]["best_reward"] = driven and driven.best_rewards
+        file.write_text(json.dumps(found) + "\n")
     return json.loads(file.read_text())
-
-
-def table(found: dict[str, list[dict]]) -> str:
-    """A table in Markdown: success in %, energy distance, flow error, spread; mean ± deviation over seeds."""
-    steps = list(found["teacher"][0])
-    columns = [("success", 100, 1)] if found["teacher"][0][steps[0]]["success"] is not None else []
-    columns += [("energy_distance", 1, 4), ("flow_rmse", 1, 3), ("spread_ratio", 1, 2)]
-    head = ["", *(f"{name}, {n}" for name, _, _ in columns for n in steps)]
-    lines = [head, ["---"] * len(head)]
-    for variant, runs in found.items():
-        cells = [cell([scale * run[n][name] for run in runs], digits) for name, scale, digits in columns for n in steps]
-        if runs:
-            lines.append([f"`{variant}`" if variant else "default", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def cell(values: list[float], digits: int) -> str:
-    """The mean as text and, of several values, their standard deviation."""
-    if not values:
-        return ""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

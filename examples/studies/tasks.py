@@ -2,8 +2,10 @@
 
 demo_task      the demo's task of driving past an obstacle, measured on unseen scenes and in its simulator
 recorded_task  any LeRobotDataset with a single task, measured on every fifth episode, which is not trained on
+pusht_task     PushT with the block's pose in the state, measured on every twentieth episode and in its simulator
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +25,12 @@ from smolvla_reflow.demo import flags as demo
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.environment import DrivePastConfig
 from smolvla_reflow.demo.task import DEMONSTRATIONS, IMAGE_SIZE, write_dataset
-from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.smolvla.normalization import Affine
 
 UNSEEN_EPISODES, UNSEEN_SEED = 40, 1
-HELD_OUT = 5
 
 Batch = dict[str, torch.Tensor]
 
@@ -65,14 +66,15 @@ class Task:
         units = Affine(torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
         return MeasuredPolicy(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
 
-    def success(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Success | None:
-        """How often the policy succeeds in the simulator; None if there is none."""
+    def drive(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Episodes | None:
+        """Run the policy in the simulator, from the starts `seed`, `seed` + 1, ...; None if there is none."""
         if self.env is None:
             return None
         before, after = make_smolvla_pre_post_processors(policy.config, self.stats)
         measured = MeasuredPolicy("policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps)
         settings = EvalConfig(n_episodes=episodes, batch_size=episodes, use_async_envs=False)
-        return success_rate(measured, self.env, settings, num_steps, seed)
+        (driven,) = drive(measured, self.env, settings, num_steps, seed).values()
+        return driven
 
 
 def demo_task(folder: Path) -> Task:
@@ -103,14 +105,31 @@ def recorded_task(root: Path, folder: Path, width: int, action_dims: Sequence[in
     if action_dims:
         frames["action"] = frames["action"][..., list(action_dims)]
         config["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (len(action_dims),))}
-    out = frames["episode_index"] % HELD_OUT == HELD_OUT - 1
-    return Task(
-        seen={name: value[~out] for name, value in frames.items()},
-        unseen={name: value[out] for name, value in frames.items()},
-        config=config,
-        num_steps=(1, 2, 4, 5, 6, 10),
-        stats=stats,
-    )
+    seen, unseen = _held_out(frames, every=5)
+    return Task(seen, unseen, config, (1, 2, 4, 5, 6, 10), stats)
+
+
+def pusht_task(root: Path, folder: Path) -> Task:
+    """PushT with the block's pose in the state, as `examples/pusht/run.sh` trains it.
+
+    Args:
+        root: of the dataset `pusht_pose`.
+        folder: for the backbone.
+    """
+    sys.path.append(str(Path(__file__).parents[1] / "pusht"))
+    from environment import PushTPoseConfig  # which needs gym-pusht
+
+    stats = LeRobotDatasetMetadata("study/pusht", root=root).stats
+    backbone = write_backbone(folder / "backbone", hidden_size=128, num_layers=3)
+    config = _config(root, backbone, chunk=16, image=32) | {"num_vlm_layers": 3, "n_action_steps": 8}
+    seen, unseen = _held_out(_load(root, config, stats), every=20)
+    return Task(seen, unseen, config, (1, 2, 10), stats, PushTPoseConfig(image_every=config["n_action_steps"]))
+
+
+def _held_out(frames: Batch, every: int) -> tuple[Batch, Batch]:
+    """All frames but those of every so many episodes; and those."""
+    out = frames["episode_index"] % every == every - 1
+    return {name: value[~out] for name, value in frames.items()}, {name: value[out] for name, value in frames.items()}
 
 
 def _config(root: Path, backbone: Path, chunk: int, image: int) -> dict:

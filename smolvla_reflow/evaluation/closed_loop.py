@@ -1,6 +1,6 @@
-"""Success in a simulated environment, at any number of steps, by LeRobot's own evaluation.
+"""Episodes in a simulated environment, at any number of steps, by LeRobot's own evaluation.
 
-MeasuredPolicy, --env.*  ->  the episodes of lerobot-eval  ->  Success, with a 95 % confidence interval
+MeasuredPolicy, --env.*  ->  drive: the episodes of lerobot-eval  ->  Success.count, with a 95 % confidence interval
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lerobot.utils.random_utils import set_seed
 
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.evaluation.task_sentence import shown_sentences, with_sentence
 from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted
@@ -36,15 +36,15 @@ def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dic
         raise ReflowError(f"--env.type={env.type} cannot be started ({first_line(error).rstrip('.')}).") from error
 
 
-def success_rate(
+def drive(
     policy: MeasuredPolicy,
     env: EnvConfig,
     settings: ClosedLoopConfig,
     num_steps: int,
     seed: int,
     task: str | None = None,
-) -> Success:
-    """Run `settings.n_episodes` episodes of each task, those of `lerobot-eval --seed`, and count the successes.
+) -> dict[str, Episodes]:
+    """Run `settings.n_episodes` episodes of each task, those of `lerobot-eval --seed`; returns them by task.
 
     Args:
         policy: to run.
@@ -75,7 +75,12 @@ def success_rate(
     finally:
         close_envs(envs)
     tasks = sorted(info["per_task"], key=lambda task: (task["task_group"], task["task_id"]))
-    return Success.count({f"{t['task_group']}/{t['task_id']}": t["metrics"]["successes"] for t in tasks})
+    return {
+        f"{task['task_group']}/{task['task_id']}": Episodes(
+            [bool(success) for success in task["metrics"]["successes"]], task["metrics"]["max_rewards"]
+        )
+        for task in tasks
+    }
 
 
 def env_settings(env: EnvConfig) -> dict[str, Any]:

@@ -108,6 +108,7 @@ EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("spread", lambda r: f"{r.spread_ratio:.3f}"),
     ("straightness", lambda r: f"{r.straightness:.4f}"),
     ("success (95 % interval)", lambda r: "" if r.success is None else in_percent(r.success)),
+    ("best reward", lambda r: "" if r.success is None else f"{r.success.best_reward:.3f}"),
     ("action error", lambda r: f"{r.action_mae:.4g}"),
     ("latency", lambda r: "" if r.latency_ms_p50 is None else f"{r.latency_ms_p50:.1f} ms"),
     ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),

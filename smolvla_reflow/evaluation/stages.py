@@ -2,7 +2,7 @@
 
 frames      measure_batch      the metrics of every policy and number of steps, batch by batch
 latency     measure_latency    of every policy and number of steps, and of the parts of a chunk
-episodes    success_rate       of every policy and number of steps, where an environment was named
+episodes    drive              of every policy and number of steps, where an environment was named
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,7 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
 from smolvla_reflow.dataset import load_batches
-from smolvla_reflow.evaluation.closed_loop import success_rate
+from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.latency import ChunkParts, Latency, measure_latency, measure_parts, pace
@@ -147,11 +147,11 @@ def _episodes(work: Work, found: Found, bar: Progress) -> Stage:
         policy = work.policy(cell.policy)
         policy = replace(policy, postprocessor=_with_a_tick(policy.postprocessor, bar))
 
-        def drive(policy: MeasuredPolicy = policy, num_steps: int = cell.num_steps) -> dict[str, Any]:
-            return asdict(success_rate(policy, cfg.env, cfg.eval, num_steps, cfg.seed, cfg.env_task))
+        def count(policy: MeasuredPolicy = policy, num_steps: int = cell.num_steps) -> dict[str, Any]:
+            return asdict(Success.count(drive(policy, cfg.env, cfg.eval, num_steps, cfg.seed, cfg.env_task)))
 
         name = f"episodes of the {cell.policy} at num_steps={cell.num_steps}"
-        counted = Success(**_part("episodes", name, drive, work.journal, bar))
+        counted = Success(**_part("episodes", name, count, work.journal, bar))
         successes = {**found.evaluation.successes, cell: counted}
         found = replace(found, evaluation=replace(found.evaluation, successes=successes))
         yield found

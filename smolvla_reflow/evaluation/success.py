@@ -14,6 +14,19 @@ MOST_EPISODES = 1_000_000
 
 
 @dataclass(frozen=True)
+class Episodes:
+    """The episodes of one task, in the order of their seeds.
+
+    Attributes:
+        successes: whether each succeeded.
+        best_rewards: the largest reward in each.
+    """
+
+    successes: list[bool]
+    best_rewards: list[float]
+
+
+@dataclass(frozen=True)
 class Success:
     """How often a policy succeeded.
 
@@ -22,6 +35,8 @@ class Success:
         low, high: ends of Wilson's 95 % confidence interval of the rate, which treats all episodes alike.
         episodes: number of episodes.
         by_task: the rate of each task.
+        best_reward: mean over the episodes of the largest reward in each, `avg_max_reward` of lerobot-eval. Where an
+            environment rewards progress, it tells policies apart that succeed as often as each other.
     """
 
     rate: float
@@ -29,14 +44,22 @@ class Success:
     high: float
     episodes: int
     by_task: dict[str, float]
+    best_reward: float
 
     @classmethod
-    def count(cls, successes: dict[str, list[bool]]) -> "Success":
+    def count(cls, driven: dict[str, "Episodes"]) -> "Success":
         """Count the episodes of each task."""
-        every = [success for episodes in successes.values() for success in episodes]
-        interval = binomtest(sum(every), len(every)).proportion_ci(CONFIDENCE, method="wilson")
-        by_task = {task: sum(episodes) / len(episodes) for task, episodes in successes.items()}
-        return cls(sum(every) / len(every), float(interval.low), float(interval.high), len(every), by_task)
+        successes = [success for episodes in driven.values() for success in episodes.successes]
+        rewards = [reward for episodes in driven.values() for reward in episodes.best_rewards]
+        interval = binomtest(sum(successes), len(successes)).proportion_ci(CONFIDENCE, method="wilson")
+        return cls(
+            rate=sum(successes) / len(successes),
+            low=float(interval.low),
+            high=float(interval.high),
+            episodes=len(successes),
+            by_task={task: sum(each.successes) / len(each.successes) for task, each in driven.items()},
+            best_reward=sum(rewards) / len(rewards),
+        )
 
 
 def is_not_inferior(here: Success, there: Success, margin: float) -> bool:

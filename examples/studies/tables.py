@@ -1,0 +1,71 @@
+"""What a study prints: a table of means over seeds, and the differences in best reward, paired by start."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from smolvla_reflow.evaluation.intervals import over_frames
+
+# One training's measurements, by number of steps. Success and best reward are of each episode, or None.
+Measured = Mapping[str, Mapping[str, Any]]
+
+# Of each column its name, by what its numbers are multiplied, and how many digits are shown.
+DRIVEN = (("best_reward", 1, 3), ("success", 100, 1))
+ON_FRAMES = (("energy_distance", 1, 4), ("flow_rmse", 1, 3), ("spread_ratio", 1, 2))
+
+
+def table(found: Mapping[str, Sequence[Measured]]) -> str:
+    """A table in Markdown: a row for each variant, in each cell the mean ± the standard deviation over seeds."""
+    first = found["teacher"][0]
+    steps = list(first)
+    columns = [*(DRIVEN if first[steps[0]]["success"] is not None else ()), *ON_FRAMES]
+    head = [f"{name}, {n}" for name, _, _ in columns for n in steps]
+    lines = []
+    for variant, runs in found.items():
+        if runs:
+            values = [[scale * _mean(run[n][name]) for run in runs] for name, scale, _ in columns for n in steps]
+            digits = [digits for _, _, digits in columns for _ in steps]
+            lines.append([_named(variant), *map(_mean_and_deviation, values, digits)])
+    return _markdown(["", *head], lines)
+
+
+def differences(found: Mapping[str, Sequence[Measured]]) -> str:
+    """Best reward less the teacher's at its largest number of steps, with a 95 % interval over all seeds' starts.
+
+    Every policy begins where the teacher begins, so that each difference is one of two drives from the same start.
+    """
+    bars = found["teacher"]
+    steps = list(bars[0])
+    if bars[0][steps[0]]["success"] is None:
+        return ""
+    lines = []
+    for variant, runs in found.items():
+        cells = []
+        for n in steps if runs else ():
+            pairs = [
+                (here, there)
+                for run, bar in zip(runs, bars, strict=False)
+                for here, there in zip(run[n]["best_reward"], bar[steps[-1]]["best_reward"], strict=True)
+            ]
+            interval = over_frames([here - there for here, there in pairs], seed=0)
+            cells.append(f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
+        if cells:
+            lines.append([_named(variant), *cells])
+    title = f"best reward, less the teacher's at {steps[-1]} steps"
+    return _markdown([title, *steps], lines)
+
+
+def _named(variant: str) -> str:
+    return f"`{variant}`" if variant else "default"
+
+
+def _mean(value: float | Sequence[float]) -> float:
+    return value if isinstance(value, float | int) else mean(map(float, value))
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
