@@ -5,7 +5,7 @@ from dataclasses import replace
 import lerobot
 import pytest
 import torch
-from helpers import ACTION_DIM, WIDTH
+from helpers import ACTION_DIM, CHUNK, WIDTH
 from oracle import Flow, reflow_losses
 from packaging.version import Version
 
@@ -194,3 +194,65 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, a
 def test_at_least_one_coupling(count):
     with pytest.raises(ReflowError, match=f"couplings_per_frame={count}: at least 1 is needed"):
         Recipe(couplings_per_frame=count)
+
+
+# --- weighing ---------------------------------------------------------------------------------------------------
+
+
+def gradient_of(loss, policy):
+    policy.zero_grad()
+    loss.backward()
+    return policy.model.action_out_proj.weight.grad.clone()
+
+
+@pytest.mark.parametrize("strategy", ["reflow", "distill"])
+def test_huber_is_the_pseudo_huber_of_whole_chunks(policy, teacher, batch, noise_and_time, strategy):
+    """Its gradient is that of `2 / sqrt(d) (sqrt(S + k^2) - k)`, S of a chunk, k = 0.00054 d, written out here."""
+    noise, time = noise_and_time
+    with attach(policy, teacher, solver="midpoint"):
+        squares, _ = policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")
+        d = CHUNK * WIDTH
+        k = 0.00054 * d
+        expected = gradient_of((2 / d**0.5 * ((squares * d + k * k).sqrt() - k)).mean(), policy)
+        plain = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
+    attach(policy, teacher, solver="midpoint", strategy=strategy, recipe=Recipe(weighting="huber"))
+    found = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found / found.norm(), plain / plain.norm(), rtol=1e-2, atol=1e-3)
+
+
+def test_huber_weighs_each_coupling_by_its_own_error(policy, teacher, batch, asked):
+    """Several couplings of a frame are weighed one by one, before their mean is taken."""
+    attach(policy, teacher, recipe=Recipe(couplings_per_frame=PER_FRAME, weighting="huber"))
+    losses, metrics = policy.train().forward(dict(batch), reduction="none")
+    ((actions, noise, time),) = asked
+    detach(policy)
+    squares = per_sample_of_lines(policy, repeated(batch), actions, noise, time)
+    weighed = squares / (squares + 0.00054**2 * CHUNK * WIDTH).sqrt()
+    torch.testing.assert_close(losses, weighed.unflatten(0, (4, PER_FRAME)).mean(dim=1), rtol=1e-4, atol=1e-5)
+    assert metrics["loss_t9"] == pytest.approx(squares[time >= 0.9].mean().item(), rel=1e-3)  # monitored as it is
+
+
+def per_sample_of_lines(policy, batch, actions, noise, time):
+    """Mean squared error of the velocity on these lines, by the stock forward at full width."""
+    images, img_masks = policy.prepare_images(batch)
+    language = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
+    state = policy.prepare_state(batch)
+    return policy.model.forward(images, img_masks, *language, state, actions, noise, time).mean(dim=(1, 2))
+
+
+def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time):
+    """Half of the batch is recorded: beside those, the couplings' losses are what `huber` makes of them."""
+    noise, time = noise_and_time
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5), solver="midpoint")
+    plain = per_sample(policy, batch, noise, time)
+    detach(policy)
+    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5, weighting="huber"), solver="midpoint")
+    weighed = per_sample(policy, batch, noise, time)
+    torch.testing.assert_close(weighed[:2], plain[:2])
+    assert not torch.isclose(weighed[2:], plain[2:]).any()
+
+
+def test_an_unknown_weighting_is_refused():
+    with pytest.raises(ReflowError, match=r"weighting 'hubr' is unknown; known are: none, huber. Did you mean 'huber'"):
+        Recipe(weighting="hubr")

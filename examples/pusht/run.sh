@@ -47,8 +47,10 @@ write_backbone(Path('$out/backbone'), image_size=$size, $backbone)"
   --policy.optimizer_lr=5e-4 --policy.device="$device" --num_workers=2 --log_freq=100 --save_freq=1000000
 
 # SENTENCE is for demonstrations that have one ("Push the T-shaped block ..."), since the environment shows none.
-[ -e "$out/evaluation/report.md" ] || smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" --policy.device="$device" \
-  --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --seed=1000 \
-  "${env[@]}" ${SENTENCE:+--env_task="$SENTENCE"} \
-  --eval.n_episodes="${EPISODES:-100}" --eval.batch_size="$(( ${EPISODES:-100} < 50 ? ${EPISODES:-100} : 50 ))" \
-  --eval.use_async_envs=false
+if [ ! -e "$out/evaluation/report.md" ] || [ -e "$out/evaluation/unfinished.jsonl" ]; then
+  episodes=${EPISODES:-100}
+  smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" --policy.device="$device" \
+    --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --seed=1000 \
+    "${env[@]}" ${SENTENCE:+--env_task="$SENTENCE"} \
+    --eval.n_episodes="$episodes" --eval.batch_size=$((episodes < 50 ? episodes : 50)) --eval.use_async_envs=false
+fi
