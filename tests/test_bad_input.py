@@ -96,6 +96,7 @@ def other_backbone(tmp_path_factory):
         ({"reflow__num_steps": "ten"}, "num_steps"),
         ({"policy__optimizer_lrr": 3}, "unrecognized arguments: --optimizer_lrr=3"),
         ({"policy__type": "act"}, "only smolvla can"),
+        ({"env__discover_packages_path": "fractions"}, "fractions is a module; name the package that it stands in"),
         ({"output_dir": "{workshop}/1rf"}, "1rf already exists"),
         ({"dataset__root": "{workshop}/nowhere"}, "There is no LeRobotDataset at --dataset.root="),
         ({"policy__push_to_hub": "true"}, "needs --policy.repo_id"),

@@ -1,8 +1,10 @@
 """Closed loop: success and its interval by hand, the drives against a loop of its own, the command as run."""
 
 import json
+import sys
 from pathlib import Path
 
+import gymnasium as gym
 import matplotlib.image
 import numpy as np
 import pytest
@@ -166,6 +168,7 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
         ({"env__type": "holodeck"}, "holodeck"),
         ({"env__obstakle": 1}, "env.obstakle"),
         ({"env__discover_packages_path": "no.such.package"}, "--env.discover_packages_path=no.such.package"),
+        ({"env__discover_packages_path": "fractions"}, "fractions is a module; name the package that it stands in"),
     ],
 )
 def test_user_errors(workshop, tmp_path, capsys, changes, message):
@@ -173,8 +176,20 @@ def test_user_errors(workshop, tmp_path, capsys, changes, message):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys):
+def test_a_package_that_cannot_be_imported(workshop, tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken_envs").mkdir()
+    (tmp_path / "broken_envs" / "__init__.py").write_text("raise RuntimeError('no display')")
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"env__discover_packages_path": "broken_envs"}
+    line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", **changes))
+    assert "--env.discover_packages_path=broken_envs cannot be imported (no display)." in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys, monkeypatch):
     """PushT has the cameras and widths once they are renamed, but its package is not here."""
+    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    monkeypatch.delitem(gym.registry, "gym_pusht/PushT-v0", raising=False)
     rename = '{"observation.image": "observation.images.top"}'
     line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", env__type="pusht", rename_map=rename))
     assert "--env.type=pusht cannot be started" in line

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from lerobot.configs.parser import load_plugin
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.envs.factory import make_env
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pusht"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORDED = Path(__file__).parents[2] / "shared" / "data" / "pusht_pose"
 STOCK_ID = "gym_pusht/PushT-v0"
 INSTALLED = importlib.util.find_spec("gym_pusht") is not None
@@ -45,13 +46,13 @@ class StandIn(gym.Env):
 
 @pytest.fixture(scope="module")
 def environment():
-    """The example's module, as `--env.discover_packages_path=environment` imports it."""
+    """The example's module, as `--env.discover_packages_path=pusht` imports it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLE)
+        patch.syspath_prepend(EXAMPLES)
         if not INSTALLED:
             patch.setitem(sys.modules, "gym_pusht", types.ModuleType("gym_pusht"))
-        yield importlib.import_module("environment")
-        patch.delitem(sys.modules, "environment")
+        load_plugin("pusht")
+        yield sys.modules["pusht.environment"]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """PushT with the block's pose in the state: gym-pusht as it is, but for what the policy sees.
 
-    PYTHONPATH=examples/pusht smolvla-reflow-eval --env.discover_packages_path=environment --env.type=pusht_pose ...
+    PYTHONPATH=examples smolvla-reflow-eval --env.discover_packages_path=pusht --env.type=pusht_pose ...
 
 The state is the agent (x, y), the block (x, y) and the block's angle as 100 cos and 100 sin, the image is 32 pixels
 wide: the observations of the dataset `pusht_pose`, from which a small policy need not learn to see. Physics, reward

@@ -9,9 +9,9 @@
 # TASK=pose (the default) has the block's pose in the state and 32 pixels of image, and fits a CPU. TASK=image is LeRobot's own
 # PushT, 96 pixels and the agent's position, for a GPU. Each stage is left out if its folder exists.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd) out=${1:?Give a folder for the output.}
+examples=$(cd "$(dirname "$0")/.." && pwd) out=${1:?Give a folder for the output.}
 task=${TASK:-pose} device=${DEVICE:-cpu} last=checkpoints/last/pretrained_model
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$examples${PYTHONPATH:+:$PYTHONPATH}"
 
 data=(--dataset.repo_id="${DATASET:-local/pusht}")
 [ -z "${DATASET_ROOT:-}" ] || data+=(--dataset.root="$DATASET_ROOT")
@@ -20,7 +20,7 @@ case $task in
   pose)
     size=32 backbone="hidden_size=128, num_layers=3"
     teacher_steps=${TEACHER_STEPS:-8000} teacher_batch=128 student_steps=${STUDENT_STEPS:-1300}
-    env=(--env.discover_packages_path=environment --env.type=pusht_pose --env.image_every=8) ;;
+    env=(--env.discover_packages_path=pusht --env.type=pusht_pose --env.image_every=8) ;;
   image)
     size=96 backbone="hidden_size=256, num_layers=3, vision_hidden_size=192, vision_num_layers=4"
     teacher_steps=${TEACHER_STEPS:-40000} teacher_batch=64 student_steps=${STUDENT_STEPS:-6000}

@@ -127,7 +127,7 @@ def study(cfg: StudyConfig) -> None:
     found: dict[str, list[dict]] = {"teacher": [], **{variant: [] for variant in cfg.recipes}}
     for seed in cfg.seeds:
         folder = cfg.output_dir / f"seed-{seed}"
-        teacher = kept(folder / "teacher", partial(new_teacher, task, cfg, seed))
+        teacher = kept(folder / "teacher", task, partial(new_teacher, task, cfg, seed))
         found["teacher"].append(measured(folder / "teacher", teacher, teacher, task, cfg, seed))
         print(table(found), flush=True)
         couplings_of = lru_cache(maxsize=4)(partial(couplings, task=task, seed=seed))
@@ -136,7 +136,7 @@ def study(cfg: StudyConfig) -> None:
             for words in variant.split(">"):
                 rounds.append(re.sub(r"[^\w.+]+", "-", words.strip()) or "default")
                 place = folder / "_then_".join(rounds)
-                student = kept(place, partial(new_student, student, task, words, seed, couplings_of))
+                student = kept(place, task, partial(new_student, student, task, words, seed, couplings_of))
             found[variant].append(measured(place, teacher, student, task, cfg, seed))
             print(table(found), differences(found), sep="\n\n", flush=True)
 
@@ -244,10 +244,10 @@ def select(frames: Batch, which: torch.Tensor) -> Batch:
     return {name: value[which] for name, value in frames.items()}
 
 
-def kept(folder: Path, make: Callable[[], SmolVLAPolicy]) -> SmolVLAPolicy:
+def kept(folder: Path, task: Task, make: Callable[[], SmolVLAPolicy]) -> SmolVLAPolicy:
     """The policy stored in `folder`, made and stored first if it is not there."""
     if not (folder / "model.safetensors").exists():
-        make().save_pretrained(folder)
+        task.save(make(), folder)
     return SmolVLAPolicy.from_pretrained(folder).eval()
 
 

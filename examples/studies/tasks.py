@@ -60,6 +60,12 @@ class Task:
         frozen = {"train_expert_only": train_expert_only, "freeze_vision_encoder": train_expert_only}
         return SmolVLAPolicy(SmolVLAConfig(**self.config, **frozen))
 
+    def save(self, policy: SmolVLAPolicy, folder: Path) -> None:
+        """Write a checkpoint, as LeRobot has them."""
+        for processor in make_smolvla_pre_post_processors(policy.config, self.stats):
+            processor.save_pretrained(folder)
+        policy.save_pretrained(folder)
+
     def on_frames(self, name: str, policy: SmolVLAPolicy) -> MeasuredPolicy:
         """A policy to be measured on these frames, which are normalised already."""
         width = self.unseen["action"].shape[-1]
@@ -116,8 +122,8 @@ def pusht_task(root: Path, folder: Path) -> Task:
         root: of the dataset `pusht_pose`.
         folder: for the backbone.
     """
-    sys.path.append(str(Path(__file__).parents[1] / "pusht"))
-    from environment import PushTPoseConfig  # which needs gym-pusht
+    sys.path.append(str(Path(__file__).parents[1]))
+    from pusht.environment import PushTPoseConfig  # which needs gym-pusht
 
     stats = LeRobotDatasetMetadata("study/pusht", root=root).stats
     backbone = write_backbone(folder / "backbone", hidden_size=128, num_layers=3)

@@ -13,7 +13,7 @@ import yaml
 from draccus.argparsing import ArgumentParser
 from lerobot.configs import parser
 
-from smolvla_reflow.errors import ReflowError, in_one_line
+from smolvla_reflow.errors import ReflowError, first_line, in_one_line
 
 T = TypeVar("T")
 USER_ERROR = 2
@@ -112,6 +112,10 @@ def load_plugins(argv: Sequence[str]) -> list[str]:
             parser.load_plugin(package)
         except parser.PluginLoadError as error:
             raise ReflowError(f"--{flag}={package}: {error}") from None
+        except Exception as error:  # of a module that is no package, and whatever a package does
+            if package in sys.modules and not hasattr(sys.modules[package], "__path__"):
+                raise ReflowError(f"--{flag}={package} is a module; name the package that it stands in.") from None
+            raise ReflowError(f"--{flag}={package} cannot be imported ({first_line(error)}).") from error
         argv = list(parser.filter_arg(flag, argv))
     return argv
 

@@ -15,7 +15,14 @@ import lerobot
 from lerobot.configs import parser
 from lerobot.utils.import_utils import register_third_party_plugins
 
-from smolvla_reflow.commands.console import asks_for_help, command_line, parse_errors, reported_errors, with_values
+from smolvla_reflow.commands.console import (
+    asks_for_help,
+    command_line,
+    load_plugins,
+    parse_errors,
+    reported_errors,
+    with_values,
+)
 from smolvla_reflow.compat import refuse_remote_job
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.training.arguments import Arguments, complete
@@ -63,6 +70,7 @@ def run(arguments: Arguments) -> None:
 def parsed(arguments: Arguments) -> ReflowTrainPipelineConfig:
     """Parse the configuration, and delete the temporary file that the arguments name."""
     try:
+        load_plugins(arguments.flags)  # which LeRobot's parser does too, where an error would be a traceback
         with parse_errors():
             return parse()
     except ReflowError as error:

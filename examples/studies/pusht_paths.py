@@ -1,17 +1,17 @@
 """Draw thirty drives of one start, by teacher and student: where the block goes, and where it ends.
 
-    python examples/pusht/picture.py --teacher_path=.../1rf/... --policy_path=.../2rf/... --output=outputs/pusht.png
+    python examples/studies/pusht_paths.py --teacher_path=1rf/... --policy_path=2rf/... --output=pusht.png
 
 The drives are LeRobot's own (`rollout` of `lerobot-eval`), all from one start, each with noise of its own.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
 import numpy as np
 import torch
-from environment import PushTPoseConfig
 from lerobot.envs.factory import make_env, make_env_pre_post_processors
 from lerobot.envs.utils import close_envs
 from lerobot.scripts.lerobot_eval import rollout
@@ -21,6 +21,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
+
+sys.path.append(str(Path(__file__).parents[1]))
+from pusht.environment import PushTPoseConfig
 
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
 from smolvla_reflow.smolvla.checkpoint import open_checkpoint
