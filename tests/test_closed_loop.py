@@ -55,16 +55,21 @@ def measured(workshop):
     return load_measured_policy("policy", open_checkpoint(str(workshop / "1rf" / LAST)), "cpu", {})
 
 
+def reward_height(monkeypatch):
+    """In place of success. Positive, since LeRobot takes 0 for what comes after an episode's end."""
+    step = DrivePast.step
+
+    def rewarded(env, action):
+        seen, _, *ended = step(env, action)
+        return seen, 1.0 + float(seen["agent_pos"][1]), *ended
+
+    monkeypatch.setattr(DrivePast, "step", rewarded)
+
+
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_drives_are_the_stock_policys(workshop, measured, num_steps, monkeypatch):
     """Stock checkpoint, stock processors, and a loop written here: the same seed, the same episodes and rewards."""
-    step = DrivePast.step
-
-    def rewarded_by_height(env, action):
-        seen, _, *ended = step(env, action)
-        return seen, 1.0 + float(seen["agent_pos"][1]), *ended  # positive: LeRobot takes 0 after the end
-
-    monkeypatch.setattr(DrivePast, "step", rewarded_by_height)
+    reward_height(monkeypatch)
     settings = EvalConfig(n_episodes=EPISODES, batch_size=4, use_async_envs=False)
     driven = drive(measured, DrivePastConfig(**EASY), settings, num_steps, seed=5)
 
@@ -150,12 +155,23 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
     text = f"{row['rate']:.1%} ({row['low']:.0%} to {row['high']:.0%})"
     assert text in capsys.readouterr().out
     assert text in (tmp_path / "a" / "report.md").read_text()
+    assert "best reward" not in (tmp_path / "a" / "report.md").read_text()  # it is 1 for success and 0 otherwise
     height, width, _ = matplotlib.image.imread(tmp_path / "a" / "report.png").shape
     assert (width, height) == (1020, 1290)  # a second panel under the first
 
     eval_command.main(flags(workshop, tmp_path / "b", env__start_y=0.05, env__obstacle_y=0.3, eval__n_episodes=8))
     again = json.loads((tmp_path / "b" / "report.json").read_text())
     assert [row["success"] for row in again["rows"]] == [row["success"] for row in report["rows"]]
+
+
+def test_a_reward_that_says_more_than_success_has_a_column(workshop, tmp_path, monkeypatch):
+    reward_height(monkeypatch)
+    eval_command.main(flags(workshop, tmp_path / "a"))
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    table = [line for line in (tmp_path / "a" / "report.md").read_text().splitlines() if line.startswith("|")]
+    titles, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table]
+    shown = [row[titles.index("best reward")] for row in rows]
+    assert shown == [f"{row['success']['best_reward']:.3f}" for row in report["rows"]]
 
 
 @pytest.mark.parametrize(

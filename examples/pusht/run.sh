@@ -50,7 +50,7 @@ write_backbone(Path('$out/backbone'), image_size=$size, $backbone)"
 if [ ! -e "$out/evaluation/report.md" ] || [ -e "$out/evaluation/unfinished.jsonl" ]; then
   episodes=${EPISODES:-100}
   smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" --policy.device="$device" \
-    --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --seed=1000 \
+    --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --num_frames=64 --seed=1000 \
     "${env[@]}" ${SENTENCE:+--env_task="$SENTENCE"} \
     --eval.n_episodes="$episodes" --eval.batch_size=$((episodes < 50 ? episodes : 50)) --eval.use_async_envs=false
 fi

@@ -129,7 +129,9 @@ def in_percent(success: Success) -> str:
 
 
 def cells_of(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[list[str]]:
-    """The table's titles and rows as text, without some columns and those that are empty in every row."""
+    """The table's titles and rows as text, without some columns, and those that say nothing in any row."""
+    if all(row.success is None or row.success.best_reward == row.success.rate for row in rows):
+        left_out = [*left_out, "best reward"]  # 1 for a success and 0 otherwise
     columns = [[title, *map(show, rows)] for title, show in EVERY_COLUMN if title not in left_out]
     return [list(line) for line in zip(*(column for column in columns if any(column[1:])), strict=True)]
 
