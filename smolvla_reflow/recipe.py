@@ -40,7 +40,7 @@ class Recipe:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             prefix encoded, once for all of them.
-        weighting: of each line of a coupling by its own error, a name of `WEIGHTINGS`.
+        weighting: how each coupling is weighed by its own error, a name of `WEIGHTINGS`.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 

@@ -9,7 +9,9 @@
 # TASK=pose (the default) has the block's pose in the state and 32 pixels of image, and fits a CPU. TASK=image is LeRobot's own
 # PushT, 96 pixels and the agent's position, for a GPU. Each stage is left out if its folder exists.
 set -euo pipefail
-examples=$(cd "$(dirname "$0")/.." && pwd) out=${1:?Give a folder for the output.}
+give_up() { echo "run.sh: error: $1" >&2; exit 2; }
+[ $# -eq 1 ] || give_up "Name one folder for the output, such as outputs/pusht."
+examples=$(cd "$(dirname "$0")/.." && pwd) out=$1
 task=${TASK:-pose} device=${DEVICE:-cpu} last=checkpoints/last/pretrained_model
 export PYTHONPATH="$examples${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -25,8 +27,11 @@ case $task in
     size=96 backbone="hidden_size=256, num_layers=3, vision_hidden_size=192, vision_num_layers=4"
     teacher_steps=${TEACHER_STEPS:-40000} teacher_batch=64 student_steps=${STUDENT_STEPS:-6000}
     env=(--env.type=pusht --env.observation_height=96 --env.observation_width=96) ;;
-  *) echo "TASK=$task is unknown; known are: pose, image." >&2; exit 2 ;;
+  *) give_up "TASK=$task is unknown; known are: pose, image." ;;
 esac
+[ -n "${DATASET:-}${DATASET_ROOT:-}" ] || give_up "Name the demonstrations: DATASET_ROOT=FOLDER, or DATASET=HUB_ID."
+[ -z "${DATASET_ROOT:-}" ] || [ -e "$DATASET_ROOT/meta/info.json" ] || give_up "DATASET_ROOT=$DATASET_ROOT has no dataset."
+python -c "import gym_pusht, smolvla_reflow" 2>/dev/null || give_up "Install what it needs: pip install . 'gym-pusht<0.2' 'pymunk<7'"
 
 # The real SmolVLA code with a backbone that is small enough to be trained from scratch.
 [ -e "$out/backbone" ] || python -c "

@@ -38,8 +38,8 @@ class ReflowConfig(SolverFlags):
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
     weighting: str = Recipe.weighting
-    """Of each coupling by its own error, 'none' or 'huber', a pseudo-Huber loss, by which those near t = 0, with large
-    errors, count less."""
+    """How each coupling is weighed by its own error, 'none' or 'huber', a pseudo-Huber loss, by which those near t = 0,
+    with large errors, count less."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     train_state_proj: bool = False
