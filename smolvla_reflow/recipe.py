@@ -12,11 +12,6 @@ from smolvla_reflow.times import TimeSampling
 HUBER_SCALE = 0.00054  # arXiv 2310.14189, section 3.3
 
 
-def evenly(values: Tensor) -> Tensor:
-    """1 for each line: the squared error as it is."""
-    return values.new_ones(len(values))
-
-
 def huber(values: Tensor) -> Tensor:
     """The weight that makes a squared error a pseudo-Huber loss of the line (arXiv 2405.20320, section 3.2).
 
@@ -28,8 +23,8 @@ def huber(values: Tensor) -> Tensor:
     return (values.mean(dim=(1, 2)) + HUBER_SCALE**2 * d).rsqrt()
 
 
-# From the squared errors (N, chunk_size, max_action_dim) of N lines to a factor on each, (N,).
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {"none": evenly, "huber": huber}
+# From the squared errors (N, chunk_size, max_action_dim) of N lines to a factor on each, (N,); None if all count alike.
+WEIGHTINGS: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "huber": huber}
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,10 @@ class Recipe:
         if not 0 <= self.real_data_ratio <= 1:
             raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
 
-    def weights(self, values: Tensor) -> Tensor:
-        """A factor on each of N lines, (N,), without gradient, from their squared errors."""
-        return WEIGHTINGS[self.weighting](values.detach())
+    def weights(self, values: Tensor) -> Tensor | None:
+        """A factor on each of N lines, (N,), without gradient, from their squared errors; None if all count alike."""
+        weigh = WEIGHTINGS[self.weighting]
+        return None if weigh is None else weigh(values.detach())
 
     def recorded_frames(self, batch_size: int) -> int:
         """How many of a batch's frames train on recorded actions, rounded up or down at random."""

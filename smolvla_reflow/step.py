@@ -176,8 +176,8 @@ class Step:
         values = self.squared_errors(coupling, t)
         if self.deviations is not None and coupling.recorded is not True and self.recipe.real_data_ratio < 1:
             self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
-        if coupling.recorded is not True:
-            by_error = self.recipe.weights(values)
+        by_error = None if coupling.recorded is True else self.recipe.weights(values)
+        if by_error is not None:
             if isinstance(coupling.recorded, Tensor):
                 by_error = by_error.masked_fill(coupling.recorded, 1.0)
             values = values * by_error[:, None, None]
