@@ -180,7 +180,10 @@ def _run(file: Path) -> dict[str, LossStrategy]:
 
 
 @register_loss_strategy(
-    "standard", couples=False, unused=("time_sampling", "weighting", "real_data_ratio"), joint_forward=True
+    "standard",
+    couples=False,
+    unused=("time_sampling", "weighting", "own_path", "real_data_ratio"),
+    joint_forward=True,
 )
 def standard(step: Step) -> Losses:
     """Flow matching on recorded actions: what `lerobot-train` trains."""
@@ -193,7 +196,7 @@ def reflow(step: Step) -> Losses:
     return step.losses(step.coupling())
 
 
-@register_loss_strategy("distill", unused=("time_sampling",))
+@register_loss_strategy("distill", unused=("time_sampling", "own_path"))
 def distill(step: Step) -> Losses:
     """One-step distillation: reflow at t = 1 only (arXiv 2209.03003, section 3.2); more steps get worse by it."""
     return step.losses(step.coupling(), times="grid:1")

@@ -1,4 +1,4 @@
-"""The recipe: where on a coupling's line the student learns, couplings per frame, and the share of recorded data."""
+"""The recipe: where between noise and actions the student learns, how couplings are weighed, and how many there are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from smolvla_reflow.times import TimeSampling
 HUBER_SCALE = 0.00054  # arXiv 2310.14189, section 3.3
 
 
-def huber(values: Tensor) -> Tensor:
+def huber(values: Tensor, t: Tensor) -> Tensor:
     """The weight that makes a squared error a pseudo-Huber loss of the line (arXiv 2405.20320, section 3.2).
 
     With S the sum of a line's d squared errors and k = 0.00054 d, the gradient of `2 / sqrt(d) * sqrt(S + k^2)` is
@@ -23,8 +23,9 @@ def huber(values: Tensor) -> Tensor:
     return (values.mean(dim=(1, 2)) + HUBER_SCALE**2 * d).rsqrt()
 
 
-# From the squared errors (N, chunk_size, max_action_dim) of N lines to a factor on each, (N,); None if all count alike.
-WEIGHTINGS: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "huber": huber}
+# From the squared errors (N, chunk_size, max_action_dim) of N lines and their times (N,) to a factor on each, (N,); None
+# if all count alike.
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None, "huber": huber}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class Recipe:
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             prefix encoded, once for all of them.
         weighting: how each coupling is weighed by its own error, a name of `WEIGHTINGS`.
+        own_path: share of the times below 1, 0 to 1, at which the student learns on its own path instead of the
+            coupling's line (`step.py`).
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 
     time_sampling: str = "grid:1+beta"
     couplings_per_frame: int = 1
     weighting: str = "none"
+    own_path: float = 0.0
     real_data_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -51,13 +55,19 @@ class Recipe:
             raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
-        if not 0 <= self.real_data_ratio <= 1:
-            raise ReflowError(f"real_data_ratio={self.real_data_ratio} is no share; give a number from 0 to 1.")
+        for name in ("own_path", "real_data_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ReflowError(f"{name}={getattr(self, name)} is no share; give a number from 0 to 1.")
 
-    def weights(self, values: Tensor) -> Tensor | None:
-        """A factor on each of N lines, (N,), without gradient, from their squared errors; None if all count alike."""
+    def weights(self, values: Tensor, t: Tensor) -> Tensor | None:
+        """A factor on each of N lines, (N,), without gradient; None if all count alike.
+
+        Args:
+            values: squared errors of the lines, (N, chunk_size, max_action_dim).
+            t: their times, (N,).
+        """
         weigh = WEIGHTINGS[self.weighting]
-        return None if weigh is None else weigh(values.detach())
+        return None if weigh is None else weigh(values.detach(), t)
 
     def recorded_frames(self, batch_size: int) -> int:
         """How many of a batch's frames train on recorded actions, rounded up or down at random."""

@@ -256,3 +256,74 @@ def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(ReflowError, match=r"weighting 'hubr' is unknown; known are: none, huber. Did you mean 'huber'"):
         Recipe(weighting="hubr")
+
+
+# --- on the student's own path ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_state_proj", [False, True])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_loss_on_its_own_path_is_what_stock_sampling_is_off_by(
+    policy, teacher, batch, noise_and_time, steps, train_state_proj
+):
+    """One step of 1 / n from the noise and one for all that is left, by stock `denoise_step`, end at actions + t * error."""
+    noise, _ = noise_and_time
+    time = torch.full((4,), 1 - 1 / steps)
+    options = {"solver": "midpoint", "train_state_proj": train_state_proj}
+    with torch.no_grad():
+        flow = Flow(policy, batch)
+        own = noise - flow.velocity(noise, torch.ones(4)) / steps
+        end = own - time[0] * flow.velocity(own, time)
+        if steps == 2:
+            policy.config.num_steps = 2
+            images, masks = policy.prepare_images(batch)
+            language = batch["observation.language.tokens"], batch["observation.language.attention_mask"]
+            sampled = policy.model.sample_actions(images, masks, *language, policy.prepare_state(batch), noise=noise)
+            torch.testing.assert_close(end, sampled, rtol=1e-4, atol=1e-5)
+        actions = Flow(teacher, batch).midpoint(noise, 10)
+    attach(policy, teacher, recipe=Recipe(own_path=1.0), **options)
+    losses = per_sample(policy, batch, noise, time)
+    torch.testing.assert_close(losses, ((end - actions) / time[0]).square().mean(dim=(1, 2)), rtol=1e-3, atol=1e-4)
+    detach(policy)
+    attach(policy, teacher, **options)
+    assert not torch.isclose(losses, per_sample(policy, batch, noise, time), rtol=1e-2).any()
+
+
+def test_where_nothing_is_corrected_lines_stay_what_they_are(policy, teacher, batch, noise_and_time):
+    """At t = 1 nothing has been done yet; near 0 the error would be blown up; recorded lines have no teacher's end."""
+    noise, _ = noise_and_time
+    time = torch.tensor([0.5, 0.5, 1.0, 0.09])
+    found = {}
+    for own_path in (0.0, 1.0):
+        recipe = Recipe(own_path=own_path, real_data_ratio=0.25)
+        with attach(policy, teacher, recipe=recipe, solver="midpoint"):
+            found[own_path] = per_sample(policy, batch, noise, time)
+    same = torch.isclose(found[0.0], found[1.0])
+    assert same.tolist() == [True, False, True, True]
+
+
+def test_a_share_of_the_lines_is_on_its_own_path(policy, teacher, batch, asked, registry):
+    """The end with the actions stays where it is, that with the noise moves; and so for each coupling by itself."""
+    found = []
+
+    @register_loss_strategy("noting")
+    def noting(step):
+        found.append(step.coupling())
+        return step.losses(found[0])
+
+    torch.manual_seed(0)
+    recipe = Recipe(own_path=0.25, time_sampling="grid:2", couplings_per_frame=100)
+    attach(policy, teacher, strategy="noting", recipe=recipe)
+    policy.train().forward(dict(batch))
+    ((actions, noise, time),) = asked
+    assert torch.equal(actions, found[0].actions)
+    moved = (noise != found[0].noise).any(dim=(1, 2))
+    assert not moved[time == 1].any()
+    share = moved[time == 0.5].float()
+    assert share.mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(share)) ** 0.5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_on_its_own_path_is_from_0_to_1(share):
+    with pytest.raises(ReflowError, match=r"own_path=.* is no share; give a number from 0 to 1"):
+        Recipe(own_path=share)

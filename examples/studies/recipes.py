@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,14 @@ class Student(SolverFlags):
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
     weighting: str = Recipe.weighting
+    own_path: float = Recipe.own_path
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False
     batch_size: int = 32
     steps: int = 1200
+    batches: int | None = None
+    """Batches of couplings that are made; with more steps than that, they are gone through again, as stored pairs are.
+    By default one for each step."""
     lr: float = 1e-3
 
     def recipe(self) -> Recipe:
@@ -158,11 +163,12 @@ def new_student(
     couples = get_loss_strategy(options.strategy).couples
     student = task.policy(train_expert_only=couples)
     student.load_state_dict(teacher.state_dict())
-    batches = (select(task.seen, which) for which in frames_of(task, options.steps, options.batch_size, seed))
-    pairs = None
+    made, pairs = options.batches or options.steps, None
+    frames = islice(cycle(frames_of(task, made, options.batch_size, seed)), options.steps)
+    batches = (select(task.seen, which) for which in frames)
     if couples:
         solver, per_frame = options.to_solver(), options.couplings_per_frame
-        pairs = couplings_of(teacher, solver, options.steps, options.batch_size, per_frame).source()
+        pairs = couplings_of(teacher, solver, made, options.batch_size, per_frame).source()
     with attach(
         student,
         pairs=pairs,
@@ -174,18 +180,18 @@ def new_student(
     return student
 
 
-def frames_of(task: Task, steps: int, batch_size: int, seed: int) -> torch.Tensor:
-    """(steps, batch_size) positions in `Task.seen`, those of every student with this seed."""
+def frames_of(task: Task, batches: int, batch_size: int, seed: int) -> torch.Tensor:
+    """(batches, batch_size) positions in `Task.seen`, those of every student with this seed."""
     torch.manual_seed(seed)
-    return torch.randint(len(task.seen["index"]), (steps, batch_size))
+    return torch.randint(len(task.seen["index"]), (batches, batch_size))
 
 
 @dataclass(frozen=True)
 class Couplings:
-    """The couplings of a whole training.
+    """The couplings of a whole training, or of one pass of it.
 
     Attributes:
-        noise: (steps, batch * per_frame, chunk_size, max_action_dim).
+        noise: (batches, batch * per_frame, chunk_size, max_action_dim).
         actions: of the same shape, what the teacher carries the noise to.
     """
 
@@ -194,7 +200,7 @@ class Couplings:
 
     def source(self) -> CouplingSource:
         """A function that gives one step's couplings at each call, in order; of the last frames if not shown all."""
-        steps = iter(zip(self.noise, self.actions, strict=True))
+        steps = cycle(zip(self.noise, self.actions, strict=True))
 
         def next_step(observation, *, frames, noise, per_frame) -> Coupling:
             made = next(steps)
@@ -205,12 +211,12 @@ class Couplings:
 
 @torch.no_grad()
 def couplings(
-    teacher: SmolVLAPolicy, solver: Solver, steps: int, batch_size: int, per_frame: int, *, task: Task, seed: int
+    teacher: SmolVLAPolicy, solver: Solver, batches: int, batch_size: int, per_frame: int, *, task: Task, seed: int
 ) -> Couplings:
-    """Solve the teacher's ODE for a whole training in advance, so that several variants can share the work."""
+    """Solve the teacher's ODE for so many batches in advance, so that several variants can share the work."""
     config = teacher.config
-    frames = frames_of(task, steps, batch_size, seed)
-    noise = torch.randn(steps, batch_size * per_frame, config.chunk_size, config.max_action_dim)
+    frames = frames_of(task, batches, batch_size, seed)
+    noise = torch.randn(batches, batch_size * per_frame, config.chunk_size, config.max_action_dim)
     actions = [
         solve(teacher, observe(teacher, select(task.seen, which)), x, solver)
         for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True)

@@ -40,6 +40,9 @@ class ReflowConfig(SolverFlags):
     weighting: str = Recipe.weighting
     """How each coupling is weighed by its own error, 'none' or 'huber', a pseudo-Huber loss, by which those near t = 0,
     with large errors, count less."""
+    own_path: float = Recipe.own_path
+    """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
+    step from the noise, to go on to the teacher's actions from there."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     train_state_proj: bool = False
