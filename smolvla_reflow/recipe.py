@@ -23,8 +23,8 @@ def huber(values: Tensor, t: Tensor) -> Tensor:
     return (values.mean(dim=(1, 2)) + HUBER_SCALE**2 * d).rsqrt()
 
 
-# From the squared errors (N, chunk_size, max_action_dim) of N lines and their times (N,) to a factor on each, (N,); None
-# if all count alike.
+# From the squared errors of N lines, (N, chunk_size, max_action_dim), and their times, (N,), to a factor on each, (N,).
+# None: all count alike.
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None, "huber": huber}
 
 

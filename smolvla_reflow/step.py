@@ -197,10 +197,10 @@ class Step:
     def on_own_path(self, coupling: Coupling, times: Tensor) -> Coupling:
         """Couplings of which the recipe's share begins elsewhere: at time t on the student's own path from the noise.
 
-        A sampler of n steps asks for the velocity at x_t = noise - (1 - t) v(noise, 1), t = 1 - 1/n, where the student's
-        own first step has taken it. From there the velocity (x_t - actions) / t leads to the teacher's actions, and the
-        line through both begins at actions + (x_t - actions) / t. Where ways branch, this corrects the first step.
-        Recorded lines stay, and times from 0.1 on alone are chosen from: the error of the first step counts 1 / t fold.
+        A sampler of n steps asks for the velocity at x_t = noise - (1 - t) v(noise, 1), t = 1 - 1/n, where the first
+        step has taken it. From there the velocity (x_t - actions) / t leads to the teacher's actions, and the line
+        through both begins at actions + (x_t - actions) / t. Where ways branch, this corrects the first step.
+        Recorded lines stay as they are, and so do times below 0.1: an error of the first step counts 1 / t fold.
 
         Args:
             coupling: N lines, as many in a row for each frame.
