@@ -12,6 +12,15 @@ from smolvla_reflow.times import TimeSampling
 HUBER_SCALE = 0.00054  # arXiv 2310.14189, section 3.3
 
 
+def by_time(values: Tensor, t: Tensor) -> Tensor:
+    """The weight t: halfway between an error of the velocity, with weight 1, and one of the actions, with t^2.
+
+    On a straight line x_t - t v(x_t, t) are the actions, so that an error of the velocity is one of t times its size in
+    them. Near t = 0 a velocity cannot be right, which is a matter of the noise there, and matters little.
+    """
+    return t
+
+
 def huber(values: Tensor, t: Tensor) -> Tensor:
     """The weight that makes a squared error a pseudo-Huber loss of the line (arXiv 2405.20320, section 3.2).
 
@@ -25,7 +34,7 @@ def huber(values: Tensor, t: Tensor) -> Tensor:
 
 # From the squared errors of N lines, (N, chunk_size, max_action_dim), and their times, (N,), to a factor on each, (N,).
 # None: all count alike.
-WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None, "huber": huber}
+WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None, "t": by_time, "huber": huber}
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,18 @@ def per_sample_of_lines(policy, batch, actions, noise, time):
     return policy.model.forward(images, img_masks, *language, state, actions, noise, time).mean(dim=(1, 2))
 
 
+@pytest.mark.parametrize("strategy", ["reflow", "distill"])
+def test_weighed_by_time(policy, teacher, batch, noise_and_time, strategy):
+    """Each squared error counts t fold, so that the gradient is that of errors sqrt(t) times as large."""
+    noise, time = noise_and_time
+    with attach(policy, teacher, solver="midpoint"):
+        squares, _ = policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")
+        expected = gradient_of((squares * time).mean(), policy)
+    attach(policy, teacher, solver="midpoint", strategy=strategy, recipe=Recipe(weighting="t"))
+    found = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time):
     """Half of the batch is recorded: beside those, the couplings' losses are what `huber` makes of them."""
     noise, time = noise_and_time
@@ -254,7 +266,7 @@ def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time
 
 
 def test_an_unknown_weighting_is_refused():
-    with pytest.raises(ReflowError, match=r"weighting 'hubr' is unknown; known are: none, huber. Did you mean 'huber'"):
+    with pytest.raises(ReflowError, match=r"weighting 'hubr' is unknown; known are: none, t, huber. Did you mean 'huber'"):
         Recipe(weighting="hubr")
 
 
