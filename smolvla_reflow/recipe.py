@@ -59,7 +59,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
-        TimeSampling(self.time_sampling)
+        if TimeSampling(self.time_sampling).only_one and self.own_path:
+            raise ReflowError(f"own_path={self.own_path} has no effect with time_sampling={self.time_sampling}.")
         if self.weighting not in WEIGHTINGS:
             raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:

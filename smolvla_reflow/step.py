@@ -175,16 +175,17 @@ class Step:
             t = torch.cat([self._times(count, STOCK)[:m], t[m:]])
             w = None if w is None else torch.cat([torch.ones_like(w[:m]), w[m:]])
 
-        if self.recipe.own_path and coupling.recorded is not True:
+        some_coupled = coupling.recorded is not True and self.recipe.real_data_ratio < 1
+        if some_coupled and self.recipe.own_path:
             coupling = self.on_own_path(coupling, t)
         values = self.squared_errors(coupling, t)
-        if self.deviations is not None and coupling.recorded is not True and self.recipe.real_data_ratio < 1:
+        if some_coupled and self.deviations is not None:
             self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
-        by_error = None if coupling.recorded is True else self.recipe.weights(values, t)
-        if by_error is not None:
+        weighed = self.recipe.weights(values, t) if some_coupled else None
+        if weighed is not None:
             if isinstance(coupling.recorded, Tensor):
-                by_error = by_error.masked_fill(coupling.recorded, 1.0)
-            values = values * by_error[:, None, None]
+                weighed = weighed.masked_fill(coupling.recorded, 1.0)
+            values = values * weighed[:, None, None]
         if w is not None:
             values = values * w
         values = values.unflatten(0, (frames, count // frames)).mean(dim=1)

@@ -40,7 +40,24 @@ def test_reflow_hyperparameters_where_none_are_given():
         "policy.scheduler_decay_steps",
         "policy.push_to_hub",
         "policy.repo_id",
+        "reflow.weighting",
     }
+
+
+def test_couplings_are_weighed_where_that_has_an_effect():
+    assert (
+        flags(TEACHER)["reflow.weighting"] == flags(TEACHER, "--reflow.strategy=distill")["reflow.weighting"] == "huber"
+    )
+    assert flags(TEACHER, "--reflow.weighting=none")["reflow.weighting"] == "none"
+    assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=standard")
+    assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=no_such_loss")  # which is said later
+
+
+def test_a_saved_run_keeps_its_weighting(tmp_path):
+    for weighting in ("none", "t"):
+        file = tmp_path / f"{weighting}.json"
+        file.write_text(json.dumps({"reflow": {"teacher_path": "T", "weighting": weighting}}))
+        assert flags(f"--config_path={file}")["reflow.weighting"] == weighting
 
 
 def test_what_the_user_sets_wins_and_the_rest_follows():

@@ -107,6 +107,7 @@ def test_the_teachers_own_file(saved):
         "policy.scheduler_decay_steps": "40",
         "policy.push_to_hub": "false",
         "policy.repo_id": "null",
+        "reflow.weighting": "huber",
     }
 
 

@@ -266,7 +266,9 @@ def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time
 
 
 def test_an_unknown_weighting_is_refused():
-    with pytest.raises(ReflowError, match=r"weighting 'hubr' is unknown; known are: none, t, huber. Did you mean 'huber'"):
+    with pytest.raises(
+        ReflowError, match=r"weighting 'hubr' is unknown; known are: none, t, huber. Did you mean 'huber'"
+    ):
         Recipe(weighting="hubr")
 
 
@@ -333,6 +335,12 @@ def test_a_share_of_the_lines_is_on_its_own_path(policy, teacher, batch, asked, 
     assert not moved[time == 1].any()
     share = moved[time == 0.5].float()
     assert share.mean().item() == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(share)) ** 0.5)
+
+
+def test_without_times_below_1_there_is_no_path():
+    with pytest.raises(ReflowError, match=r"own_path=0.5 has no effect with time_sampling=grid:1\."):
+        Recipe(own_path=0.5, time_sampling="grid:1")
+    assert Recipe(own_path=0.5, time_sampling="grid:1+grid:2").own_path == 0.5
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

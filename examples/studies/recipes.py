@@ -33,6 +33,7 @@ from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.solver import JITTERED, SolverFlags
+from smolvla_reflow.training.config import WEIGHTING
 
 MEASURING_SEED = 1000
 SHIFT = 4
@@ -82,13 +83,13 @@ class StudyConfig:
 
 @dataclass
 class Student(SolverFlags):
-    """One round of reflow, as the words of a variant describe it; the defaults are this package's."""
+    """One round of reflow, as the words of a variant describe it; the defaults are those of `smolvla-reflow-train`."""
 
     solver: str = JITTERED
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
-    weighting: str = Recipe.weighting
+    weighting: str = WEIGHTING
     own_path: float = Recipe.own_path
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False

@@ -17,9 +17,10 @@ import lerobot
 
 from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.errors import ReflowError, known_are
+from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.smolvla.checkpoint import may_be_hub_id
 from smolvla_reflow.smolvla.migration import rename_fork_flags
-from smolvla_reflow.training.config import LEARNING_RATE, ReflowConfig, ReflowTrainPipelineConfig
+from smolvla_reflow.training.config import LEARNING_RATE, WEIGHTING, ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
 from smolvla_reflow.training.run_folder import resumable_config
 
@@ -130,7 +131,17 @@ def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
         "policy.optimizer_lr": LEARNING_RATE,
         **schedule(steps, lr),
     }
+    if _weighs(given.get("reflow.strategy", ReflowConfig.strategy)):
+        defaults["reflow.weighting"] = WEIGHTING
     return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
+
+
+def _weighs(strategy: str) -> bool:
+    """Whether a weighting has an effect on this loss; not, if there is no such loss, which is said later."""
+    try:
+        return "weighting" not in get_loss_strategy(strategy).unused
+    except ReflowError:
+        return False
 
 
 def _published_nowhere(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
