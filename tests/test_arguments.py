@@ -50,6 +50,10 @@ def test_couplings_are_weighed_where_that_has_an_effect():
     )
     assert flags(TEACHER, "--reflow.weighting=none")["reflow.weighting"] == "none"
     assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=standard")
+    assert "reflow.weighting" not in flags(TEACHER, "--reflow.real_data_ratio=0.25")
+    assert flags(TEACHER, "--reflow.real_data_ratio=0")["reflow.weighting"] == "huber"
+    with pytest.raises(ReflowError, match="--reflow.real_data_ratio=much is not a number"):
+        flags(TEACHER, "--reflow.real_data_ratio=much")
     assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=no_such_loss")  # which is said later
 
 

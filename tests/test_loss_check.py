@@ -47,6 +47,14 @@ def test_a_loss_is_judged_by_where_it_began(beginning, limit):
     assert "in step 3, so the run was stopped" in check([beginning, 0.99 * limit, 1.01 * limit])
 
 
+def test_a_loss_that_grows_with_the_error_is_judged_by_the_root():
+    look = LossCheck(0, 1, None, advice=lambda: "Go on.", exploded=1e2)
+    for loss in (0.5, 99.0, 0.5):
+        look(loss)
+    with pytest.raises(ReflowError, match="The loss is 101 in step 4, so the run was stopped"):
+        look(101.0)
+
+
 def test_a_high_beginning_is_pointed_out(caplog):
     with caplog.at_level(logging.WARNING):
         assert check([2e4, 2e4, 1.0]) is None

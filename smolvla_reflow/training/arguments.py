@@ -131,7 +131,8 @@ def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
         "policy.optimizer_lr": LEARNING_RATE,
         **schedule(steps, lr),
     }
-    if _weighs(given.get("reflow.strategy", ReflowConfig.strategy)):
+    recorded = _number("reflow.real_data_ratio", given.get("reflow.real_data_ratio", 0.0))
+    if _weighs(given.get("reflow.strategy", ReflowConfig.strategy)) and not recorded:
         defaults["reflow.weighting"] = WEIGHTING
     return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
 

@@ -12,7 +12,9 @@ from smolvla_reflow.solver import JITTERED, SolverFlags
 LEARNING_RATE = 2e-5
 DECAY_LR_RATIO = 2.5e-6 / 1e-4
 WARMUP_RATIO = 1_000 / 30_000
-WEIGHTING = "huber"  # of the command alone; a `Recipe` that says nothing is the papers' own loss
+# Of the command alone: a `Recipe` that says nothing is the papers' own loss. Beside recorded rows, whose loss is
+# LeRobot's own, it would take from their share of the gradient.
+WEIGHTING = "huber"
 
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
@@ -39,8 +41,8 @@ class ReflowConfig(SolverFlags):
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
     weighting: str = Recipe.weighting
-    """How each coupling is weighed. 'huber' (the default where it has an effect) makes the loss a pseudo-Huber loss, by
-    which those near t = 0, with large errors, count less. 't' weighs by t, for one step, and 'none' not at all."""
+    """How each coupling is weighed. 'huber' (the default, unless recorded rows are mixed in) makes the loss a
+    pseudo-Huber loss, by which those near t = 0, with large errors, count less. 't' weighs by t, 'none' not at all."""
     own_path: float = Recipe.own_path
     """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
     step from the noise, to go on to the teacher's actions from there."""

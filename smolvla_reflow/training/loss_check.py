@@ -18,7 +18,8 @@ class LossCheck:
     """To be called with each loss before its backward pass.
 
     A loss has exploded at 1e4 times the one it began with, or 1e4 if that was below 1: actions are normalised, so that
-    1 is the loss of a policy which has learnt nothing, but a loss of one's own may be on any scale.
+    1 is the loss of a policy which has learnt nothing, but a loss of one's own may be on any scale. One that grows with
+    the error, and not with its square, has exploded at 1e2.
 
     In fp16 a gradient scaler skips each step that has a non-finite gradient. It is left to do so until it has skipped
     20 in a row.
@@ -29,6 +30,7 @@ class LossCheck:
         accumulation: backward passes for each step of the optimizer.
         scaler: of the gradients, None unless they are scaled.
         advice: what to do about a run that is stopped.
+        exploded: times the beginning, or 1.
         beginning: the first finite loss.
         passes: calls until now.
         skipped: steps of the optimizer in a row, up to the last, that had a non-finite loss.
@@ -39,6 +41,7 @@ class LossCheck:
     accumulation: int
     scaler: Any
     advice: Callable[[], str]
+    exploded: float = EXPLODED
     beginning: float | None = None
     passes: int = 0
     skipped: int = 0
@@ -61,13 +64,13 @@ class LossCheck:
     def _limit(self, loss: float) -> float:
         if self.beginning is None:
             self.beginning = loss
-            if loss > EXPLODED:
+            if loss > self.exploded:
                 logging.warning(
                     "Reflow: the loss begins at %g, where 1 is that of a policy which has learnt nothing. Unless the "
                     "loss is your own, compare the dataset's statistics with its actions.",
                     loss,
                 )
-        return EXPLODED * max(1.0, self.beginning)
+        return self.exploded * max(1.0, self.beginning)
 
     def _skipped_too_often(self, update: int) -> bool:
         if update != self.last_skipped:

@@ -49,7 +49,7 @@ from smolvla_reflow.training.checkpoints import (
 )
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 from smolvla_reflow.training.console_line import ConsoleLine
-from smolvla_reflow.training.loss_check import LossCheck
+from smolvla_reflow.training.loss_check import EXPLODED, LossCheck
 from smolvla_reflow.training.measuring import Measuring, begin, training_preprocessor
 from smolvla_reflow.training.preflight import check_options
 from smolvla_reflow.training.run_folder import how_to_go_on, training_step
@@ -268,7 +268,11 @@ def first_step(cfg: ReflowTrainPipelineConfig) -> int:
 def loss_check(cfg: ReflowTrainPipelineConfig, arguments: Arguments, accelerator: Accelerator) -> LossCheck:
     """What looks at each loss of this run."""
     return LossCheck(
-        first_step(cfg), gradient_accumulation(cfg), accelerator.scaler, partial(how_to_continue, cfg, arguments)
+        first_step(cfg),
+        gradient_accumulation(cfg),
+        accelerator.scaler,
+        partial(how_to_continue, cfg, arguments),
+        exploded=EXPLODED**0.5 if cfg.reflow.weighting == "huber" else EXPLODED,
     )
 
 
