@@ -182,7 +182,7 @@ def _run(file: Path) -> dict[str, LossStrategy]:
 @register_loss_strategy(
     "standard",
     couples=False,
-    unused=("time_sampling", "weighting", "own_path", "real_data_ratio"),
+    unused=("time_sampling", "weighting", "own_path", "padding_weight", "real_data_ratio"),
     joint_forward=True,
 )
 def standard(step: Step) -> Losses:

@@ -48,6 +48,8 @@ class Recipe:
         weighting: how each coupling is weighed by its own error, a name of `WEIGHTINGS`.
         own_path: share of the times below 1, 0 to 1, at which the student learns on its own path instead of the
             coupling's line (`step.py`).
+        padding_weight: weight of a coupling's errors in the padded action dimensions, 0 to 1, where those in the robot's
+            own weigh 1.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 
@@ -55,6 +57,7 @@ class Recipe:
     couplings_per_frame: int = 1
     weighting: str = "none"
     own_path: float = 0.0
+    padding_weight: float = 1.0
     real_data_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,9 +68,9 @@ class Recipe:
             raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
-        for name in ("own_path", "real_data_ratio"):
+        for name, kind in (("own_path", "share"), ("padding_weight", "weight"), ("real_data_ratio", "share")):
             if not 0 <= getattr(self, name) <= 1:
-                raise ReflowError(f"{name}={getattr(self, name)} is no share; give a number from 0 to 1.")
+                raise ReflowError(f"{name}={getattr(self, name)} is no {kind}; give a number from 0 to 1.")
 
     def weights(self, values: Tensor, t: Tensor) -> Tensor | None:
         """A factor on each of N lines, (N,), without gradient; None if all count alike.

@@ -181,11 +181,11 @@ class Step:
         values = self.squared_errors(coupling, t)
         if some_coupled and self.deviations is not None:
             self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
-        weighed = self.recipe.weights(values, t) if some_coupled else None
-        if weighed is not None:
+        if some_coupled:
+            weighed = self._weighed(values, t)
             if isinstance(coupling.recorded, Tensor):
-                weighed = weighed.masked_fill(coupling.recorded, 1.0)
-            values = values * weighed[:, None, None]
+                weighed = torch.where(coupling.recorded[:, None, None], values, weighed)
+            values = weighed
         if w is not None:
             values = values * w
         values = values.unflatten(0, (frames, count // frames)).mean(dim=1)
@@ -318,6 +318,14 @@ class Step:
                 "three dimensions (lines, steps of the chunk, action dimensions), any of which may be 1."
             )
         return weights.expand(count, 1, 1)
+
+    def _weighed(self, values: Tensor, t: Tensor) -> Tensor:
+        """Squared errors of couplings as the recipe weighs them: the padded dimensions, and then each line."""
+        if self.deviations is not None and self.recipe.padding_weight != 1:
+            own, width = len(self.deviations), values.shape[-1]
+            values = values * values.new_tensor([1.0] * own + [self.recipe.padding_weight] * (width - own))
+        line = self.recipe.weights(values, t)
+        return values if line is None else values * line[:, None, None]
 
     def _check(self, coupling: Coupling, count: int) -> None:
         config = self.model.config

@@ -91,6 +91,7 @@ class Student(SolverFlags):
     couplings_per_frame: int = Recipe.couplings_per_frame
     weighting: str = WEIGHTING
     own_path: float = Recipe.own_path
+    padding_weight: float = 1.0
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False
     batch_size: int = 32
