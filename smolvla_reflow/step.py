@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
+from lerobot.utils.constants import ACTION
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -108,6 +109,14 @@ class Step:
     def couplings_per_frame(self) -> int:
         """K: the recipe's, or 1 where the caller of forward fixed noise or time, which are one for each frame."""
         return self.recipe.couplings_per_frame if self.noise is None and self.time is None else 1
+
+    @property
+    def action_dim(self) -> int:
+        """How many action dimensions are the robot's own, those of the batch before LeRobot pads it.
+
+        All of them where the model was called without its policy. (A config may still say those of its base.)
+        """
+        return self.batch.get(ACTION, self.actions).shape[-1]
 
     def coupling(self) -> Coupling:
         """Noise and the actions it is carried to by the attached source: B * K lines, K in a row for each frame.
@@ -321,9 +330,11 @@ class Step:
 
     def _weighed(self, values: Tensor, t: Tensor) -> Tensor:
         """Squared errors of couplings as the recipe weighs them: the padded dimensions, and then each line."""
-        if self.deviations is not None and self.recipe.padding_weight != 1:
-            own, width = len(self.deviations), values.shape[-1]
-            values = values * values.new_tensor([1.0] * own + [self.recipe.padding_weight] * (width - own))
+        own, width = self.action_dim, values.shape[-1]
+        if own < width and self.recipe.padding_weight != 1:
+            weights = torch.ones(width, device=values.device)
+            weights[own:] = self.recipe.padding_weight
+            values = values * weights
         line = self.recipe.weights(values, t)
         return values if line is None else values * line[:, None, None]
 
