@@ -48,8 +48,8 @@ class Recipe:
         weighting: how each coupling is weighed by its own error, a name of `WEIGHTINGS`.
         own_path: share of the times below 1, 0 to 1, at which the student learns on its own path instead of the
             coupling's line (`step.py`).
-        padding_weight: weight of a coupling's errors in the padded action dimensions, 0 to 1, where those in the robot's
-            own weigh 1.
+        padding_weight: what a coupling's errors in the padded action dimensions weigh, 0 to 1, where those in the
+            robot's own weigh 1.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
     """
 

@@ -41,20 +41,25 @@ def test_reflow_hyperparameters_where_none_are_given():
         "policy.push_to_hub",
         "policy.repo_id",
         "reflow.weighting",
+        "reflow.padding_weight",
     }
 
 
-def test_couplings_are_weighed_where_that_has_an_effect():
-    assert (
-        flags(TEACHER)["reflow.weighting"] == flags(TEACHER, "--reflow.strategy=distill")["reflow.weighting"] == "huber"
-    )
-    assert flags(TEACHER, "--reflow.weighting=none")["reflow.weighting"] == "none"
-    assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=standard")
-    assert "reflow.weighting" not in flags(TEACHER, "--reflow.real_data_ratio=0.25")
-    assert flags(TEACHER, "--reflow.real_data_ratio=0")["reflow.weighting"] == "huber"
+def recipe_of(*argv):
+    given = flags(TEACHER, *argv)
+    return given.get("reflow.weighting"), given.get("reflow.padding_weight")
+
+
+def test_a_run_has_a_recipe_where_it_has_an_effect():
+    assert recipe_of() == recipe_of("--reflow.strategy=distill") == ("huber", "0.1")
+    assert recipe_of("--reflow.weighting=none") == ("none", "0.1")
+    assert recipe_of("--reflow.padding_weight=1") == ("huber", "1")
+    assert recipe_of("--reflow.strategy=standard") == (None, None)
+    assert recipe_of("--reflow.strategy=no_such_loss") == (None, None)  # which is said later
+    assert recipe_of("--reflow.real_data_ratio=0.25") == (None, "0.1")
+    assert recipe_of("--reflow.real_data_ratio=0") == ("huber", "0.1")
     with pytest.raises(ReflowError, match="--reflow.real_data_ratio=much is not a number"):
-        flags(TEACHER, "--reflow.real_data_ratio=much")
-    assert "reflow.weighting" not in flags(TEACHER, "--reflow.strategy=no_such_loss")  # which is said later
+        recipe_of("--reflow.real_data_ratio=much")
 
 
 def test_a_saved_run_keeps_its_weighting(tmp_path):

@@ -108,6 +108,7 @@ def test_the_teachers_own_file(saved):
         "policy.push_to_hub": "false",
         "policy.repo_id": "null",
         "reflow.weighting": "huber",
+        "reflow.padding_weight": "0.1",
     }
 
 

@@ -265,6 +265,43 @@ def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time
     assert not torch.isclose(weighed[2:], plain[2:]).any()
 
 
+@pytest.mark.parametrize("weighting", ["none", "huber"])
+def test_padded_dimensions_weigh_less(policy, teacher, batch, noise_and_time, weighting):
+    """Only on couplings, and before a line is weighed by its error."""
+    noise, time = noise_and_time
+    with attach(policy, teacher, solver="midpoint"):
+        squares = reflow_losses(policy, teacher, batch, noise, time, 10)
+    squares = torch.cat([squares[..., :ACTION_DIM], 0.25 * squares[..., ACTION_DIM:]], dim=-1).mean(dim=(1, 2))
+    expected = squares if weighting == "none" else squares / (squares + 0.00054**2 * CHUNK * WIDTH).sqrt()
+    found = {}
+    for ratio in (0.0, 0.5):
+        recipe = Recipe(weighting=weighting, padding_weight=0.25, real_data_ratio=ratio)
+        with attach(policy, teacher, recipe=recipe, solver="midpoint"):
+            found[ratio] = per_sample(policy, batch, noise, time)
+    torch.testing.assert_close(found[0.0], expected, rtol=1e-4, atol=1e-5)
+    plain = Recipe(weighting=weighting, real_data_ratio=0.5)
+    attach(policy, teacher, recipe=plain, solver="midpoint")
+    torch.testing.assert_close(found[0.5][:2], per_sample(policy, batch, noise, time)[:2])
+
+
+def test_the_robots_dimensions_are_those_of_the_batch(policy, teacher, batch, noise_and_time):
+    """A config may say those of the base that the policy was fine-tuned from."""
+    noise, time = noise_and_time
+    recipe = Recipe(padding_weight=0.25)
+    with attach(policy, teacher, recipe=recipe, solver="midpoint"):
+        expected = per_sample(policy, batch, noise, time)
+    feature = policy.config.output_features["action"]
+    policy.config.output_features["action"] = replace(feature, shape=(ACTION_DIM - 1,))
+    attach(policy, teacher, recipe=recipe, solver="midpoint")
+    assert torch.equal(per_sample(policy, batch, noise, time), expected)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_padding_weighs_from_0_to_1(weight):
+    with pytest.raises(ReflowError, match=r"padding_weight=.* is no weight; give a number from 0 to 1"):
+        Recipe(padding_weight=weight)
+
+
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(
         ReflowError, match=r"weighting 'hubr' is unknown; known are: none, t, huber. Did you mean 'huber'"

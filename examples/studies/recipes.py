@@ -33,7 +33,7 @@ from smolvla_reflow.coupling import CouplingSource, solve
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.solver import JITTERED, SolverFlags
-from smolvla_reflow.training.config import WEIGHTING
+from smolvla_reflow.training.config import RECIPE
 
 MEASURING_SEED = 1000
 SHIFT = 4
@@ -89,9 +89,9 @@ class Student(SolverFlags):
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
-    weighting: str = WEIGHTING
+    weighting: str = RECIPE.weighting
     own_path: float = Recipe.own_path
-    padding_weight: float = 1.0
+    padding_weight: float = RECIPE.padding_weight
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False
     batch_size: int = 32

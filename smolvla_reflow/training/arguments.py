@@ -20,7 +20,7 @@ from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.smolvla.checkpoint import may_be_hub_id
 from smolvla_reflow.smolvla.migration import rename_fork_flags
-from smolvla_reflow.training.config import LEARNING_RATE, WEIGHTING, ReflowConfig, ReflowTrainPipelineConfig
+from smolvla_reflow.training.config import LEARNING_RATE, RECIPE, ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
 from smolvla_reflow.training.run_folder import resumable_config
 
@@ -130,19 +130,22 @@ def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
         "policy.path": given["reflow.teacher_path"],
         "policy.optimizer_lr": LEARNING_RATE,
         **schedule(steps, lr),
+        **_recipe(given),
     }
-    recorded = _number("reflow.real_data_ratio", given.get("reflow.real_data_ratio", 0.0))
-    if _weighs(given.get("reflow.strategy", ReflowConfig.strategy)) and not recorded:
-        defaults["reflow.weighting"] = WEIGHTING
     return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
 
 
-def _weighs(strategy: str) -> bool:
-    """Whether a weighting has an effect on this loss; not, if there is no such loss, which is said later."""
+def _recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of a reflow run, as far as it has an effect on its loss."""
     try:
-        return "weighting" not in get_loss_strategy(strategy).unused
-    except ReflowError:
-        return False
+        unused = get_loss_strategy(given.get("reflow.strategy", ReflowConfig.strategy)).unused
+    except ReflowError:  # there is no such loss, which is said later
+        return {}
+    chosen: dict[str, Any] = {"padding_weight": RECIPE.padding_weight}
+    if not _number("reflow.real_data_ratio", given.get("reflow.real_data_ratio", 0)):
+        # Recorded rows have LeRobot's own loss, and would not have their share of the gradient beside a weighed one.
+        chosen["weighting"] = RECIPE.weighting
+    return {f"reflow.{name}": value for name, value in chosen.items() if name not in unused}
 
 
 def _published_nowhere(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:

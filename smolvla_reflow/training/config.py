@@ -12,9 +12,8 @@ from smolvla_reflow.solver import JITTERED, SolverFlags
 LEARNING_RATE = 2e-5
 DECAY_LR_RATIO = 2.5e-6 / 1e-4
 WARMUP_RATIO = 1_000 / 30_000
-# Of the command alone: a `Recipe` that says nothing is the papers' own loss. Beside recorded rows, whose loss is
-# LeRobot's own, it would take from their share of the gradient.
-WEIGHTING = "huber"
+# Of the command alone: a `Recipe` that says nothing is the papers' own loss, on the whole width.
+RECIPE = Recipe(weighting="huber", padding_weight=0.1)
 
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
@@ -46,6 +45,9 @@ class ReflowConfig(SolverFlags):
     own_path: float = Recipe.own_path
     """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
     step from the noise, to go on to the teacher's actions from there."""
+    padding_weight: float = Recipe.padding_weight
+    """What errors in the padded action dimensions weigh, 0 to 1, where those in the robot's own weigh 1. By default
+    0.1, where it has an effect."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     train_state_proj: bool = False
