@@ -45,7 +45,7 @@ def train(cfg: LoopConfig) -> None:
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=cfg.lr)
 
     policy.train()
-    with attach(policy, teacher=cfg.teacher, recipe=Recipe(weighting="huber", padding_weight=0.1)):
+    with attach(policy, teacher=cfg.teacher, recipe=Recipe(weighting="t", padding_weight=0.1)):
         batches = islice(chain.from_iterable(repeat(loader)), cfg.steps)  # shuffled anew in each epoch
         for batch in (bar := tqdm(batches, total=cfg.steps)):
             loss, _ = policy.forward(preprocessor(batch))

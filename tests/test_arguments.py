@@ -51,19 +51,19 @@ def recipe_of(*argv):
 
 
 def test_a_run_has_a_recipe_where_it_has_an_effect():
-    assert recipe_of() == recipe_of("--reflow.strategy=distill") == ("huber", "0.1")
+    assert recipe_of() == recipe_of("--reflow.strategy=distill") == ("t", "0.1")
     assert recipe_of("--reflow.weighting=none") == ("none", "0.1")
-    assert recipe_of("--reflow.padding_weight=1") == ("huber", "1")
+    assert recipe_of("--reflow.padding_weight=1") == ("t", "1")
     assert recipe_of("--reflow.strategy=standard") == (None, None)
     assert recipe_of("--reflow.strategy=no_such_loss") == (None, None)  # which is said later
     assert recipe_of("--reflow.real_data_ratio=0.25") == (None, "0.1")
-    assert recipe_of("--reflow.real_data_ratio=0") == ("huber", "0.1")
+    assert recipe_of("--reflow.real_data_ratio=0") == ("t", "0.1")
     with pytest.raises(ReflowError, match="--reflow.real_data_ratio=much is not a number"):
         recipe_of("--reflow.real_data_ratio=much")
 
 
 def test_a_saved_run_keeps_its_weighting(tmp_path):
-    for weighting in ("none", "t"):
+    for weighting in ("none", "huber"):
         file = tmp_path / f"{weighting}.json"
         file.write_text(json.dumps({"reflow": {"teacher_path": "T", "weighting": weighting}}))
         assert flags(f"--config_path={file}")["reflow.weighting"] == weighting

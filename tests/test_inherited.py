@@ -107,7 +107,7 @@ def test_the_teachers_own_file(saved):
         "policy.scheduler_decay_steps": "40",
         "policy.push_to_hub": "false",
         "policy.repo_id": "null",
-        "reflow.weighting": "huber",
+        "reflow.weighting": "t",
         "reflow.padding_weight": "0.1",
     }
 

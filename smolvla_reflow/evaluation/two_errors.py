@@ -68,7 +68,7 @@ def advice(errors: TwoErrors, num_steps: int) -> str | None:
         return (
             f"{at} most of the flow error is noise that is left over (c/n = {left:.3f} against r = {place:.3f}). What "
             "helps: training longer, more couplings for each frame (--reflow.couplings_per_frame=4), or more weight "
-            "near t = 1 (--reflow.weighting=t)."
+            "near t = 1 (--reflow.weighting=t, if it was another; --reflow.time_sampling=grid:1+grid:1+beta)."
         )
     return (
         f"{at} most of the flow error is actions in the wrong place (r = {place:.3f} against c/n = {left:.3f}), which "

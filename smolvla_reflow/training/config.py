@@ -13,7 +13,7 @@ LEARNING_RATE = 2e-5
 DECAY_LR_RATIO = 2.5e-6 / 1e-4
 WARMUP_RATIO = 1_000 / 30_000
 # Of the command alone: a `Recipe` that says nothing is the papers' own loss, on the whole width.
-RECIPE = Recipe(weighting="huber", padding_weight=0.1)
+RECIPE = Recipe(weighting="t", padding_weight=0.1)
 
 
 # The strings below the fields are their --help texts; draccus drops those that have a colon in them.
@@ -40,8 +40,9 @@ class ReflowConfig(SolverFlags):
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
     weighting: str = Recipe.weighting
-    """How each coupling is weighed. 'huber' (the default, unless recorded rows are mixed in) makes the loss a
-    pseudo-Huber loss, by which those near t = 0, with large errors, count less. 't' weighs by t, 'none' not at all."""
+    """How each coupling is weighed, by 't' (the default, unless recorded rows are mixed in), by 'huber', which makes the
+    loss a pseudo-Huber loss, or 'none', not at all. Near t = 0, where errors are large and matter little, both weigh
+    less; 't' is better at one step, 'huber' at five and more."""
     own_path: float = Recipe.own_path
     """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
     step from the noise, to go on to the teacher's actions from there."""
