@@ -40,9 +40,9 @@ class ReflowConfig(SolverFlags):
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
     weighting: str = Recipe.weighting
-    """How each coupling is weighed, by 't' (the default, unless recorded rows are mixed in), by 'huber', which makes the
-    loss a pseudo-Huber loss, or 'none', not at all. Near t = 0, where errors are large and matter little, both weigh
-    less; 't' is better at one step, 'huber' at five and more."""
+    """How each coupling is weighed, by 't' (the default, unless recorded rows are mixed in), by 'huber', a pseudo-Huber
+    loss, or 'none', not at all. Both weigh less near t = 0, where errors are large and matter little; 't' is better at
+    one step, 'huber' at five and more."""
     own_path: float = Recipe.own_path
     """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
     step from the noise, to go on to the teacher's actions from there."""
