@@ -13,10 +13,10 @@ HUBER_SCALE = 0.00054  # arXiv 2310.14189, section 3.3
 
 
 def by_time(values: Tensor, t: Tensor) -> Tensor:
-    """The weight t: halfway between an error of the velocity, with weight 1, and one of the actions, with t^2.
+    """The weight t: halfway from the squared error of the velocity, of weight 1, to that of the actions, of t^2.
 
-    On a straight line x_t - t v(x_t, t) are the actions, so that an error of the velocity is one of t times its size in
-    them. Near t = 0 a velocity cannot be right, which is a matter of the noise there, and matters little.
+    The actions of a line are x_t - t u, so that an error of the velocity is one of t times its size in them. Near t = 0
+    no velocity can be right, and it matters least.
     """
     return t
 
@@ -45,7 +45,7 @@ class Recipe:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             prefix encoded, once for all of them.
-        weighting: how each coupling is weighed by its own error, a name of `WEIGHTINGS`.
+        weighting: how each coupling is weighed, by its time or its own error, a name of `WEIGHTINGS`.
         own_path: share of the times below 1, 0 to 1, at which the student learns on its own path instead of the
             coupling's line (`step.py`).
         padding_weight: what a coupling's errors in the padded action dimensions weigh, 0 to 1, where those in the
