@@ -67,7 +67,8 @@ def test_train_config_remembers_the_teacher(workshop, student):
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
     fingerprint = open_checkpoint(teacher_path).fingerprint()
-    assert config["reflow"] == {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    recipe = {"weighting": "t", "padding_weight": 0.1}  # of the command, where none is given
+    assert config["reflow"] == {**defaults, **recipe, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
     assert defaults["strategy"] == "reflow"
     assert defaults["solver"] == "jittered"
 
