@@ -182,7 +182,7 @@ def _run(file: Path) -> dict[str, LossStrategy]:
 @register_loss_strategy(
     "standard",
     couples=False,
-    unused=("time_sampling", "weighting", "own_path", "padding_weight", "real_data_ratio"),
+    unused=("time_sampling", "weighting", "padding_weight", "real_data_ratio"),
     joint_forward=True,
 )
 def standard(step: Step) -> Losses:
@@ -196,7 +196,7 @@ def reflow(step: Step) -> Losses:
     return step.losses(step.coupling())
 
 
-@register_loss_strategy("distill", unused=("time_sampling", "own_path"))
+@register_loss_strategy("distill", unused=("time_sampling",))
 def distill(step: Step) -> Losses:
     """One-step distillation: reflow at t = 1 only (arXiv 2209.03003, section 3.2); more steps get worse by it."""
     return step.losses(step.coupling(), times="grid:1")

@@ -46,8 +46,6 @@ class Recipe:
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
             prefix encoded, once for all of them.
         weighting: how each coupling is weighed, by its time or its own error, a name of `WEIGHTINGS`.
-        own_path: share of the times below 1, 0 to 1, at which the student learns on its own path instead of the
-            coupling's line (`step.py`).
         padding_weight: what a coupling's errors in the padded action dimensions weigh, 0 to 1, where those in the
             robot's own weigh 1.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
@@ -56,19 +54,17 @@ class Recipe:
     time_sampling: str = "grid:1+beta"
     couplings_per_frame: int = 1
     weighting: str = "none"
-    own_path: float = 0.0
     padding_weight: float = 1.0
     real_data_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
-        if TimeSampling(self.time_sampling).only_one and self.own_path:
-            raise ReflowError(f"own_path={self.own_path} has no effect with time_sampling={self.time_sampling}.")
+        TimeSampling(self.time_sampling)
         if self.weighting not in WEIGHTINGS:
             raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
-        for name, kind in (("own_path", "share"), ("padding_weight", "weight"), ("real_data_ratio", "share")):
+        for name, kind in (("padding_weight", "weight"), ("real_data_ratio", "share")):
             if not 0 <= getattr(self, name) <= 1:
                 raise ReflowError(f"{name}={getattr(self, name)} is no {kind}; give a number from 0 to 1.")
 

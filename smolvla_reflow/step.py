@@ -13,7 +13,7 @@ user's flags.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -39,8 +39,6 @@ REPORTED_BY_LEROBOT = frozenset(
         *("preprocessing_s", "step_s", "steps", "samples", "episodes", "epochs"),
     }
 )
-OWN_PATH_FROM = 0.1  # where an error of the first step is ten times as large in the velocity that corrects it
-
 REPORTED_BY_REFLOW = frozenset({ONE_STEP, *TENTHS, *MEASURED})
 
 
@@ -185,8 +183,6 @@ class Step:
             w = None if w is None else torch.cat([torch.ones_like(w[:m]), w[m:]])
 
         some_coupled = coupling.recorded is not True and self.recipe.real_data_ratio < 1
-        if some_coupled and self.recipe.own_path:
-            coupling = self.on_own_path(coupling, t)
         values = self.squared_errors(coupling, t)
         if some_coupled and self.deviations is not None:
             self.lines.append(sums_of(values, t, coupling.recorded, self.deviations, sampling))
@@ -203,29 +199,6 @@ class Step:
             # Not whenever all of them happen to be: LeRobot wants the same metrics of every process.
             recorded = self.recipe.real_data_ratio == 1 or recorded[:: count // frames]
         return Losses(values, recorded)
-
-    def on_own_path(self, coupling: Coupling, times: Tensor) -> Coupling:
-        """Couplings of which the recipe's share begins elsewhere: at time t on the student's own path from the noise.
-
-        A sampler of n steps asks for the velocity at x_t = noise - (1 - t) v(noise, 1), t = 1 - 1/n, where the first
-        step has taken it. From there the velocity (x_t - actions) / t leads to the teacher's actions, and the line
-        through both begins at actions + (x_t - actions) / t. Where ways branch, this corrects the first step.
-        Recorded lines stay as they are, and so do times below 0.1: an error of the first step counts 1 / t fold.
-
-        Args:
-            coupling: N lines, as many in a row for each frame.
-            times: t of each line, (N,).
-        """
-        t = times[:, None, None]
-        with torch.no_grad():
-            first = Velocity(self.model, encode(self.model, self.observation)) if self.joint_forward else self._student
-            velocity = first.repeated(len(times) // len(self.actions))(coupling.noise, 1.0).to(t.dtype)
-        own = coupling.noise - (1 - t) * velocity
-        noise = coupling.actions + (own - coupling.actions) / t.clamp_min(OWN_PATH_FROM)
-        chosen = (torch.rand_like(times) < self.recipe.own_path) & (times >= OWN_PATH_FROM) & (times < 1)
-        if isinstance(coupling.recorded, Tensor):
-            chosen &= ~coupling.recorded
-        return replace(coupling, noise=torch.where(chosen[:, None, None], noise, coupling.noise))
 
     def squared_errors(self, coupling: Coupling, times: Tensor) -> Tensor:
         """The student's, of its velocity on each line: unreduced, (N, chunk_size, max_action_dim), with gradient.

@@ -49,11 +49,6 @@ class TimeSampling:
         return self.terms != (STOCK,) * len(self.terms)
 
     @property
-    def only_one(self) -> bool:
-        """Whether no other time than t = 1 is drawn."""
-        return all(term != STOCK and _grid_steps(term) == 1 for term in self.terms)
-
-    @property
     def tenths(self) -> frozenset[int]:
         """Where the times can be: the k of those [k/10, (k+1)/10), the last of which includes 1."""
         if STOCK in self.terms:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("registry")
 def test_built_in_strategies():
     assert available_loss_strategies() == ("distill", "reflow", "standard")
     assert get_loss_strategy("reflow").unused == ()
-    assert get_loss_strategy("distill").unused == ("time_sampling", "own_path")
+    assert get_loss_strategy("distill").unused == ("time_sampling",)
     assert [name for name in available_loss_strategies() if not get_loss_strategy(name).couples] == ["standard"]
 
 

@@ -90,7 +90,6 @@ class Student(SolverFlags):
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
     weighting: str = RECIPE.weighting
-    own_path: float = Recipe.own_path
     padding_weight: float = RECIPE.padding_weight
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False

@@ -43,9 +43,6 @@ class ReflowConfig(SolverFlags):
     """How each coupling is weighed, by 't' (the default, unless recorded rows are mixed in), by 'huber', a pseudo-Huber
     loss, or 'none', not at all. Both weigh less near t = 0, where errors are large and matter little; 't' is better at
     one step, 'huber' at five and more."""
-    own_path: float = Recipe.own_path
-    """Share, 0 to 1, of the times below 1 at which the student learns on its own path, which begins with its own first
-    step from the noise, to go on to the teacher's actions from there."""
     padding_weight: float = Recipe.padding_weight
     """What errors in the padded action dimensions weigh, 0 to 1, where those in the robot's own weigh 1. By default
     0.1, where it has an effect."""
