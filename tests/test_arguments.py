@@ -62,6 +62,21 @@ def test_a_run_has_a_recipe_where_it_has_an_effect():
         recipe_of("--reflow.real_data_ratio=much")
 
 
+def test_a_loss_in_a_file_is_asked_what_has_an_effect_on_it_only_where_it_was_typed(tmp_path):
+    loss, ran = tmp_path / "loss.py", tmp_path / "ran"
+    loss.write_text(
+        f"from smolvla_reflow import register_loss_strategy\nopen({str(ran)!r}, 'w').close()\n"
+        "@register_loss_strategy('unweighed', unused=('weighting',))\ndef unweighed(step): ...\n"
+    )
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"reflow": {"teacher_path": "T", "strategy": f"{loss}:unweighed"}}))
+    given = flags(f"--config_path={config}")
+    assert not ran.exists()
+    assert not {"reflow.weighting", "reflow.padding_weight"} & given.keys()
+    assert recipe_of(f"--reflow.strategy={loss}:unweighed") == (None, "0.1")
+    assert ran.exists()
+
+
 def test_a_saved_run_keeps_its_weighting(tmp_path):
     for weighting in ("none", "huber"):
         file = tmp_path / f"{weighting}.json"

@@ -17,7 +17,7 @@ import lerobot
 
 from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.errors import ReflowError, known_are
-from smolvla_reflow.losses import get_loss_strategy
+from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
 from smolvla_reflow.smolvla.checkpoint import may_be_hub_id
 from smolvla_reflow.smolvla.migration import rename_fork_flags
 from smolvla_reflow.training.config import LEARNING_RATE, RECIPE, ReflowConfig, ReflowTrainPipelineConfig
@@ -77,7 +77,7 @@ def complete(argv: Sequence[str]) -> Arguments:
         raise ReflowError(f"--policy.type={kind} cannot be reflowed, only smolvla can.")
     if "policy.pretrained_path" in given:  # another way of saying the same, which LeRobot would let lose
         given.setdefault("policy.path", given.pop("policy.pretrained_path"))
-    chosen = _choose(given, rest)
+    chosen = _choose(given, rest, typed)
     flags = _flags({**given, **chosen})
     if not rest:
         return Arguments(flags, chosen, typed)
@@ -121,7 +121,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
         raise ReflowError("--reward_model trains a reward model, and only a smolvla policy can be reflowed.")
 
 
-def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+def _choose(given: Mapping[str, Any], rest: Mapping[str, Any], typed: frozenset[str]) -> dict[str, Any]:
     """What a reflow run uses where the user gave nothing."""
     fields = ReflowTrainPipelineConfig.__dataclass_fields__
     steps = _number("steps", given.get("steps", rest.get("steps", fields["steps"].default)))
@@ -130,15 +130,18 @@ def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
         "policy.path": given["reflow.teacher_path"],
         "policy.optimizer_lr": LEARNING_RATE,
         **schedule(steps, lr),
-        **_recipe(given),
+        **_recipe(given, typed),
     }
     return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
 
 
-def _recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+def _recipe(given: Mapping[str, Any], typed: frozenset[str]) -> dict[str, Any]:
     """The recipe of a reflow run, as far as it has an effect on its loss."""
+    strategy = given.get("reflow.strategy", ReflowConfig.strategy)
+    if is_file_strategy(strategy) and "reflow.strategy" not in typed:  # a file to run that a config file names, no user
+        return {}
     try:
-        unused = get_loss_strategy(given.get("reflow.strategy", ReflowConfig.strategy)).unused
+        unused = get_loss_strategy(strategy).unused
     except ReflowError:  # there is no such loss, which is said later
         return {}
     chosen: dict[str, Any] = {"padding_weight": RECIPE.padding_weight}
