@@ -39,13 +39,13 @@ class ReflowConfig(SolverFlags):
     couplings_per_frame: int = Recipe.couplings_per_frame
     """Noises for each frame of a batch, each carried to its own actions. The frame is loaded, and its prefix encoded,
     once for all of them."""
-    weighting: str = Recipe.weighting
-    """How each coupling is weighed, by 't' (the default, unless recorded rows are mixed in), by 'huber', a pseudo-Huber
-    loss, or 'none', not at all. Both weigh less near t = 0, where errors are large and matter little; 't' is better at
-    one step, 'huber' at five and more."""
-    padding_weight: float = Recipe.padding_weight
-    """What errors in the padded action dimensions weigh, 0 to 1, where those in the robot's own weigh 1. By default
-    0.1, where it has an effect."""
+    weighting: str | None = None
+    """How each coupling is weighed, by 't' (what is filled in, unless recorded rows are mixed in), by 'huber', a
+    pseudo-Huber loss, or 'none', not at all. The first two weigh less near t = 0, where errors are large and matter
+    little; 't' is better at one step, 'huber' at five and more."""
+    padding_weight: float | None = None
+    """What errors in the padded action dimensions weigh, 0 to 1, where those in the robot's own weigh 1. What is filled
+    in is 0.1."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
     train_state_proj: bool = False
@@ -65,7 +65,8 @@ class ReflowConfig(SolverFlags):
 
     def recipe(self) -> Recipe:
         """The section's choices of how the student learns. Raises ReflowError if one is unknown or out of range."""
-        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
+        chosen = {name: getattr(self, name) for name in Recipe.__dataclass_fields__}
+        return Recipe(**{name: value for name, value in chosen.items() if value is not None})
 
 
 @dataclass
