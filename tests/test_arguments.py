@@ -62,7 +62,7 @@ def test_a_run_has_a_recipe_where_it_has_an_effect():
         recipe_of("--reflow.real_data_ratio=much")
 
 
-def test_a_loss_in_a_file_is_asked_what_has_an_effect_on_it_only_where_it_was_typed(tmp_path):
+def test_a_loss_in_a_file_is_asked_what_has_an_effect_on_it_only_where_it_was_typed(tmp_path, registry):
     loss, ran = tmp_path / "loss.py", tmp_path / "ran"
     loss.write_text(
         f"from smolvla_reflow import register_loss_strategy\nopen({str(ran)!r}, 'w').close()\n"
