@@ -207,7 +207,7 @@ def test_numbers_equal_an_independent_derivation(workshop, student, report):
                     # Richardson's extrapolation cancels the error of order two.
                     flow = Flow(policy, batch)
                     chunk = ((4 * flow.midpoint(noise, 320) - flow.midpoint(noise, 160)) / 3)[..., :2]
-                    bends.setdefault(path, []).append(bend(flow, noise, 200))
+                    bends.setdefault(path, []).append(bend(flow, noise, 800))
             else:
                 policy.config.num_steps = num_steps
                 chunk = policy.predict_action_chunk(batch, noise=noise)
