@@ -159,7 +159,7 @@ def run_eval(workshop: Path, output_dir: Path, **changes) -> dict:
 @pytest.fixture(scope="module")
 def report(workshop, student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "report"
-    run_eval(workshop, folder, policy__path=student, teacher_path=workshop / "1rf" / LAST, reference_steps=80)
+    run_eval(workshop, folder, policy__path=student, teacher_path=workshop / "1rf" / LAST, reference_steps=320)
     return folder
 
 
@@ -261,7 +261,7 @@ def test_the_report_says_what_it_was_made_with(workshop, student, report):
     assert found["made_with"]["policy"] == str(student.resolve())
     assert found["made_with"]["teacher"] == str((workshop / "1rf" / LAST).resolve())
     assert found["made_with"]["versions"]["smolvla-reflow"]
-    assert found["references"]["teacher"]["steps"] == 80
+    assert found["references"]["teacher"]["steps"] == 320
     assert 0 < found["references"]["teacher"]["rmse"] < found["rows"][0]["flow_rmse"]
     reference = row_of(found, "teacher", 10)
     assert reference["speedup"] == 1
@@ -282,7 +282,7 @@ def test_same_seed_same_report_but_for_latencies(workshop, student, report, tmp_
         del report["chunk_parts"]
         return report
 
-    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 80}
+    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 320}
     first = exact(json.loads((report / "report.json").read_text()))
     assert exact(run_eval(workshop, tmp_path / "again", **flags)) == first
     assert exact(run_eval(workshop, tmp_path / "seed", seed=1, **flags))["rows"] != first["rows"]
