@@ -1,7 +1,7 @@
 """Reflow for SmolVLA: fine-tune a checkpoint on its own couplings until one or two ODE steps are enough."""
 
-from smolvla_reflow.attach import Attachment, attach, detach, is_attached
-from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
+from smolvla_reflow.attachment import Attachment, attach, detach, is_attached
+from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import (
     LossStrategy,
@@ -14,6 +14,7 @@ from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.solver import Solver
 from smolvla_reflow.step import Losses, Step
+from smolvla_reflow.teacher import FrozenTeacher
 
 __all__ = [
     "Attachment",

@@ -1,7 +1,12 @@
-"""The one error this package raises on purpose, and what words its messages."""
+"""The one error this package raises on purpose, what words its messages, and files that are written whole."""
 
+import contextlib
 import difflib
-from collections.abc import Collection
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 
 class ReflowError(ValueError):
@@ -23,3 +28,42 @@ def first_line(error: BaseException) -> str:
 def in_one_line(error: object) -> str:
     """All that another library's error says, in one line."""
     return " ".join(str(error).split())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half-written, whatever happens meanwhile."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def whole_folder(new: Path) -> Iterator[Path]:
+    """A folder to be filled, which appears as `new` once that is done, and not at all if it breaks off."""
+    partial = new.with_name(f".{new.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(new)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(new: Path, old: Path) -> None:
+    """Raise ReflowError if what is made of one folder, which is left as it is, cannot go into this new one."""
+    if new.exists():
+        raise ReflowError(f"{new} exists already; name a new folder.")
+    if new.resolve().is_relative_to(old.resolve()):
+        raise ReflowError(f"{new} lies within {old}, which is left as it is; name a folder elsewhere.")
+
+
+def sha256(path: Path) -> "hashlib._Hash":
+    """The hash of the file's content, to be read off or added to. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest

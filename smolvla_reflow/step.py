@@ -23,13 +23,14 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from smolvla_reflow.coupling import Coupling, CouplingSource, FrozenTeacher
+from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.monitor import MEASURED, ONE_STEP, TENTHS, LineSums, sums_of
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.prefix import Prefix, encode
 from smolvla_reflow.smolvla.velocity import Velocity
+from smolvla_reflow.step_metrics import MEASURED, ONE_STEP, TENTHS, LineSums, sums_of
+from smolvla_reflow.teacher import FrozenTeacher
 from smolvla_reflow.times import STOCK, TimeSampling
 
 # What LeRobot's training logs under names of its own, in one version or another.

@@ -23,10 +23,11 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from pairs_helpers import make_pairs
 from people import People, fine_tune, write_base, write_robot_dataset
 
-from smolvla_reflow import Coupling, Step, losses, sharing
+from smolvla_reflow import Coupling, Step, losses
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.flags import one_rectified_flow_flags
 from smolvla_reflow.demo.task import write_dataset
+from smolvla_reflow.smolvla import sharing
 
 # draccus looks for the help of each field in the source of its class, which it reads anew for each field of each command
 # line: most of the time that a short command takes.

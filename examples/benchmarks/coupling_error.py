@@ -20,9 +20,9 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch.utils.data import DataLoader, Subset
 
 from smolvla_reflow import Observation, Solver
-from smolvla_reflow.coupling import solve
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
+from smolvla_reflow.teacher import solve
 
 
 @dataclass

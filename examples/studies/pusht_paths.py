@@ -25,8 +25,8 @@ from matplotlib.patches import Polygon
 sys.path.append(str(Path(__file__).parents[1]))
 from pusht.environment import PushTPoseConfig
 
+from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
-from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 FIELD = 512
 GOAL = (256.0, 256.0, np.pi / 4)

@@ -29,10 +29,11 @@ from tasks import Batch, Task, demo_task, pusht_task, recorded_task
 from tqdm import tqdm
 
 from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, get_loss_strategy, register_loss_strategy
-from smolvla_reflow.coupling import CouplingSource, solve
+from smolvla_reflow.coupling import CouplingSource
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.solver import JITTERED, SolverFlags
+from smolvla_reflow.teacher import solve
 from smolvla_reflow.training.config import RECIPE
 
 MEASURING_SEED = 1000

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from smolvla_reflow.checkpoint.merging import write_merged
+from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.commands.console import asks_for_help, parse_errors, reported_errors
-from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.files import check_new_folder, whole_folder
-from smolvla_reflow.smolvla.checkpoint import open_checkpoint
-from smolvla_reflow.smolvla.merging import write_merged
+from smolvla_reflow.errors import ReflowError, check_new_folder, whole_folder
 
 PROGRAM = "smolvla-reflow-merge"
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 
+from smolvla_reflow.checkpoint.fork.migration import Migration, plan, write
 from smolvla_reflow.commands.console import asks_for_help, parse_errors, reported_errors
-from smolvla_reflow.files import check_new_folder
-from smolvla_reflow.smolvla.migration import Migration, plan, write
+from smolvla_reflow.errors import check_new_folder
 
 PROGRAM = "smolvla-reflow-migrate"
 

@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from smolvla_reflow.checkpoint.load import check_device
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
 from smolvla_reflow.dataset import check_as_recorded
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted
-from smolvla_reflow.smolvla.policy import check_device
 
 
 def check_values(cfg: EvalConfig) -> None:

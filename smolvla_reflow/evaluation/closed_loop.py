@@ -14,11 +14,11 @@ from lerobot.envs.utils import close_envs, env_to_policy_features
 from lerobot.scripts.lerobot_eval import eval_policy_all
 from lerobot.utils.random_utils import set_seed
 
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.errors import ReflowError, first_line
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.evaluation.task_sentence import shown_sentences, with_sentence
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted
 
 

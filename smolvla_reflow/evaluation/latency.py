@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from smolvla_reflow.checkpoint.read import IRRELEVANT_TO_ACTIONS
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.smolvla.checkpoint import IRRELEVANT_TO_ACTIONS
 from smolvla_reflow.smolvla.observation import observe, with_one_state
 from smolvla_reflow.smolvla.velocity import velocity_of
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, Checkpoint, read_json
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import TRAIN_CONFIG_NAME, Checkpoint, read_json
 
 
 def check_lineage(checkpoints: Sequence[Checkpoint]) -> None:

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from smolvla_reflow.distance import absolute_error, energy_distance, spread, squared_error
 from smolvla_reflow.evaluation.intervals import Interval, over_frames
 from smolvla_reflow.evaluation.latency import Latency
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.reference import Reference, solved_finely
 from smolvla_reflow.evaluation.success import Success
-from smolvla_reflow.metrics import absolute_error, energy_distance, spread, squared_error
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
@@ -89,7 +89,7 @@ class Row:
         policy: its name.
         num_steps: Euler steps of the stock sampler.
         energy_distance: between the distribution of its actions and that of the *reference policy's* fine solution, see
-            `smolvla_reflow.metrics.energy_distance`, with its interval over frames, in standard deviations. The
+            `smolvla_reflow.distance.energy_distance`, with its interval over frames, in standard deviations. The
             reference policy is the teacher, or the only policy there is.
         flow_rmse: root mean square distance to the reference policy's fine solution from the same noise, in standard
             deviations.

@@ -9,9 +9,9 @@ import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
+from smolvla_reflow.checkpoint.load import load_policy, load_processors, stock_autocast
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.smolvla.normalization import Affine, robot_units
-from smolvla_reflow.smolvla.policy import load_policy, load_processors, stock_autocast
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smolvla_reflow.metrics import straightness
+from smolvla_reflow.distance import straightness
 from smolvla_reflow.solver import TABLEAUX, Solver, VelocityField
 
 FIRST_STEPS, MOST_STEPS = 8, 128

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from smolvla_reflow.errors import write_whole
 from smolvla_reflow.evaluation.decision import Decision
 from smolvla_reflow.evaluation.intervals import Interval
 from smolvla_reflow.evaluation.latency import ChunkParts
@@ -14,7 +15,6 @@ from smolvla_reflow.evaluation.picture import draw
 from smolvla_reflow.evaluation.reference import Reference
 from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.evaluation.two_errors import TwoErrors
-from smolvla_reflow.files import write_whole
 
 SCHEMA_VERSION = 2
 NAMES = ("report.json", "report.md", "report.png")

@@ -12,6 +12,7 @@ from typing import Any
 
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
+from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset import (
     chosen_episodes,
@@ -36,7 +37,6 @@ from smolvla_reflow.evaluation.stages import Found, Work, measure_all
 from smolvla_reflow.evaluation.storing import write_num_steps
 from smolvla_reflow.evaluation.task_sentence import dataset_sentences, in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.statistics import moving_deviations
 
 SECONDS_BETWEEN_WRITES = 20.0

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from huggingface_hub.constants import CONFIG_NAME
 
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.checkpoint.read import read_config, read_json
+from smolvla_reflow.errors import ReflowError, write_whole
 from smolvla_reflow.evaluation.real_time_chunking import capped, is_enabled
-from smolvla_reflow.files import write_whole
-from smolvla_reflow.smolvla.checkpoint import read_config, read_json
 
 
 def write_num_steps(checkpoint: Path, num_steps: int) -> Path:

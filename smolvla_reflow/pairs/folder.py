@@ -18,8 +18,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.files import write_whole
+from smolvla_reflow.errors import ReflowError, write_whole
 from smolvla_reflow.pairs.manifest import (
     DTYPES,
     MANIFEST_NAME,

@@ -18,6 +18,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 from tqdm import tqdm
 
+from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.dataset import load_batches, open_dataset
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.pairs.config import PairsConfig
@@ -26,7 +27,6 @@ from smolvla_reflow.pairs.maker import PairMaker, load_pair_maker
 from smolvla_reflow.pairs.manifest import Manifest
 from smolvla_reflow.pairs.plan import plan_pairs
 from smolvla_reflow.pairs.processes import agree, together
-from smolvla_reflow.smolvla.checkpoint import open_checkpoint
 
 
 @dataclass(frozen=True)

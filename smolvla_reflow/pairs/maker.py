@@ -8,13 +8,13 @@ import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
+from smolvla_reflow.checkpoint.load import load_policy, load_processors, stock_autocast
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.pairs.manifest import DTYPES, Provenance
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.normalization import SpaceMaps
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.smolvla.policy import load_policy, load_processors, stock_autocast
 from smolvla_reflow.smolvla.velocity import velocity_of
 
 

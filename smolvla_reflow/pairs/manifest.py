@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.files import sha256, write_whole
+from smolvla_reflow.errors import ReflowError, sha256, write_whole
 from smolvla_reflow.solver import Solver
 
 FORMAT_VERSION = 2

@@ -5,11 +5,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features, renamed_statistics
 from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.manifest import DTYPES, MANIFEST_NAME, Manifest, Provenance, read_manifest
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint

@@ -9,6 +9,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from torch import Tensor
 
+from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import dataset_to_policy_features, renamed_statistics
 from smolvla_reflow.dataset import TOLERANCE_S, dataset_statistics, load_batches, open_dataset, open_metadata
 from smolvla_reflow.errors import ReflowError
@@ -17,7 +18,6 @@ from smolvla_reflow.pairs.maker import PairMaker, load_pair_maker
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest
 from smolvla_reflow.pairs.plan import SEEN_THROUGH
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, open_checkpoint
 from smolvla_reflow.smolvla.features import fitted, saved_rename_map
 from smolvla_reflow.smolvla.normalization import space_maps
 

@@ -14,8 +14,8 @@ from lerobot.policies.utils import validate_visual_features_consistency
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
+from smolvla_reflow.checkpoint.read import PREPROCESSOR_NAME, Checkpoint
 from smolvla_reflow.errors import ReflowError, in_one_line
-from smolvla_reflow.smolvla.checkpoint import PREPROCESSOR_NAME, Checkpoint
 from smolvla_reflow.smolvla.statistics import Statistics, saved_statistics, width_of
 
 EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"

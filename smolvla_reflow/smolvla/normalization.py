@@ -25,8 +25,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from torch.nn.functional import pad
 
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.statistics import (
     STATISTICS,
     TYPES,

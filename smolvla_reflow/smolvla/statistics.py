@@ -15,8 +15,8 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 
 # The statistics each mode of LeRobot's normaliser uses.
 STATISTICS = {

@@ -15,11 +15,11 @@ from typing import Any
 
 import lerobot
 
+from smolvla_reflow.checkpoint.fork.migration import rename_fork_flags
+from smolvla_reflow.checkpoint.read import may_be_hub_id
 from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
-from smolvla_reflow.smolvla.checkpoint import may_be_hub_id
-from smolvla_reflow.smolvla.migration import rename_fork_flags
 from smolvla_reflow.training.config import LEARNING_RATE, RECIPE, ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
 from smolvla_reflow.training.run_folder import resumable_config

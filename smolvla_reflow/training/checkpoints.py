@@ -16,18 +16,18 @@ from huggingface_hub.constants import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 
-from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.adapter import ADAPTER_CONFIG_NAME, merge_command
-from smolvla_reflow.smolvla.backbone import load_tokenizer
-from smolvla_reflow.smolvla.checkpoint import (
+from smolvla_reflow.checkpoint.adapter import ADAPTER_CONFIG_NAME, merge_command
+from smolvla_reflow.checkpoint.backbone import load_tokenizer
+from smolvla_reflow.checkpoint.merging import write_merged
+from smolvla_reflow.checkpoint.read import (
     PREPROCESSOR_NAME,
     TOKENIZER_STEP,
     Checkpoint,
     open_checkpoint,
     read_json,
 )
-from smolvla_reflow.smolvla.merging import write_merged
-from smolvla_reflow.smolvla.teacher import base_policy
+from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.teacher import base_policy
 from smolvla_reflow.training.config import ReflowConfig
 
 FILLED_IN = ("teacher_commit", "teacher_fingerprint")

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from huggingface_hub import hf_hub_download
 
+from smolvla_reflow.checkpoint.fork.migration import rename_fork_flags
+from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, may_be_hub_id
 from smolvla_reflow.errors import ReflowError, in_one_line
-from smolvla_reflow.smolvla.checkpoint import TRAIN_CONFIG_NAME, may_be_hub_id
-from smolvla_reflow.smolvla.migration import rename_fork_flags
 from smolvla_reflow.training.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO
 from smolvla_reflow.training.run_folder import find_config
 

@@ -4,7 +4,7 @@
     begin(...) -> Measuring     the teacher's fine solutions on some of their frames, once
     measuring()                 before each training step: the student's distance to them, every so many steps
 
-Flow error and energy distance are those of `smolvla-reflow-eval` (`smolvla_reflow.metrics`), on fewer frames. Nothing
+Flow error and energy distance are those of `smolvla-reflow-eval` (`smolvla_reflow.distance`), on fewer frames. Nothing
 is drawn at random, so that a run trains to the same weights with and without it. Every process measures the same.
 """
 
@@ -22,16 +22,16 @@ from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import Tensor
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.coupling import FrozenTeacher
 from smolvla_reflow.dataset import chosen_episodes, evenly_spaced, load_batches, open_configured
+from smolvla_reflow.distance import energy_distance, squared_error
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.metrics import energy_distance, squared_error
-from smolvla_reflow.monitor import MEASURED
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.smolvla.observation import Observation, observe
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import Solver
+from smolvla_reflow.step_metrics import MEASURED
+from smolvla_reflow.teacher import FrozenTeacher
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 
 FRAMES = 32  # evenly spaced over the held-out episodes

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
+from smolvla_reflow.checkpoint.backbone import check_backbone
+from smolvla_reflow.checkpoint.load import check_processors
+from smolvla_reflow.checkpoint.read import Checkpoint, read_checkpoint
+from smolvla_reflow.checkpoint.words import check_words
 from smolvla_reflow.compat import (
     LeRobotDatasetMetadata,
     dataset_to_policy_features,
@@ -29,15 +33,11 @@ from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.manifest import differences
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.backbone import check_backbone
-from smolvla_reflow.smolvla.checkpoint import Checkpoint, read_checkpoint
 from smolvla_reflow.smolvla.features import check_students_cameras, fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import space_maps
-from smolvla_reflow.smolvla.policy import check_processors
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint, saved_statistics
-from smolvla_reflow.smolvla.teacher import check_agreement
-from smolvla_reflow.smolvla.words import check_words
 from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.teacher import check_agreement
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.measuring import hold_out
 

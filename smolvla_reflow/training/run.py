@@ -21,22 +21,21 @@ from lerobot.datasets.video_utils import FrameTimestampError
 from safetensors import SafetensorError
 from torch import nn
 
-from smolvla_reflow.attach import Attachment, attach, frozen_source
+from smolvla_reflow.attachment import Attachment, attach
+from smolvla_reflow.checkpoint.load import misfit
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import gradient_accumulation, prints_metrics
 from smolvla_reflow.compat import train as lerobot_train
-from smolvla_reflow.coupling import FrozenTeacher
 from smolvla_reflow.dataset import frame_error
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
 from smolvla_reflow.pairs.store import Pairs
-from smolvla_reflow.smolvla.checkpoint import Checkpoint
 from smolvla_reflow.smolvla.features import saved_rename_map
-from smolvla_reflow.smolvla.policy import misfit
 from smolvla_reflow.smolvla.prefix import is_trained
 from smolvla_reflow.smolvla.statistics import Statistics
-from smolvla_reflow.smolvla.teacher import base_policy, keep_whole
 from smolvla_reflow.solver import Solver
+from smolvla_reflow.teacher import FrozenTeacher, base_policy, frozen_source, keep_whole
 from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.arguments import NOTHING, Arguments
 from smolvla_reflow.training.checkpoints import (

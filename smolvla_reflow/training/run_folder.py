@@ -27,15 +27,15 @@ from lerobot.utils.constants import (
 )
 from safetensors import SafetensorError
 
-from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.smolvla.adapter import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from smolvla_reflow.smolvla.checkpoint import (
+from smolvla_reflow.checkpoint.adapter import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from smolvla_reflow.checkpoint.read import (
     POSTPROCESSOR_NAME,
     PREPROCESSOR_NAME,
     TRAIN_CONFIG_NAME,
     StoredTensors,
 )
-from smolvla_reflow.smolvla.saved_steps import named_files
+from smolvla_reflow.checkpoint.saved_steps import named_files
+from smolvla_reflow.errors import ReflowError
 
 CONFIG = Path(PRETRAINED_MODEL_DIR) / TRAIN_CONFIG_NAME
 # LeRobot 0.6.2 averages weights, and saves what each process of a sharded run holds, as torch's distributed

@@ -1,0 +1,620 @@
+"""Metrics against flows with known answers, the evaluation against stock LeRobot, and the command as a user runs it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from helpers import EPISODES_HAVE_TO_EXIST, eval_flags, reflow_run, reflow_train_main, refused
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from oracle import Flow
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow import Solver
+from smolvla_reflow.checkpoint.read import open_checkpoint
+from smolvla_reflow.commands import eval as eval_command
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.distance import absolute_error, energy_distance, spread, squared_error, straightness
+from smolvla_reflow.evaluation import latency
+from smolvla_reflow.evaluation import run as eval_run
+from smolvla_reflow.evaluation.intervals import over_frames
+from smolvla_reflow.evaluation.latency import ChunkParts, measure_parts
+from smolvla_reflow.evaluation.measure import (
+    Cell,
+    Evaluation,
+    Row,
+    Settings,
+    Solutions,
+    frame_records,
+    measure_batch,
+    solutions,
+)
+from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
+from smolvla_reflow.evaluation.reference import Reference, solved_finely
+from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.solver import TABLEAUX
+
+# --- metrics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10])
+def test_flow_error_of_a_linear_field(n):
+    """dx/dt = a x takes x to x e^-a, n Euler steps take it to x (1 - a/n)^n."""
+    a, noise = 0.8, torch.randn(3, 4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    samples = Solver("euler", num_steps=n).integrate(lambda x, t: a * x, noise)
+    exact = (math.exp(-a) - (1 - a / n) ** n) ** 2 * noise.square().mean(dim=(-2, -1))
+    torch.testing.assert_close(squared_error(samples, noise * math.exp(-a)), exact)
+
+
+def test_straightness_of_a_linear_field():
+    """S = x^2 (a (1 - e^-2a) / 2 - (1 - e^-a)^2), by integrating (x_1 - x_0 - a x_t)^2 with x_t = x e^(a (t - 1))."""
+    a = 1.3
+    noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = noise.square().mean(dim=(-2, -1)) * (a * (1 - math.exp(-2 * a)) / 2 - (1 - math.exp(-a)) ** 2)
+    fine = solved_finely(lambda x, t: a * x, noise, lambda x: x, min, 16)
+    torch.testing.assert_close(fine.straightness, exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fine.actions, noise * math.exp(-a), rtol=1e-6, atol=0)
+
+
+def test_the_flow_to_a_point_is_straight():
+    point = 0.7
+    noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fine = solved_finely(lambda x, t: noise - point, noise, lambda x: x, min, 4)
+    torch.testing.assert_close(fine.actions, torch.full_like(noise, point))
+    assert fine.straightness.abs().max() < 1e-20
+    velocities = (noise - point).expand(7, *noise.shape)
+    assert straightness(velocities, torch.full((7,), 1 / 7, dtype=torch.float64)).abs().max() < 1e-20
+
+
+# --- energy distance ------------------------------------------------------------------------------------------
+
+
+def energy_of_gaussians(shift: float, one: float, other: float) -> float:
+    """In one dimension, where E|N(m, s)| = s sqrt(2/pi) e^(-m^2 / 2 s^2) + m erf(m / s sqrt 2)."""
+
+    def mean_size(m, s):
+        return s * math.sqrt(2 / math.pi) * math.exp(-(m**2) / (2 * s**2)) + m * math.erf(m / (s * math.sqrt(2)))
+
+    return 2 * mean_size(shift, math.hypot(one, other)) - mean_size(0, one * 2**0.5) - mean_size(0, other * 2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("shift", "one", "other"), [(0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.0, 1.0, 0.5), (0.2, 2.0, 1.0)]
+)
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_energy_distance_of_two_gaussians(shift, one, other, same_noise):
+    """Without bias, whether what comes from one noise in both sets is alike, or has nothing to do with it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20000, 4, 1, 1, generator=generator)
+    another = noise if same_noise else torch.randn(20000, 4, 1, 1, generator=generator)
+    found = energy_distance(shift + one * noise, other * another)
+    four_sigma = 4 * found.std().item() / 20000**0.5 + 1e-12
+    assert found.mean().item() == pytest.approx(energy_of_gaussians(shift, one, other), abs=four_sigma)
+
+
+def test_energy_distance_is_the_mean_over_all_ways_of_dividing_the_noises():
+    """Two of four noises for one set and the other two for the other, in all six ways, with the V-statistic's terms."""
+    x, y = torch.randn(2, 1, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def size(a, b):
+        return (a - b).square().mean().sqrt().item()
+
+    divided = []
+    for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        k, m = sorted({0, 1, 2, 3} - {i, j})
+        across = np.mean([size(x[0, a], y[0, b]) for a in (i, j) for b in (k, m)])
+        divided.append(2 * across - size(x[0, i], x[0, j]) - size(y[0, k], y[0, m]))
+    assert energy_distance(x, y).item() == pytest.approx(np.mean(divided))
+
+
+def test_a_policy_that_averages_two_modes_is_far_and_one_that_swaps_them_is_not():
+    """Ways left and right, of equal worth: -1 and 1. E = 2 E|0 - Y| - 0 - E|Y - Y'| = 2 - 1."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(0, 2, (4000, 4, 1, 1), generator=generator) * 2.0 - 1.0
+    teacher, averaging, swapping = sides.expand(-1, -1, 5, 2), torch.zeros(4000, 4, 5, 2), -sides.expand(-1, -1, 5, 2)
+    assert energy_distance(averaging, teacher).mean().item() == pytest.approx(1.0, abs=0.02)
+    found = energy_distance(swapping, teacher)
+    assert found.mean().item() == pytest.approx(0.0, abs=4 * found.std().item() / 4000**0.5)
+    assert squared_error(swapping, teacher).mean().item() == 4.0  # as far as it can be, noise by noise
+
+
+def test_a_student_that_averages_two_modes_has_no_spread():
+    sides = torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 4, 1, 1).expand(6, 4, 5, 2)
+    jitter = 0.01 * torch.randn(6, 4, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert (spread(jitter).mean() / spread(sides + jitter).mean()).item() < 1e-3
+    torch.testing.assert_close(spread(sides), torch.full((6,), 4 / 3))  # unbiased: 4 / (4 - 1)
+
+
+def test_action_error_leaves_out_the_steps_that_were_not_recorded():
+    """Worked by hand: two noises, two steps of which the second frame has one, two dimensions."""
+    actions = torch.tensor([[[[1.0, 0.0], [2.0, 0.0]], [[3.0, 4.0], [0.0, 0.0]]]]).repeat(2, 1, 1, 1)
+    recorded = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).repeat(2, 1, 1)
+    exists = torch.tensor([[True, True], [True, False]])
+    torch.testing.assert_close(absolute_error(actions, recorded, exists), torch.tensor([[1.0 + 1.0, 2.0], [1.0, 2.0]]))
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student(workshop, tmp_path_factory):
+    run = tmp_path_factory.mktemp("student") / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=10))
+    return run / LAST
+
+
+def run_eval(workshop: Path, output_dir: Path, **changes) -> dict:
+    eval_command.main(eval_flags(workshop, output_dir, **changes))
+    return json.loads((output_dir / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(workshop, student, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    run_eval(workshop, folder, policy__path=student, teacher_path=workshop / "1rf" / LAST, reference_steps=320)
+    return folder
+
+
+def row_of(report: dict, policy: str, num_steps: int) -> dict:
+    (row,) = [row for row in report["rows"] if (row["policy"], row["num_steps"]) == (policy, num_steps)]
+    return row
+
+
+def test_numbers_equal_an_independent_derivation(workshop, student, report):
+    """Stock processors and sampler, the oracle's flow in many Euler steps as the fine solution, numpy for the rest.
+
+    What needs no fine solution agrees to rounding.
+    """
+    found = json.loads((report / "report.json").read_text())
+    frames, noises = [0, 9, 19, 28, 38, 47], 3
+    teacher_path = workshop / "1rf" / LAST
+    meta = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta
+    deltas = {"action": [i / meta.fps for i in range(6)]}
+    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset", delta_timestamps=deltas)
+    raw = torch.utils.data.default_collate([dataset[i] for i in frames])
+    std, there = np.asarray(meta.stats["action"]["std"]), ~raw["action_is_pad"].numpy()
+
+    bends = {}
+
+    def bend(flow, noise, num_steps):
+        """Mean over the path of (x_1 - x_0 - v)^2 in the robot's dimensions, which the policies normalise by `std`."""
+        x, points, velocities = noise, [], []
+        for step in range(num_steps + 1):
+            points.append(x)
+            velocities.append(flow.velocity(x, torch.full((len(x),), 1 - step / num_steps)))
+            x = x - velocities[-1] / num_steps
+        off = (points[0] - points[-1] - torch.stack(velocities))[..., :2].square().mean(dim=(1, 2, 3))
+        return torch.trapezoid(off, dx=1 / num_steps).item()
+
+    def chunks(path, num_steps):
+        """(noises, frames, T, D) in robot units; num_steps=None for the fine solution."""
+        policy = SmolVLAPolicy.from_pretrained(path).eval()
+        preprocessor, postprocessor = make_pre_post_processors(policy.config, str(path))
+        batch = preprocessor(dict(raw))
+        result = []
+        for k in range(noises):
+            noise = torch.stack([pair_noise(0, frame, k, (6, 4)) for frame in frames])
+            if num_steps is None:
+                with torch.no_grad():
+                    # Richardson's extrapolation cancels the error of order two.
+                    flow = Flow(policy, batch)
+                    chunk = ((4 * flow.midpoint(noise, 320) - flow.midpoint(noise, 160)) / 3)[..., :2]
+                    bends.setdefault(path, []).append(bend(flow, noise, 800))
+            else:
+                policy.config.num_steps = num_steps
+                chunk = policy.predict_action_chunk(batch, noise=noise)
+            result.append(torch.stack([postprocessor(chunk[:, i]) for i in range(6)], dim=1).numpy())
+        return np.stack(result)
+
+    fine = {"teacher": chunks(teacher_path, None), "student": chunks(student, None)}
+    for name, path in (("teacher", teacher_path), ("student", student)):
+        for n in (1, 2, 10):
+            row, sampled = row_of(found, name, n), chunks(path, n)
+            expected = {
+                "flow_rmse": np.sqrt((((sampled - fine["teacher"]) / std) ** 2).mean()),
+                "own_flow_rmse": np.sqrt((((sampled - fine[name]) / std) ** 2).mean()),
+                "spread_ratio": (sampled / std).var(axis=0, ddof=1).mean()
+                / (fine["teacher"] / std).var(axis=0, ddof=1).mean(),
+                "energy_distance": energy_of_chunks(sampled / std, fine["teacher"] / std),
+            }
+            off = np.abs(sampled - raw["action"].numpy())
+            exactly = {
+                "action_mae": off[:, there].mean(),
+                "action_mae_executed": off[:, :, :2][:, there[:, :2]].mean(),
+                "action_mae_per_dim": off[:, there].mean(axis=(0, 1)).tolist(),
+            }
+            row["energy_distance"] = row["energy_distance"]["value"]
+            for key, value in expected.items():
+                # An energy distance is a small difference of large ones.
+                assert row[key] == pytest.approx(value, rel=0.03, abs=2e-4 * (key == "energy_distance")), (name, n, key)
+            for key, value in exactly.items():
+                assert row[key] == pytest.approx(value, rel=1e-4), (name, n, key)
+            assert row["straightness"] == pytest.approx(np.mean(bends[path]), rel=0.02)
+
+
+def energy_of_chunks(x: np.ndarray, y: np.ndarray) -> float:
+    """From (noises, frames, T, D): mean over frames of 2 |x - y| - |x - x'| - |y - y'| over pairs of other noises."""
+    pairs = [(i, j) for i in range(len(x)) for j in range(len(x)) if i != j]
+
+    def mean_size(a, b):
+        return np.mean([np.sqrt(((a[i] - b[j]) ** 2).mean(axis=(1, 2))).mean() for i, j in pairs])
+
+    return float(2 * mean_size(x, y) - mean_size(x, x) - mean_size(y, y))
+
+
+def test_the_report_says_what_it_was_made_with(workshop, student, report):
+    found = json.loads((report / "report.json").read_text())
+    assert found["schema_version"] == 2
+    assert found["complete"]
+    assert set(found["rows"][0]) == set(Row.__dataclass_fields__)
+    assert [(r["policy"], r["num_steps"]) for r in found["rows"]] == [
+        (name, n) for name in ("teacher", "student") for n in (1, 2, 10)
+    ]
+    assert found["made_with"]["policy"] == str(student.resolve())
+    assert found["made_with"]["teacher"] == str((workshop / "1rf" / LAST).resolve())
+    assert found["made_with"]["versions"]["smolvla-reflow"]
+    assert found["references"]["teacher"]["steps"] == 320
+    assert 0 < found["references"]["teacher"]["rmse"] < found["rows"][0]["flow_rmse"]
+    reference = row_of(found, "teacher", 10)
+    assert reference["speedup"] == 1
+    for r in found["rows"]:
+        assert 0 < r["latency_ms_p50"] <= r["latency_ms_p95"]
+        assert r["speedup"] * r["latency_ms_p50"] == pytest.approx(reference["latency_ms_p50"])
+    assert found["recommendation"] in (report / "report.md").read_text()
+    assert "| teacher | 10 |" in (report / "report.md").read_text()
+    height, width, _ = matplotlib.image.imread(report / "report.png").shape
+    assert (width, height) == (1020, 1290)  # 3.4 inches, a paper's column, at 300 dots an inch
+
+
+def test_same_seed_same_report_but_for_latencies(workshop, student, report, tmp_path):
+    def exact(report):
+        for row in report["rows"]:
+            for name in ("latency_ms_p50", "latency_ms_p95", "speedup"):
+                del row[name]
+        del report["chunk_parts"]
+        return report
+
+    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 320}
+    first = exact(json.loads((report / "report.json").read_text()))
+    assert exact(run_eval(workshop, tmp_path / "again", **flags)) == first
+    assert exact(run_eval(workshop, tmp_path / "seed", seed=1, **flags))["rows"] != first["rows"]
+
+
+def test_a_policy_alone(workshop, tmp_path, capsys):
+    found = run_eval(workshop, tmp_path / "alone")
+    assert {row["policy"] for row in found["rows"]} == {"policy"}
+    assert all(row["flow_rmse"] == row["own_flow_rmse"] for row in found["rows"])
+    assert found["decision"]["bar"] == ["policy", 10]
+    assert found["two_errors"] == {}
+    assert f"Recommended: num_steps={found['recommended_num_steps']}" in capsys.readouterr().out
+
+
+def test_rounds_in_one_report(workshop, student, tmp_path):
+    """Each round has the rows it has when it is measured alone against the same teacher; the last is judged."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", reflow__teacher_path=student))
+    last, teacher = tmp_path / "run" / LAST, {"teacher_path": workshop / "1rf" / LAST}
+    rounds = {"round 1": student, "student": last}
+    alone = {name: run_eval(workshop, tmp_path / name, policy__path=path, **teacher) for name, path in rounds.items()}
+    found = run_eval(workshop, tmp_path / "all", policy__path=last, earlier_rounds=f"[{student}]", **teacher)
+    assert list(dict.fromkeys(row["policy"] for row in found["rows"])) == ["teacher", *rounds]
+    for n in (1, 2, 10):
+        for name in rounds:
+            assert row_of(found, name, n)["flow_rmse"] == row_of(alone[name], "student", n)["flow_rmse"]
+        assert row_of(found, "round 1", n)["flow_rmse"] != row_of(found, "student", n)["flow_rmse"]
+    assert found["made_with"]["earlier_rounds"] == [str(student.resolve())]
+    assert found["recommended_num_steps"] == alone["student"]["recommended_num_steps"]
+    assert matplotlib.image.imread(tmp_path / "all" / "report.png").shape[:2] == (1290, 1020)
+
+
+def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student, tmp_path):
+    """A student whose statistics are scaled by 2 acts twice as far in robot units, and is measured so."""
+    other = Path(shutil.copytree(student, tmp_path / "other"))
+    (file,) = other.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    stats = load_file(file)
+    stats["action.std"] *= 2
+    save_file(stats, file)
+    flags = {"teacher_path": workshop / "1rf" / LAST}
+    plain = run_eval(workshop, tmp_path / "a", policy__path=student, **flags)
+    scaled = run_eval(workshop, tmp_path / "b", policy__path=other, **flags)
+    assert row_of(scaled, "teacher", 2)["flow_rmse"] == row_of(plain, "teacher", 2)["flow_rmse"]
+    ratio = row_of(scaled, "student", 2)["spread_ratio"] / row_of(plain, "student", 2)["spread_ratio"]
+    assert ratio == pytest.approx(4, rel=1e-3)
+    assert row_of(scaled, "student", 1)["straightness"] / row_of(plain, "student", 1)["straightness"] == pytest.approx(
+        4
+    )
+
+
+def test_each_policy_is_judged_by_the_steps_that_it_executes(workshop):
+    """A copy of the teacher that looks again after other steps has the error of those steps."""
+    checkpoint = open_checkpoint(workshop / "1rf" / LAST)
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    batch = torch.utils.data.default_collate([dataset[i] for i in (0, 10)])
+
+    def executed_error(policies):
+        settings = Settings(torch.ones(2), num_steps=[2], num_noises=2, reference_steps=2, seed=0)
+        found = measure_batch(policies, batch, settings)
+        rows = Evaluation(Cell(policies[0].name, 10), found.records, found.references).rows()
+        (row,) = [row for row in rows if (row.policy, row.num_steps) == (policies[-1].name, 2)]
+        return row.action_mae_executed
+
+    teacher, student = (load_measured_policy(name, checkpoint, "cpu", {}) for name in ("teacher", "student"))
+    student.policy.config.n_action_steps = 5
+    assert executed_error([teacher, student]) == pytest.approx(executed_error([student]))
+    assert executed_error([student]) != pytest.approx(executed_error([teacher]))
+
+
+def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
+    """Against the same solutions cut to the dimension that moves."""
+    n, k, t = 2, 3, 4
+    fine, sampled, reference = torch.randn(3, n, k, t, 2, generator=torch.Generator().manual_seed(0))
+    batch = {"action": torch.zeros(n, t, 2), "action_is_pad": torch.zeros(n, t, dtype=torch.bool)}
+
+    def records(std):
+        width, settings = len(std), Settings(torch.tensor(std), [1], k, 2, seed=0)
+        cut = [actions[..., :width] for actions in (fine, sampled, reference)]
+        solved = Solutions(cut[0], {1: cut[1]}, torch.zeros(n, k), Reference(2, 0.0))
+        of_width = {**batch, "action": batch["action"][..., :width]}
+        return frame_records(solved, 1, cut[2], of_width, executed=2, settings=settings)
+
+    for found, expected in zip(records([0.5, 0.0]), records([0.5]), strict=True):
+        for name in ("flow_error", "own_flow_error", "spread", "fine_spread"):
+            assert getattr(found, name) == getattr(expected, name) > 0
+        assert found.energy_distance == expected.energy_distance != 0
+        assert found.action_error[:1] == expected.action_error
+        assert len(found.action_error) == len(found.action_error_executed) == 2
+
+
+@pytest.fixture(scope="module")
+def fine(workshop):
+    """The teacher's fine solutions on every other frame, from four noises of one seed and of another."""
+    teacher = load_measured_policy("teacher", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(0, 48, 2)])
+    deviations = torch.as_tensor(dataset.meta.stats["action"]["std"], dtype=torch.float32)
+    found = []
+    for seed in (0, 1):
+        settings = Settings(deviations, [1, 10], num_noises=4, reference_steps=16, seed=seed)
+        with teacher.inference(10):
+            solved = solutions(teacher, batch, [1, 10], settings)
+        found.append({name: settings.in_deviations(x) for name, x in {0: solved.fine, **solved.euler}.items()})
+    return found
+
+
+def test_the_teacher_is_at_no_distance_from_itself(fine):
+    """Its fine solutions from two sets of noises; while its one step is far from them."""
+    here, there = fine
+    found = over_frames(energy_distance(here[0], there[0]).numpy(), seed=0)
+    assert found.low < 0 < found.high
+    far = over_frames(energy_distance(here[1], there[0]).numpy(), seed=0)
+    assert far.low > 0
+    assert energy_distance(here[0], here[0]).abs().max() < 1e-12
+
+
+# --- the reference --------------------------------------------------------------------------------------------
+
+
+def riccati(x, t):
+    """dx/dt = x^2 sin(6 t) takes x_1 to 1 / (1/x_1 - (cos 6 - 1) / 6)."""
+    return x.square() * math.sin(6 * t)
+
+
+def test_the_reference_is_as_fine_as_it_has_to_be_and_no_finer():
+    noise = 0.5 + torch.rand(8, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    true = 1 / (1 / noise - (math.cos(6) - 1) / 6)
+    ends = {n: Solver("rk4", num_steps=n).integrate(riccati, noise) for n in (8, 16, 32, 64)}
+    change = {n: (ends[n] - ends[n // 2]).square().mean().sqrt().item() for n in (16, 32, 64)}
+    for steps in (16, 32, 64):
+        # Errors of which a tenth is a little more than this doubling changes, and less than the one before.
+        found = solved_finely(riccati, noise, lambda x: x, lambda fine, steps=steps: 11 * change[steps], None).reference
+        assert found == Reference(steps, pytest.approx(change[steps]))
+        assert (ends[steps] - true).square().mean().sqrt().item() < found.rmse  # an estimate from above
+
+
+def test_the_reference_of_a_rough_flow_has_an_end():
+    noise, asked = torch.ones(1, 2, 3), []
+
+    def rough(x, t):
+        asked.append(t)
+        return torch.full_like(x, 1.0 if len(asked) % 7 else -1.0)
+
+    assert solved_finely(rough, noise, lambda x: x, lambda fine: 0.0, None).reference.steps == 128
+
+
+def test_the_reference_is_chosen_on_the_first_batch_and_kept(workshop):
+    measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    batch, later = (torch.utils.data.default_collate([dataset[i], dataset[i + 1]]) for i in (0, 9))
+    settings = Settings(torch.ones(2), num_steps=[1, 10], num_noises=2, reference_steps=None, seed=0)
+    first = measure_batch([measured], batch, settings)
+    chosen = first.references["policy"]
+    smallest = min(np.mean([r.own_flow_error for r in records]) ** 0.5 for records in first.records.values())
+    assert chosen.rmse <= 0.1 * smallest
+    assert measure_batch([measured], later, settings, first.references).references == first.references
+    # By the triangle inequality no flow error is off by more than the reference is: by what the last doubling changed,
+    # and all further ones would, which each change half as much, or a little more in a network as rough as this.
+    fine = measure_batch([measured], batch, Settings(torch.ones(2), [1, 10], 2, 8 * chosen.steps, seed=0))
+    for cell, records in first.records.items():
+        found, expected = (np.mean([r.flow_error for r in of]) ** 0.5 for of in (records, fine.records[cell]))
+        assert found == pytest.approx(expected, abs=1.2 * chosen.rmse)
+
+
+def test_a_number_of_steps_that_is_given_is_taken(policy):
+    noise = torch.ones(2, 5, 3)
+    found = solved_finely(lambda x, t: x, noise, lambda x: x, min, 6).reference
+    half = Solver("rk4", num_steps=3).integrate(lambda x, t: x, noise)
+    expected = (Solver("rk4", num_steps=6).integrate(lambda x, t: x, noise) - half).abs().mean().item()
+    assert found == Reference(6, pytest.approx(expected))
+    assert sum(TABLEAUX["rk4"].weights) == 1
+
+
+# --- latency --------------------------------------------------------------------------------------------------
+
+
+def test_latency_is_that_of_the_steps_asked_for_without_the_warm_up(policy, monkeypatch):
+    """By a clock of its own: three slow calls, then thirty of 1, 2, ... 30 ms."""
+    clock, durations, seen = [0.0], iter([900.0] * 3 + [*range(1, 31)]), []
+
+    def chunk(observation):
+        seen.append((policy.config.num_steps, sorted(observation)))
+        clock[0] += next(durations) / 1e3
+
+    vars(policy)["predict_action_chunk"] = chunk
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured = MeasuredPolicy("policy", policy, lambda frame: frame, None, None, 10)
+    frame = {"observation.state": torch.zeros(1, 3), "action": torch.zeros(1), "action_is_pad": torch.zeros(1)}
+    found = latency.measure_latency(measured, frame, num_steps=4)
+    assert (found.p50, found.p95) == (pytest.approx(15.5), pytest.approx(28.55))
+    assert seen == [(4, ["observation.state"])] * 33  # a robot has no recorded actions to prepare
+    assert policy.config.num_steps == 10
+
+
+def test_the_parts_of_a_chunk_are_timed_apart(workshop, monkeypatch):
+    """By a clock that each part moves by its own amount."""
+    measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
+    model, clock = measured.policy.model, [0.0]
+
+    def taking(seconds, function):
+        def slow(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return slow
+
+    vars(model)["embed_prefix"] = taking(0.030, model.embed_prefix)
+    vars(model)["denoise_step"] = taking(0.007, model.denoise_step)
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    dataset = LeRobotDataset(
+        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
+    )
+    frame = torch.utils.data.default_collate([dataset[0]])
+    parts = measure_parts(measured, frame)
+    assert (parts.prefix, parts.step) == (pytest.approx(30), pytest.approx(7))
+    assert latency.measure_latency(measured, frame, 3).p50 == pytest.approx(30 + 3 * 7)
+
+
+def test_what_is_left_to_gain_in_words():
+    assert ChunkParts(60.0, 20.0).left_to_gain(2) == (
+        "A chunk at num_steps=2 takes 100.0 ms: 60.0 ms for images, language and state, which are encoded once, and "
+        "20.0 ms for each ODE step; one step instead would save another 20.0 ms (20%)."
+    )
+    assert "Nothing more can be gained by fewer steps." in ChunkParts(60.0, 20.0).left_to_gain(1)
+
+
+# --- what it recommends ---------------------------------------------------------------------------------------
+
+
+def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, capsys):
+    """A teacher that --write_num_steps has set to two steps."""
+    quick = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
+    config = json.loads((quick / "config.json").read_text())
+    (quick / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
+    flags = {"policy__path": student, "teacher_path": quick, "num_steps": "[1]", "num_frames": 2}
+    low = run_eval(workshop, tmp_path / "low", **flags)
+    assert low["decision"]["bar"] == ["teacher", 2]
+    (note,) = low["notes"]
+    assert note.startswith("The bar is low: it is the teacher with 2 steps")
+    assert note in capsys.readouterr().out
+    high = run_eval(workshop, tmp_path / "high", bar_num_steps=10, **flags)
+    assert (high["decision"]["bar"], high["notes"]) == (["teacher", 10], [])
+    assert {row["num_steps"] for row in high["rows"] if row["policy"] == "teacher"} == {1, 10}
+    assert row_of(high, "teacher", 10)["speedup"] == 1
+
+
+def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, capsys):
+    """With a student measured at 1 step, at the 3 that are its own default, and at the 10 of its teacher."""
+    poor = Path(shutil.copytree(student, tmp_path / "poor"))
+    config = json.loads((poor / "config.json").read_text())
+    (poor / "config.json").write_text(json.dumps({**config, "num_steps": 3}))
+    weights = load_file(poor / "model.safetensors")
+    weights["model.action_out_proj.bias"] += 3.0  # its actions end three deviations off, at any number of steps
+    save_file(weights, poor / "model.safetensors", {"format": "pt"})
+    flags = {"policy__path": poor, "teacher_path": workshop / "1rf" / LAST, "num_steps": "[1]"}
+    found = run_eval(workshop, tmp_path / "report", write_num_steps="true", **flags)
+    assert [row["num_steps"] for row in found["rows"] if row["policy"] == "student"] == [1, 3, 10]
+    assert found["recommended_num_steps"] is None
+    said = capsys.readouterr().out
+    assert "No number of steps that was measured is shown to be as good as the teacher's own 10 steps" in said
+    assert found["two_errors"]["student"]["r"] == pytest.approx(3, rel=0.05)
+    assert f"actions in the wrong place (r = {found['two_errors']['student']['r']:.3f}" in said
+    assert found["two_errors"]["student"]["holds"]
+    assert "Stored num_steps" not in said
+    assert json.loads((poor / "config.json").read_text())["num_steps"] == 3
+
+
+def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, student, tmp_path):
+    copied = Path(shutil.copytree(student, tmp_path / "copied"))
+    before = json.loads((copied / "config.json").read_text())
+    flags = eval_flags(workshop, tmp_path / "report", policy__path=copied, energy_margin=100)
+    eval_command.main([*flags, "--write_num_steps"])
+    after = json.loads((copied / "config.json").read_text())
+    assert after == {**before, "num_steps": 1}
+    assert list(after) == list(before)
+    assert SmolVLAPolicy.from_pretrained(copied).config.num_steps == 1
+    assert not list(copied.glob("*.partial"))
+
+
+# --- what it refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"policy__path": None}, "Name the checkpoint to evaluate"),
+        ({"policy__path": "no/such/place"}, "There is no checkpoint at no/such/place"),
+        ({"dataset__repo_id": None}, "Name the dataset to measure on"),
+        ({"dataset__root": "{tmp}/none"}, "There is no LeRobotDataset at"),
+        ({"output_dir": None}, "Name a folder for the report"),
+        ({"output_dir": "{workshop}"}, "exists already; name a new folder"),
+        ({"num_steps": "[0,1]"}, "--num_steps=[0, 1]: give numbers of steps, each at least 1"),
+        ({"num_noises": 1}, "--num_noises=1: at least 2 is needed"),
+        ({"num_frames": 1}, "--num_frames=1: at least 2 is needed"),
+        ({"bar_num_steps": 0}, "--bar_num_steps=0: at least 1 is needed"),
+        ({"reference_steps": 1}, "--reference_steps=1: at least 2 is needed"),
+        ({"energy_margin": 0}, "--energy_margin=0.0: give a number above 0"),
+        ({"success_margin": 5}, "--success_margin=5.0: give a share between 0 and 1"),
+        ({"env_task": "drive"}, "--env_task has no effect without --env.type"),
+        ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
+        pytest.param({"dataset__episodes": "[99]"}, "no episode 99", marks=EPISODES_HAVE_TO_EXIST),
+        ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
+        ({"tolerance": 0.1}, "unrecognized arguments: --tolerance=0.1"),  # and not the beginning of --tolerance_s
+        ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
+        ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
+    ],
+)
+def test_user_errors(workshop, tmp_path, capsys, flags, message):
+    names = {"workshop": workshop, "tmp": tmp_path}
+    flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
+    line = refused(capsys, eval_command.main, eval_flags(workshop, **{"output_dir": tmp_path / "r", **flags}))
+    assert line.startswith("smolvla-reflow-eval: error:")
+    assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_single_frame_is_too_few(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_run, "frame_ranges", lambda *args: [range(0, 1)])
+    line = refused(capsys, eval_command.main, eval_flags(workshop, tmp_path / "r"))
+    assert "have a single frame" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_policies_of_another_shape_are_not_compared(workshop, tmp_path, capsys):
+    other = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "chunk_size": 4}))
+    line = refused(capsys, eval_command.main, eval_flags(workshop, tmp_path / "r", teacher_path=other))
+    assert "chunk_size is 6 in it and 4 in the teacher" in line
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,128 @@
+"""The teacher sees a batch as stock inference of its own checkpoint would: its cameras, in its order, its empty ones."""
+
+import pytest
+import torch
+from helpers import ACTION_DIM, CHUNK, STATE_DIM, WIDTH, make_batch
+from lerobot.configs.types import FeatureType, PolicyFeature
+
+from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.smolvla.observation import observe, recorded_actions
+from smolvla_reflow.teacher import FrozenTeacher
+
+TOP, WRIST, SIDE = (f"observation.images.{name}" for name in ("top", "wrist", "side"))
+
+
+def inputs(*cameras):
+    return {
+        "observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,)),
+        **{name: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)) for name in cameras},
+    }
+
+
+@pytest.fixture
+def batch_of():
+    """A batch with these cameras, each with images of its own."""
+
+    def make(*cameras):
+        batch = make_batch(3)
+        top = batch.pop(TOP)
+        pictures = {TOP: top, WRIST: top.flip(-1), SIDE: top.flip(-2)}
+        return {**batch, **{name: pictures[name] for name in cameras}}
+
+    return make
+
+
+@pytest.fixture
+def two(make_policy):
+    """A teacher with other cameras in its config than its student: the same weights, other features."""
+
+    def make(teachers, students, *, teachers_empty=0, students_empty=0):
+        built = []
+        for cameras, empty in ((teachers, teachers_empty), (students, students_empty)):
+            policy = make_policy(seed=0, input_features=inputs(*cameras), empty_cameras=empty)
+            policy.config.validate_features()
+            built.append(policy)
+        return built
+
+    return make
+
+
+CASES = {
+    "another order": {"teachers": (TOP, WRIST), "students": (WRIST, TOP), "there": (TOP, WRIST)},
+    "one that was never there": {"teachers": (SIDE, TOP, WRIST), "students": (TOP, WRIST), "there": (WRIST, TOP)},
+    "one that the student leaves out": {"teachers": (TOP, WRIST), "students": (TOP,), "there": (TOP, WRIST)},
+    "an empty one": {"teachers": (TOP,), "students": (TOP,), "there": (TOP,), "teachers_empty": 1},
+    "an empty one of the student": {
+        "teachers": (TOP, WRIST),
+        "students": (TOP, SIDE),
+        "there": (TOP,),
+        "students_empty": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_couplings_are_those_of_stock_inference(two, batch_of, case):
+    teacher, student = two(**{k: v for k, v in case.items() if k != "there"})
+    batch, noise = batch_of(*case["there"]), torch.randn(3, CHUNK, WIDTH)
+    without_actions = {name: value for name, value in batch.items() if not name.startswith("action")}
+    expected = teacher.predict_action_chunk(dict(without_actions), noise=noise)
+    seen_by_student = student.predict_action_chunk(dict(without_actions), noise=noise)
+    if case in (CASES["another order"], CASES["one that the student leaves out"]):
+        assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
+
+    attachment = attach(student, teacher, solver="euler")
+    step = attachment.step(*prepared(student, batch), noise=noise, time=None, batch=batch, strategy="reflow")
+    torch.testing.assert_close(step.coupling().actions[..., :ACTION_DIM], expected, rtol=1e-5, atol=1e-6)
+
+
+def prepared(policy, batch):
+    return observe(policy, batch), recorded_actions(policy, batch)
+
+
+def test_the_forward_pass_uses_them(two, batch_of):
+    """The loss of a reflow pass, against stock's loss on the couplings of the teacher's own stock inference."""
+    teacher, student = two((TOP, WRIST), (WRIST, TOP))
+    batch = batch_of(TOP, WRIST)
+    noise, time = torch.randn(3, CHUNK, WIDTH), torch.rand(3)
+    full = teacher.model.sample_actions(*prepared(teacher, batch)[0], noise=noise)
+    observation = prepared(student, batch)[0]
+    expected = student.model.forward(*observation, full, noise, time).mean()
+    attach(student, teacher, solver="euler")
+    loss, _ = student.train().forward(batch, noise=noise, time=time)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_without_names_do_only_where_the_cameras_agree(two, batch_of):
+    teacher, student = two((TOP, WRIST), (WRIST, TOP))
+    observation, actions = prepared(student, batch_of(TOP, WRIST))
+    attach(student, teacher)
+    with pytest.raises(ReflowError, match="list other cameras.*policy.forward"):
+        student.model.generate_reflow_target(*observation)
+    with pytest.raises(ReflowError, match="list other cameras"):
+        student.train().model.forward(*observation, actions)
+
+
+def test_images_are_encoded_once_where_the_cameras_agree(two, batch_of):
+    teacher, student = two((SIDE, TOP), (TOP,))
+    attachment = attach(student, teacher)
+    batch = batch_of(TOP)
+    step = attachment.step(*prepared(student, batch), noise=None, time=None, batch=batch, strategy="reflow")
+    assert step.teachers_observation is None
+
+
+def test_a_batch_with_the_datasets_own_names_is_renamed_for_the_teacher(two, batch_of):
+    """`--policy.input_features=null` gives the student those, and the teacher knows them by its saved rename map."""
+    teacher, student = two((TOP, WRIST), (SIDE,))
+    teacher.requires_grad_(False)
+    noise, batch = torch.randn(3, CHUNK, WIDTH), batch_of(SIDE)
+    renamed = {**batch, TOP: batch[SIDE]}
+    expected = teacher.model.sample_actions(*prepared(teacher, renamed)[0], noise=noise)
+    source = FrozenTeacher(teacher, Solver("euler"), rename_map={SIDE: TOP})
+    observation = source.observe(batch, student, prepared(student, batch)[0])
+    assert torch.equal(source(observation, frames=None, noise=noise, per_frame=1).actions, expected)
+
+    swapped = FrozenTeacher(teacher, Solver("euler"), rename_map={TOP: WRIST, WRIST: TOP})
+    batch = batch_of(TOP, WRIST)  # in the teacher's names already
+    seen = prepared(teacher, batch)[0]
+    assert swapped.observe(batch, teacher, seen) is seen

@@ -1,0 +1,233 @@
+"""The frozen teacher: what it shares with the student, and which teachers are refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from lerobot.configs.types import NormalizationMode
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
+from safetensors.torch import load_file, save_file
+
+from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.checkpoint.read import StoredTensors, open_checkpoint
+from smolvla_reflow.teacher import frozen_teacher
+
+
+def storage(parameter):
+    return parameter.untyped_storage().data_ptr()
+
+
+def prepared(policy):
+    return Accelerator(cpu=True).prepare(policy)
+
+
+def test_frozen_and_equal_parameters_are_held_once(policy, teacher):
+    """The backbone is neither loaded nor held a second time."""
+    frozen = frozen_teacher(policy, teacher)
+    student = dict(policy.named_parameters())
+    for name, parameter in frozen.named_parameters():
+        assert (storage(parameter) == storage(student[name])) is not student[name].requires_grad, name
+    extra = {storage(p): p.numel() for p in frozen.parameters()}
+    for parameter in policy.parameters():
+        extra.pop(storage(parameter), None)
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert sum(extra.values()) == trainable
+
+
+def test_the_backbone_is_not_built_again(policy, teacher, tmp_path, monkeypatch):
+    """Start-up is not doubled: neither the architecture nor the VLM's weights are loaded a second time."""
+    teacher.save_pretrained(tmp_path)
+
+    def built_again(*args, **kwargs):
+        raise AssertionError("a second backbone was built")
+
+    monkeypatch.setattr(SmolVLMWithExpertModel, "__init__", built_again)
+    attach(policy, tmp_path)
+
+
+def test_a_differing_backbone_gets_its_own_copy(policy, teacher):
+    name = "model.vlm_with_expert.vlm.model.connector.modality_projection.proj.weight"
+    with torch.no_grad():
+        dict(teacher.named_parameters())[name].mul_(2.0)
+    before = dict(policy.named_parameters())[name].clone()
+    frozen = frozen_teacher(policy, teacher)
+    assert torch.equal(dict(frozen.named_parameters())[name], 2.0 * before)
+    assert torch.equal(dict(policy.named_parameters())[name], before)
+
+
+def test_a_trained_backbone_is_not_shared(make_policy):
+    student = make_policy(seed=0, train_expert_only=False, freeze_vision_encoder=False)
+    frozen = frozen_teacher(student, None)
+    trained = {storage(p) for p in student.parameters() if p.requires_grad}
+    assert not trained & {storage(p) for p in frozen.parameters()}
+    assert sum(p.requires_grad for p in student.parameters()) > 50  # the copy froze itself, not the student
+
+
+@pytest.mark.parametrize("source", ["folder", "policy"])
+def test_sources_give_the_same_teacher(policy, teacher, tmp_path, source):
+    teacher.save_pretrained(tmp_path)
+    frozen = frozen_teacher(policy, open_checkpoint(tmp_path) if source == "folder" else teacher)
+    expected = teacher.state_dict()
+    assert frozen.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in frozen.state_dict().items())
+    assert teacher.training is False
+    assert any(p.requires_grad for p in teacher.parameters())  # the user's policy is not touched
+
+
+def test_training_the_policy_that_the_teacher_was_taken_from_does_not_change_it(policy, teacher):
+    frozen = frozen_teacher(policy, teacher)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1.0)
+    teacher.config.num_steps = 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+    assert frozen.config.num_steps == 10
+
+
+@pytest.mark.parametrize("stored", ["first", "second"])
+def test_tied_parameters_stay_tied(policy, teacher, tmp_path, stored):
+    """One tensor under two names, of which a checkpoint has one."""
+    names = ["model.state_proj.bias", "model.action_in_proj.bias"]
+    torch.nn.init.ones_(teacher.model.state_proj.bias)
+    for one in (policy, teacher):
+        one.model.action_in_proj.bias = one.model.state_proj.bias
+    teacher.save_pretrained(tmp_path)
+    bias = teacher.model.state_proj.bias.detach()
+    kept, left_out = names if stored == "first" else reversed(names)
+    edit_weights(tmp_path, lambda w: (w.update({kept: bias.clone()}), w.pop(left_out, None)))
+    assert not torch.equal(bias, policy.model.state_proj.bias)
+    frozen = frozen_teacher(policy, open_checkpoint(tmp_path))
+    assert frozen.model.state_proj.bias is frozen.model.action_in_proj.bias
+    assert torch.equal(frozen.model.state_proj.bias, bias)
+
+
+def test_a_teacher_whose_config_names_no_features_has_the_students(policy, teacher):
+    """As LeRobot's guide to PEFT has it, `--policy.input_features=null`."""
+    teacher.config.input_features = None
+    assert frozen_teacher(policy, teacher).config.input_features == policy.config.input_features
+
+
+def test_what_guides_or_compiles_a_sampler_stays_with_the_policy(policy, teacher):
+    """Real-time chunking would guide the couplings by a chunk that there is none of."""
+    for one in (policy, teacher):
+        one.config.rtc_config, one.config.compile_model = RTCConfig(enabled=True), True
+        one.init_rtc_processor()
+    guides = [one.model.rtc_processor for one in (policy, teacher)]
+    assert None not in guides
+    frozen = frozen_teacher(policy, teacher)
+    assert frozen.rtc_processor is frozen.model.rtc_processor is frozen.config.rtc_config is None
+    assert frozen.config.compile_model is False
+    assert frozen.model.config is frozen.config
+    assert [one.model.rtc_processor for one in (policy, teacher)] == guides
+    assert None not in (policy.config.rtc_config, teacher.config.rtc_config)
+
+
+@pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.to(torch.float64), prepared])
+def test_sharing_survives_what_is_done_to_the_student(policy, teacher, move):
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    attach(policy, teacher)
+    move(policy)
+    frozen = dict(policy.model.teacher.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert (storage(frozen[name]) == storage(parameter)) is (name not in trained), name
+
+
+def test_unfreezing_what_is_shared_is_refused(policy, teacher, batch):
+    """It would train the teacher along with the student."""
+    attach(policy, teacher)
+    policy.requires_grad_(True)
+    with pytest.raises(ReflowError, match="unfrozen after attach.*detach, unfreeze it, and attach again"):
+        policy.train().forward(dict(batch))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")
+def test_a_checkpoint_is_never_in_memory_whole(tmp_path):
+    megabyte, count = 2**20, 100
+    save_file({f"w{i}": torch.full((megabyte // 4,), float(i)) for i in range(count)}, tmp_path / "w.safetensors")
+
+    def in_use() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    weights, before, peak = StoredTensors(tmp_path / "w.safetensors"), in_use(), 0
+    assert len(weights) == count
+    for i in range(count):
+        assert weights[f"w{i}"].sum() == i * megabyte // 4
+        peak = max(peak, in_use())
+    assert peak - before < 20 * megabyte
+
+
+def test_num_steps_defaults_to_the_teachers_own(policy, teacher):
+    teacher.config.num_steps = 7
+    assert frozen_teacher(policy, teacher).config.num_steps == 7
+    assert frozen_teacher(policy, teacher, num_steps=3).config.num_steps == 3
+    assert (policy.config.num_steps, teacher.config.num_steps) == (10, 7)
+    with pytest.raises(ReflowError, match="at least one ODE step"):
+        attach(policy, teacher, solver=Solver(num_steps=0))
+
+
+def test_building_a_teacher_draws_no_random_numbers(policy, teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    attach(policy, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chunk_size", 7),
+        ("max_action_dim", 8),
+        ("max_state_dim", 8),
+        ("normalization_mapping", {"STATE": NormalizationMode.MIN_MAX}),
+        ("resize_imgs_with_padding", [64, 64]),
+        ("adapt_to_pi_aloha", True),
+        ("add_image_special_tokens", True),
+        ("prefix_length", 40),
+        ("attention_mode", "self_attn"),
+        ("self_attn_every_n_layers", 1),
+        ("num_vlm_layers", 1),
+        ("expert_width_multiplier", 0.5),
+        ("min_period", 1.0),
+        ("max_period", 2.0),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused(policy, make_policy, field, value):
+    """Also where all tensors have the same shapes."""
+    other = make_policy(**{field: value, **({"n_action_steps": value} if field == "chunk_size" else {})})
+    with pytest.raises(ReflowError, match="in the teacher's config and .*. Start the student") as error:
+        attach(policy, other)
+    assert f"The teacher does not fit the student: {field} is {value} in the teacher's config" in str(error.value)
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("model.state_proj.weight"), "they lack model.state_proj.weight"),
+        (lambda w: w.update({"model.extra.x": torch.zeros(1)}), "have the unknown model.extra.x"),
+        (lambda w: w.update({"model.state_proj.bias": torch.zeros(3)}), r"state_proj.bias has shape \(3,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(policy, teacher, tmp_path, edit, message):
+    teacher.save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ReflowError, match=message):
+        attach(policy, tmp_path)
+
+
+def test_truncated_weights_are_refused(policy, teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ReflowError, match="cannot be read.*copy the checkpoint again"):
+        attach(policy, tmp_path)

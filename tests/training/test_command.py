@@ -1,0 +1,302 @@
+"""`smolvla-reflow-train` as a user runs it: what it writes, what stock LeRobot makes of it, what it refuses."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import lerobot
+import pytest
+import torch
+from helpers import lerobot_train_main, reflow_run, reflow_train_main, stock_flags
+from packaging.version import Version
+from safetensors.torch import load_file
+
+from smolvla_reflow import Solver
+from smolvla_reflow.checkpoint.read import open_checkpoint
+from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.demo.task import write_dataset
+from smolvla_reflow.training.config import ReflowConfig
+
+BEFORE_0_6 = Version(lerobot.__version__) < Version("0.6.0")
+
+
+def weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def other_dataset(workshop):
+    write_dataset(workshop / "other", episodes=4, seed=9)
+    return workshop / "other"
+
+
+@pytest.fixture(scope="module")
+def student(workshop, tmp_path_factory):
+    """The output folder of one short reflow run."""
+    folder = tmp_path_factory.mktemp("student") / "2rf"
+    reflow_train_main(reflow_run(workshop, folder, save_freq=2))
+    return folder
+
+
+# --- what it writes -------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_is_stock(workshop, student):
+    teacher_folder = workshop / "1rf" / LAST
+    saved, stock = weights(student), load_file(teacher_folder / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {n: (t.shape, t.dtype) for n, t in stock.items()}
+    assert not equal(saved, stock)
+    config, stock = (json.loads((f / "config.json").read_text()) for f in (student / LAST, teacher_folder))
+    assert config.keys() == stock.keys()
+    assert sorted(p.name for p in (student / LAST).iterdir()) == sorted(p.name for p in teacher_folder.iterdir())
+
+
+def test_train_config_remembers_the_teacher(workshop, student):
+    config = json.loads((student / LAST / "train_config.json").read_text())
+    teacher_path = str((workshop / "1rf" / LAST).resolve())
+    defaults = dataclasses.asdict(ReflowConfig())
+    fingerprint = open_checkpoint(teacher_path).fingerprint()
+    recipe = {"weighting": "t", "padding_weight": 0.1}  # of the command, where none is given
+    assert config["reflow"] == {**defaults, **recipe, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    assert defaults["strategy"] == "reflow"
+    assert defaults["solver"] == "jittered"
+
+
+def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
+    """In a process where `smolvla_reflow` cannot be imported: load, act, and train on."""
+    flags = [f for f in reflow_run(workshop, tmp_path / "on", steps=1) if not f.startswith("--reflow.")]
+    flags += [f"--policy.path={student / LAST}", "--policy.push_to_hub=false"]
+    code = f"""
+        import sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "smolvla_reflow":
+                    raise ModuleNotFoundError(name)
+
+        sys.meta_path.insert(0, Absent())
+        import torch
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+        from lerobot.scripts import lerobot_train
+
+        policy = SmolVLAPolicy.from_pretrained({str(student / LAST)!r})
+        action = policy.select_action({{
+            "observation.state": torch.zeros(1, 2),
+            "observation.images.top": torch.zeros(1, 3, 32, 32),
+            "observation.language.tokens": torch.zeros(1, 4, dtype=torch.long),
+            "observation.language.attention_mask": torch.ones(1, 4, dtype=torch.bool),
+        }})
+        assert action.shape == (1, 2)
+        sys.argv = ["lerobot-train", *{flags!r}]
+        lerobot_train.train()
+        assert "smolvla_reflow" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "on" / LAST / "model.safetensors").exists()
+
+
+def test_teacher_checkpoint_is_untouched(workshop, tmp_path):
+    files = {p: p.read_bytes() for p in (workshop / "1rf").rglob("*") if p.is_file()}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2))
+    assert {p: p.read_bytes() for p in (workshop / "1rf").rglob("*") if p.is_file()} == files
+
+
+def test_student_starts_as_the_teacher(workshop, tmp_path):
+    """At learning rate zero it ends as the teacher, too."""
+    zero = {"policy__optimizer_lr": 1e-30, "policy__scheduler_decay_lr": 1e-30}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **zero))
+    assert equal(weights(tmp_path / "run"), weights(workshop / "1rf"))
+
+
+def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
+    flags = [f for f in reflow_run(workshop, tmp_path / "run", steps=1) if "optimizer_lr" not in f]
+    reflow_train_main(flags)
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "Reflow: teacher" in ln]
+    assert "1 steps, batch 8; filled in:" in line
+    assert "--policy.optimizer_lr=2e-05" in line
+    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
+    assert saved["optimizer"]["lr"] == 2e-5
+    assert saved["scheduler"]["decay_lr"] == pytest.approx(5e-7)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "said"),
+    [
+        (2, None, "jittered with num_steps 5 (10 velocity evaluations). The teacher's config says num_steps 2."),
+        (2, 2, "jittered with num_steps 2 (4 velocity evaluations)."),
+        (14, None, "jittered with num_steps 7 (14 velocity evaluations)."),
+    ],
+)
+def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monkeypatch, own, asked, said):
+    """Also those of a teacher that `--write_num_steps` made one of few steps. It is said, and done."""
+    teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "num_steps": own}))
+    taken, integrate = set(), Solver.integrate
+    monkeypatch.setattr(Solver, "integrate", lambda self, *a, **k: taken.add(self) or integrate(self, *a, **k))
+    flags = {"reflow__teacher_path": teacher, "reflow__num_steps": asked, "steps": 1}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", **flags))
+    assert f"Reflow: couplings by {said}" in capsys.readouterr().err
+    assert taken == {Solver("jittered", num_steps=int(re.search(r"num_steps (\d+)", said)[1]))}
+    assert json.loads((tmp_path / "run" / LAST / "config.json").read_text())["num_steps"] == own
+
+
+def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
+    """Nothing but the loss differs: same data order, same random numbers, same optimizer, same result."""
+    flags = reflow_run(workshop, tmp_path / "run", reflow__strategy="standard")
+    reflow_train_main(flags)
+    lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "stock"))
+
+
+def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):
+    """2-RF to 3-RF; also from a path relative to the working directory."""
+    teacher = os.path.relpath(student / LAST)
+    reflow_train_main(reflow_run(workshop, tmp_path / "3rf", steps=2, reflow__teacher_path=teacher))
+    config = json.loads((tmp_path / "3rf" / LAST / "train_config.json").read_text())
+    assert config["reflow"]["teacher_path"] == str((student / LAST).resolve())
+    assert not equal(weights(tmp_path / "3rf"), weights(student))
+
+
+def test_a_dataset_with_other_statistics(workshop, other_dataset, tmp_path, capsys):
+    """The teacher is asked in its own space; the student learns, and saves, the dataset's."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2, dataset__root=other_dataset))
+    log = capsys.readouterr().err
+    assert log.count("The dataset's statistics are not the teacher's (most in '") == 1
+    current = json.loads((other_dataset / "meta/stats.json").read_text())["action"]["mean"]
+    saved = open_checkpoint(tmp_path / "run" / LAST).statistics()["action.mean"]
+    teachers = open_checkpoint(workshop / "1rf" / LAST).statistics()["action.mean"]
+    torch.testing.assert_close(saved, torch.tensor(current))
+    assert not torch.allclose(saved, teachers)
+
+
+def test_a_solver_by_flags(workshop, tmp_path):
+    """The flags reach the teacher, and the resumed run finds them in its train_config.json."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "midpoint", steps=1))
+    dopri5 = {"reflow__solver": "dopri5", "reflow__num_steps": None, "reflow__rtol": 1e-3}
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **dopri5))
+    assert not equal(weights(tmp_path / "midpoint"), weights(tmp_path / "run"))
+    config = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())["reflow"]
+    assert (config["solver"], config["rtol"], config["num_steps"]) == ("dopri5", 1e-3, None)
+
+
+def test_the_forks_yaml_trains(workshop, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    flags = reflow_run(workshop, tmp_path / "run", steps=1, reflow__teacher_path=None)
+    config = tmp_path / "fork.yaml"
+    config.write_text(
+        "policy:\n  type: smolvla\n  training_mode: reflow\n"
+        f"  teacher_model_path: {workshop / '1rf' / LAST}\n  optimizer_lr: 3e-5\n"
+    )
+    flags = [f for f in flags if "optimizer_lr" not in f and "teacher_path" not in f]
+    reflow_train_main([*flags, f"--config_path={config}"])
+    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
+    assert saved["reflow"]["strategy"] == "reflow"
+    assert saved["optimizer"]["lr"] == 3e-5
+    assert "training_mode" not in (tmp_path / "run" / LAST / "config.json").read_text()
+    assert not list(scratch.glob("reflow_config_*"))
+
+
+# --- resuming -------------------------------------------------------------------------------------------------
+
+
+def resume_at(run: Path, step: str, copy: Path, train) -> dict[str, torch.Tensor]:
+    """Cut a copy of a finished run back to `step`, resume it with `train`, and return the last weights."""
+    shutil.copytree(run, copy, symlinks=True)
+    checkpoints = copy / "checkpoints"
+    for folder in checkpoints.iterdir():
+        if not folder.is_symlink() and folder.name > step:
+            shutil.rmtree(folder)
+    (checkpoints / "last").unlink()
+    (checkpoints / "last").symlink_to(step)
+    file = copy / LAST / "train_config.json"
+    config = json.loads(file.read_text())
+    config["output_dir"] = str(copy)
+    file.write_text(json.dumps(config))
+    train([f"--config_path={file}", "--resume=true"])
+    return weights(copy)
+
+
+@pytest.mark.parametrize("step", ["000004", "000006"], ids=["mid-epoch", "epoch-boundary"])
+def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step, capsys):
+    """48 frames in batches of 8: step 6 ends the first epoch.
+
+    Stock LeRobot resumes bitwise at an epoch's end on 0.4 and 0.5, and nowhere on 0.6 (the resumed loader draws one
+    random number more, and accelerate resets the sampler's epoch). Reflow resumes bitwise wherever stock does;
+    and everywhere its resumed run with the stock loss is the stock resumed run, bitwise.
+    """
+    common = {"steps": 12, "save_freq": 2}
+    reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **common))
+    reflow_train_main(reflow_run(workshop, tmp_path / "stock", reflow__strategy="standard", **common))
+
+    def without_reflow(flags):
+        file = Path(flags[0].partition("=")[2])
+        config = json.loads(file.read_text())
+        config.pop("reflow")
+        file.write_text(json.dumps(config))
+        lerobot_train_main(flags)
+
+    stock = resume_at(tmp_path / "stock", step, tmp_path / "stock_resumed", without_reflow)
+    stock_is_exact = equal(stock, weights(tmp_path / "stock"))
+    assert stock_is_exact == (BEFORE_0_6 and step == "000006")
+
+    same = resume_at(tmp_path / "stock", step, tmp_path / "standard_resumed", reflow_train_main)
+    assert equal(same, stock)
+    resumed = resume_at(tmp_path / "reflow", step, tmp_path / "reflow_resumed", reflow_train_main)
+    assert equal(resumed, weights(tmp_path / "reflow")) == stock_is_exact
+    shared = re.findall(r"Teacher shares (\d+) of its \d+ parameters", capsys.readouterr().err)
+    assert len(shared) == 4  # two runs from the start, two resumed ones
+    assert len(set(shared)) == 1
+    config = json.loads((tmp_path / "reflow_resumed" / LAST / "train_config.json").read_text())
+    assert config["reflow"]["teacher_path"] == str((workshop / "1rf" / LAST).resolve())
+
+
+# --- how it speaks --------------------------------------------------------------------------------------------
+
+
+def test_help_explains_the_reflow_options(capsys):
+    with pytest.raises(SystemExit) as exit:
+        reflow_train_main(["--help"])
+    assert not exit.value.code
+    text = capsys.readouterr().out
+    for name in ("teacher_path", "strategy", "solver", "num_steps", "rtol", "atol"):
+        assert f"--reflow.{name}" in text
+    assert "Every how many steps to measure the student" in " ".join(text.split())
+    assert "Episodes to measure on, which are not trained on then." in " ".join(text.split())
+    assert "Steps of the solver (not for dopri5)" in " ".join(text.split())
+
+
+def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the third step: exit code 130, and the command it prints resumes."""
+    calls = iter(range(100))
+
+    def interrupted(*args, **named):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return integrate(*args, **named)
+
+    integrate = Solver.integrate
+    for save_freq, hint in ((10, "No checkpoint was saved yet"), (2, "Go on from the last good checkpoint with ")):
+        run, calls = tmp_path / str(save_freq), iter(range(100))
+        monkeypatch.setattr(Solver, "integrate", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            reflow_train_main(reflow_run(workshop, run, save_freq=save_freq))
+        monkeypatch.setattr(Solver, "integrate", integrate)
+        assert exit.value.code == 130
+        (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "interrupted." in ln]
+        assert hint in line
+    reflow_train_main(line.partition("with ")[2].split())
+    assert (run / "checkpoints" / "000004").is_dir()
