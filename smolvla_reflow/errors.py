@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,9 +21,35 @@ def known_are(known: Collection[str], instead_of: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in a line: its first one that is not blank, or else the error's type."""
+    """The first line of another library's message, or the error's type if the message is empty.
+
+    An error from a data loader's process quotes a traceback; its last line is the message.
+    """
+    in_another_process = re.search(r"^Original Traceback.*?^[\w.]+: ([^\n]*)", str(error), re.DOTALL | re.MULTILINE)
+    if in_another_process:
+        return in_another_process[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Put another library's error into a sentence: what was being done, the error's kind and its first line.
+
+    This is the one translation of loud errors. Silent ones have checks of their own.
+
+    Args:
+        what: completes "while", such as "opening the dataset me/robot".
+
+    Raises:
+        ReflowError: in place of any exception within the block that is none.
+    """
+    try:
+        yield
+    except ReflowError:
+        raise
+    except Exception as error:
+        raise ReflowError(f"While {what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def in_one_line(error: object) -> str:

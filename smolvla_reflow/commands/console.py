@@ -23,7 +23,7 @@ DEBUG = "--debug"
 
 @contextlib.contextmanager
 def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[str]]:
-    """Turn a ReflowError into a message and exit code 2, and Ctrl-C into exit code 130.
+    """Turn any error into one sentence and exit code 2, and Ctrl-C into exit code 130.
 
     Yields:
         The arguments, by default the process's own, without `--debug`, which shows where an error came from.
@@ -32,10 +32,13 @@ def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[s
     debug = DEBUG in given
     try:
         yield [word for word in given if word != DEBUG]
-    except ReflowError as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"{program}: error: {error}", file=sys.stderr)
+        said = str(error) if isinstance(error, ReflowError) else f"{type(error).__name__}: {first_line(error)}"
+        unforeseen = error.__cause__ is not None or not isinstance(error, ReflowError)
+        hint = f" ({DEBUG} shows the traceback)" if unforeseen and not debug else ""
+        print(f"{program}: error: {said}{hint}", file=sys.stderr)
         raise SystemExit(USER_ERROR) from None
     except KeyboardInterrupt as interrupt:
         print(f"\n{program}: interrupted. {interrupt}".rstrip(), file=sys.stderr)
