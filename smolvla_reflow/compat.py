@@ -271,3 +271,13 @@ def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
         return []
     averages = getattr(getattr(cfg, "ema", None), "enable", False)
     return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]
+
+
+def can_hold_out(dataset: DatasetConfig) -> bool:
+    """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
+    return hasattr(dataset, "eval_split")
+
+
+def holds_out(dataset: DatasetConfig) -> bool:
+    """True if training holds out a share of these episodes."""
+    return getattr(dataset, "eval_split", 0.0) > 0

@@ -1,8 +1,10 @@
 """The one error this package raises on purpose, what words its messages, and files that are written whole."""
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -94,3 +96,8 @@ def sha256(path: Path) -> "hashlib._Hash":
         while block := file.read(1 << 20):
             digest.update(block)
     return digest
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole; dataclasses become objects."""
+    write_whole(path, (json.dumps(content, indent=4, default=dataclasses.asdict) + "\n").encode())

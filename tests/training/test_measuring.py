@@ -17,14 +17,18 @@ from oracle import Flow
 from pairs_helpers import CHUNK, WIDTH, observed, weights
 
 from smolvla_reflow.demo.flags import LAST
+from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.training import measuring
+from smolvla_reflow.training.config import ReflowConfig
 from smolvla_reflow.training.inherited import inherit
+from smolvla_reflow.training.measuring import hold_out
 
 HELD = "[6,7]"  # the last two of eight episodes, six frames each: 36 to 47
 NAMES = ("flow_error_1", "flow_error_2", "energy_distance_1", "energy_distance_2")
 LINE = re.compile(r"Reflow: held out, after step (\d+): (.*)")
 BAR = re.compile(r"The teacher's own num_steps=(\d+): flow_error:(\S+) energy_distance:(\S+)")
+TYPED = ("reflow.measure_episodes",)
 HOLDS_OUT = "eval_split" in {field.name for field in fields(DatasetConfig)}
 
 
@@ -202,30 +206,32 @@ def test_what_lerobot_holds_out(workshop, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("freq", "held", "trained", "message"),
     [
-        ({"freq": -1, "episodes": HELD}, "--reflow.measure_freq=-1: give a number of steps, or 0 for never"),
-        ({"episodes": HELD}, "--reflow.measure_episodes has no effect without --reflow.measure_freq"),
-        ({"freq": 2}, "name episodes to measure on and not to train on, --reflow.measure_episodes=[0,1]"),
-        ({"freq": 2, "episodes": "[]"}, "name episodes to measure on"),
-        ({"freq": 2, "episodes": "[7,8]"}, "the dataset has 8, and no episode 8"),
-        ({"freq": 2, "episodes": "[-1]"}, "the dataset has 8, and no episode -1"),
-        ({"freq": 2, "episodes": "[0,1,2,3,4,5,6,7]"}, "names every episode, so that none is left to train on"),
-        ({"freq": 2, "episodes": HELD, "trained": "[5,6]"}, "episode 6 is trained on, too; take it out of"),
-        ({"freq": 2, "episodes": HELD, "streaming": "true"}, "not --dataset.streaming"),
+        (0, [6, 7], None, "--reflow.measure_episodes has no effect without --reflow.measure_freq"),
+        (2, None, None, "--reflow.measure_freq=2 needs episodes to measure on and not to train on"),
+        (2, [], None, "Name them: --reflow.measure_episodes=[0,1]."),
+        (2, [7, 8], None, "there is no episode 8; choose from 0 to 7"),
+        (2, [-1], None, "there is no episode -1"),
+        (2, [0, 1, 2, 3, 4, 5, 6, 7], None, "names every episode, and none is left to train on"),
+        (2, [6, 7], [5, 6], "episode 6 is trained on, too; take it out of --dataset.episodes"),
     ],
 )
-def test_what_cannot_be_measured_on_is_refused(workshop, tmp_path, capsys, flags, message):
-    names = {"freq": "reflow__measure_freq", "episodes": "reflow__measure_episodes"}
-    names |= {"trained": "dataset__episodes", "streaming": "dataset__streaming"}
-    given = {names[name]: value for name, value in flags.items()}
-    assert message in refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **given))
+def test_silently_wrong_episodes_are_refused(freq, held, trained, message):
+    dataset, reflow = (
+        DatasetConfig("me/robot", episodes=trained),
+        ReflowConfig(measure_freq=freq, measure_episodes=held),
+    )
+    with pytest.raises(ReflowError, match=re.escape(message)) as error:
+        hold_out(SimpleNamespace(dataset=dataset, reflow=reflow), SimpleNamespace(total_episodes=8), TYPED)
+    assert ("--dataset.eval_split" in str(error.value)) is (HOLDS_OUT and freq > 0 and not held)
+
+
+def test_frames_that_cannot_be_read_in_any_order(workshop, tmp_path, capsys):
+    flags = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD, "dataset__streaming": "true"}
+    said = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **flags))
+    assert "While reading the held-out frames (--reflow.measure_freq): ValueError" in said
     assert not (tmp_path / "run").exists()
-
-
-def test_eval_split_is_offered_where_there_is_one(workshop, tmp_path, capsys):
-    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__measure_freq=2))
-    assert ("--dataset.eval_split" in line) is HOLDS_OUT
 
 
 def test_a_sharded_student_is_refused(workshop, tmp_path, capsys, monkeypatch):
