@@ -50,24 +50,19 @@ def fit_to_dataset(
     """The checkpoints, the reference first, as LeRobot would run them on this dataset.
 
     Raises:
-        ReflowError: a checkpoint cannot use this dataset, or cannot be compared with the reference.
+        ReflowError: a checkpoint cannot use this dataset, or cannot start from the same noise as the reference.
     """
     features = dataset_to_policy_features(metadata.features)
-    reference = next(iter(checkpoints.values()))
+    teacher = next(iter(checkpoints.values()))
     for checkpoint in checkpoints.values():
-        check_comparable(checkpoint, reference)
+        for name in ("chunk_size", "max_action_dim"):
+            own, teachers = getattr(checkpoint.config, name), getattr(teacher.config, name)
+            if own != teachers:
+                raise ReflowError(
+                    f"{checkpoint.source} and the teacher cannot be compared: {name} is {own} in it and {teachers} in "
+                    "the teacher."
+                )
     return {name: fitted(checkpoint, features, rename_map) for name, checkpoint in checkpoints.items()}
-
-
-def check_comparable(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise ReflowError unless both solve ODEs of the same shape, and so can start from the same noise."""
-    for name in ("chunk_size", "max_action_dim"):
-        own, teachers = getattr(checkpoint.config, name), getattr(teacher.config, name)
-        if own != teachers:
-            raise ReflowError(
-                f"{checkpoint.source} and the teacher cannot be compared: {name} is {own} in it and {teachers} in the "
-                "teacher."
-            )
 
 
 def check_lineage(checkpoints: Sequence[Checkpoint]) -> None:

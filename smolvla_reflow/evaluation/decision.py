@@ -9,13 +9,12 @@ the number of steps does not count as enough, and the sentence says how many fra
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from smolvla_reflow.evaluation.intervals import over_frames
-from smolvla_reflow.evaluation.measure import Cell
+from smolvla_reflow.evaluation.measure import Cell, by_cell
 from smolvla_reflow.evaluation.success import Success, episodes_needed, is_not_inferior
 
 SUCCESS, ENERGY_DISTANCE = "success", "energy distance"
@@ -23,36 +22,18 @@ FEWEST_STEPS_OF_A_BAR = 5
 TEST = "one-sided test of Agresti & Caffo at 5 %"
 
 
-class Margins(NamedTuple):
-    """By how much worse than the bar is still as good."""
-
-    success: float  # a share of the episodes, 0 to 1
-    energy_distance: float  # in standard deviations
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """The judged policy at one number of steps, beside the bar.
-
-    Attributes:
-        num_steps: its number of steps.
-        evidence: "success" or "energy distance".
-        here: the policy's value, a share of the episodes or standard deviations.
-        bar: the bar's value.
-        worst: the upper end of the 95 % interval of the difference of energy distances; None for success.
-        not_inferior: True if the policy is shown to be worse by less than the margin, if at all.
-        sample: number of episodes or frames.
-        needed: number of episodes or frames that would show it with these values; None if it is shown, or none would.
-    """
+    """The judged policy at one number of steps, beside the bar."""
 
     num_steps: int
-    evidence: str
-    here: float
-    bar: float
-    worst: float | None
-    not_inferior: bool
-    sample: int
-    needed: int | None
+    evidence: str  # "success" or "energy distance"
+    here: float  # the policy's value, a share of the episodes or standard deviations
+    bar: float  # the bar's value
+    worst: float | None  # upper end of the 95 % interval of the difference of energy distances, None for success
+    not_inferior: bool  # True if the policy is shown to be worse by less than the margin, if at all
+    sample: int  # number of episodes or frames
+    needed: int | None  # number that would show it with these values, None if it is shown or if no number would
 
     def figures(self) -> str:
         """The two values in words."""
@@ -82,23 +63,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Decision:
-    """The number of steps that the evidence gives.
+    """The number of steps that the evidence gives."""
 
-    Attributes:
-        policy: name of the judged policy.
-        bar: the policy and number of steps that it is compared with.
-        evidence: "success" or "energy distance".
-        margin: of the evidence.
-        recommended: the smallest number of steps that is enough, None if there is none.
-        comparisons: of every number of steps that was measured, in rising order.
-    """
-
-    policy: str
-    bar: Cell
-    evidence: str
-    margin: float
-    recommended: int | None
-    comparisons: tuple[Comparison, ...]
+    policy: str  # name of the judged policy
+    bar: Cell  # the policy and number of steps that it is compared with
+    evidence: str  # "success" or "energy distance"
+    margin: float  # of the evidence
+    recommended: int | None  # the smallest number of steps that is enough, None if there is none
+    comparisons: tuple[Comparison, ...]  # of every number of steps that was measured, in rising order
 
     @property
     def is_alone(self) -> bool:
@@ -139,20 +111,27 @@ class Decision:
 
 
 def decide(
-    table: pd.DataFrame, successes: Mapping[Cell, Success], bar: Cell, policy: str, margins: Margins, seed: int = 0
+    table: pd.DataFrame,
+    successes: Mapping[Cell, Success],
+    bar: Cell,
+    policy: str,
+    *,
+    success_margin: float,
+    energy_margin: float,
+    seed: int = 0,
 ) -> Decision:
     """Choose a number of steps for the policy of this name, from the table of `measure_batch` and the successes so far.
 
     Success decides if every row of the policy and the bar were driven, unless the bar succeeds so rarely that a policy
     that never does would pass.
     """
-    distances = {Cell(*key): of.to_numpy() for key, of in table.groupby(["policy", "num_steps"])["energy_distance"]}
+    distances = {cell: group["energy_distance"].to_numpy() for cell, group in by_cell(table).items()}
     rows = [cell for cell in distances if cell.policy == policy]
-    if all(cell in successes for cell in (*rows, bar)) and successes[bar].rate > margins.success:
-        evidence, margin = SUCCESS, margins.success
+    if all(cell in successes for cell in (*rows, bar)) and successes[bar].rate > success_margin:
+        evidence, margin = SUCCESS, success_margin
         comparisons = [_by_success(cell, bar, successes, margin) for cell in rows]
     else:
-        evidence, margin = ENERGY_DISTANCE, margins.energy_distance
+        evidence, margin = ENERGY_DISTANCE, energy_margin
         comparisons = [_by_energy_distance(cell, distances[cell], distances[bar], margin, seed) for cell in rows]
     recommended = min((each.num_steps for each in comparisons if each.not_inferior), default=None)
     return Decision(policy, bar, evidence, margin, recommended, tuple(comparisons))

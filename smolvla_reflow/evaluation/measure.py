@@ -36,22 +36,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """The way policies are measured.
+    """The way policies are measured."""
 
-    Attributes:
-        action_std: (D,) standard deviations of the recorded actions. Dimensions that never move, with 0, count in the
-            action error alone.
-        num_steps: numbers of Euler steps; each policy's own default and the reference policy's are measured as well.
-        num_noises: noises for each frame, at least 2.
-        reference_steps: rk4 steps of the fine solutions, at least 2.
-        seed: of the noise.
-    """
-
-    action_std: Tensor
-    num_steps: Sequence[int]
-    num_noises: int
-    reference_steps: int
-    seed: int
+    action_std: Tensor  # (D,); dimensions that never move, with 0, count in the action error alone
+    num_steps: Sequence[int]  # of Euler; each policy's own default and the reference policy's are measured as well
+    num_noises: int  # for each frame, at least 2
+    reference_steps: int  # of rk4 for the fine solutions, at least 2
+    seed: int  # of the noise
 
     def in_deviations(self, actions: Tensor) -> Tensor:
         """Actions (..., D) in the robot's units, in standard deviations of the dimensions that move."""
@@ -157,7 +148,7 @@ def summary(
 
     Latencies ("p50" and "p95" in milliseconds) and successes can be missing.
     """
-    groups = {Cell(*key): group for key, group in table.groupby(["policy", "num_steps"], sort=False)}
+    groups = by_cell(table)
     fine_spread = _mean(groups[bar], "fine_spread")
     rows = []
     for cell, group in groups.items():
@@ -182,6 +173,12 @@ def summary(
         }
         rows.append(row)
     return rows
+
+
+def by_cell(table: pd.DataFrame) -> dict[Cell, pd.DataFrame]:
+    """The rows of each policy and number of steps."""
+    groups = table.groupby(["policy", "num_steps"], sort=False)
+    return {Cell(str(policy), int(n)): group for (policy, n), group in groups}
 
 
 def _mean(group: pd.DataFrame, metric: str) -> Any:

@@ -16,23 +16,14 @@ from smolvla_reflow.smolvla.normalization import Affine, robot_units
 
 @dataclass(frozen=True)
 class MeasuredPolicy:
-    """A policy and everything needed to run it.
+    """A policy and everything needed to run it."""
 
-    Attributes:
-        name: in the report, "teacher", "round 1", "student", or "policy" for a policy alone.
-        policy: in eval mode.
-        preprocessor: turns a batch of the dataset into the policy's input.
-        postprocessor: turns a normalised action into the robot's units.
-        robot_units: the same conversion for a whole chunk, (..., chunk_size, action_dim).
-        num_steps: its default number of Euler steps.
-    """
-
-    name: str
-    policy: SmolVLAPolicy
-    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
-    postprocessor: Callable[[Tensor], Tensor]
-    robot_units: Affine
-    num_steps: int
+    name: str  # in the report "teacher", "round 1", "student", or "policy" for a policy alone
+    policy: SmolVLAPolicy  # in eval mode
+    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]  # from a batch of the dataset to the policy's input
+    postprocessor: Callable[[Tensor], Tensor]  # from a normalised action to the robot's units
+    robot_units: Affine  # the same for a whole chunk, (..., chunk_size, action_dim)
+    num_steps: int  # its default number of Euler steps
 
     @contextlib.contextmanager
     def inference(self, num_steps: int) -> Iterator[None]:

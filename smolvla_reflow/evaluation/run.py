@@ -16,14 +16,13 @@ from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.decision import Decision, Margins, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import Decision, bar_is_low, decide
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.measure import fine_errors, summary
 from smolvla_reflow.evaluation.policy import load_measured_policy
-from smolvla_reflow.evaluation.real_time_chunking import note
 from smolvla_reflow.evaluation.report import COLUMNS_IN_WORDS, NAMES, Report, table
 from smolvla_reflow.evaluation.stages import PARTS_OF_A_CHUNK, Evaluation
-from smolvla_reflow.evaluation.storing import write_num_steps
+from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 from smolvla_reflow.evaluation.task_sentence import in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 from smolvla_reflow.smolvla.statistics import moving_deviations
@@ -76,7 +75,7 @@ def prepared(
     positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
     if len(positions) < 2:
         raise ReflowError("The episodes to measure on have a single frame; choose --dataset.episodes that have more.")
-    journal = Journal(cfg.output_dir, {**sources(checkpoints), **settings_of(cfg, num_frames=len(positions))})
+    journal = Journal(cfg.output_dir, setup_of(cfg, checkpoints, num_frames=len(positions)))
     policies = [
         load_measured_policy(name, checkpoint, cfg.policy.device, cfg.rename_map)
         for name, checkpoint in checkpoints.items()
@@ -85,12 +84,10 @@ def prepared(
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
     chunk_size = policies[0].policy.config.chunk_size
     frames = open_dataset(cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True)
-    deviations, rtc_config = (
-        moving_deviations(metadata.stats["action"]),
-        list(checkpoints.values())[-1].config.rtc_config,
-    )
+    deviations = moving_deviations(metadata.stats["action"])
+    *_, judged = checkpoints.values()
     warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
-    return Evaluation(cfg, policies, frames, positions, deviations, journal, rtc_config, warnings)
+    return Evaluation(cfg, policies, frames, positions, deviations, journal, judged.config.rtc_config, warnings)
 
 
 def sentence_warnings(cfg: EvalConfig, trained: Sequence[str], shown: Sequence[str]) -> list[str]:
@@ -103,7 +100,7 @@ def sentence_warnings(cfg: EvalConfig, trained: Sequence[str], shown: Sequence[s
 
 
 def measured(evaluation: Evaluation) -> Report:
-    """Measure part by part, write the report now and then and at the end or when interrupted; returns it."""
+    """Measure part by part; write the report now and then, and at the end."""
     written, folder = time.monotonic(), evaluation.cfg.output_dir
     try:
         for _ in evaluation.measure():
@@ -132,13 +129,13 @@ def make_report(evaluation: Evaluation) -> Report:
     """The report of the parts that are finished, at least the frames of a first batch."""
     cfg, bar, frames, successes = evaluation.cfg, evaluation.bar, evaluation.table(), evaluation.successes()
     rows = summary(frames, bar, cfg.seed, evaluation.latencies(), successes)
-    margins = Margins(cfg.success_margin, cfg.energy_margin)
-    decision = decide(frames, successes, bar, evaluation.policies[-1].name, margins, cfg.seed)
+    margins = {"success_margin": cfg.success_margin, "energy_margin": cfg.energy_margin}
+    decision = decide(frames, successes, bar, evaluation.policies[-1].name, seed=cfg.seed, **margins)
     two_errors = {
         policy.name: fit({row["num_steps"]: row["flow_rmse"] for row in rows if row["policy"] == policy.name})
         for policy in evaluation.policies[1:]
     }
-    notes = [bar_is_low(bar), *evaluation.warnings, note(evaluation.rtc_config, decision.recommended)]
+    notes = [bar_is_low(bar), *evaluation.warnings, rtc_note(evaluation.rtc_config, decision.recommended)]
     return Report(
         rows=rows,
         recommended_num_steps=decision.recommended,
@@ -162,21 +159,15 @@ def advice_for(decision: Decision, errors: TwoErrors | None) -> str | None:
     return advice(errors, min(too_few, default=1))
 
 
-def sources(checkpoints: dict[str, Checkpoint]) -> dict[str, Any]:
-    """The policies' places and fingerprints, for the report."""
+def setup_of(cfg: EvalConfig, checkpoints: dict[str, Checkpoint], num_frames: int) -> dict[str, Any]:
+    """The policies, and the settings that decide what is measured, for the journal and the report."""
     *others, judged = (checkpoint.cited() for checkpoint in checkpoints.values())
+    same = ("num_steps", "bar_num_steps", "num_noises", "batch_size", "seed", "reference_steps", "success_margin")
     return {
         "policy": judged,
         "teacher": others[0] if others else None,
         "earlier_rounds": others[1:],
         "fingerprints": {name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
-    }
-
-
-def settings_of(cfg: EvalConfig, num_frames: int) -> dict[str, Any]:
-    """The settings that decide what is measured, for the report."""
-    same = ("num_steps", "bar_num_steps", "num_noises", "batch_size", "seed", "reference_steps", "success_margin")
-    return {
         "dataset": cfg.dataset.repo_id,
         "episodes": cfg.dataset.episodes,
         "num_frames": num_frames,

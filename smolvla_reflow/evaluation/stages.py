@@ -1,9 +1,7 @@
 """An evaluation in parts, each kept in the journal as soon as it is finished.
 
 frames      measure_batch      of every policy and number of steps, batch by batch
-
 latency     measure_latency    of every policy and number of steps, and of the parts of a chunk
-
 episodes    drive              of every policy and number of steps, if there is an environment
 """
 
@@ -34,27 +32,16 @@ PARTS_OF_A_CHUNK = "parts of a chunk"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation, finished or not.
-
-    Attributes:
-        cfg: checked.
-        policies: the reference policy first, the judged policy last.
-        dataset: the frames, each with its recorded chunk.
-        positions: of the frames to measure on, in the dataset.
-        action_std: (D,) standard deviations of its actions.
-        journal: of the parts that are finished.
-        rtc_config: real-time chunking in the judged checkpoint.
-        warnings: for the report's notes.
-    """
+    """An evaluation, finished or not."""
 
     cfg: EvalConfig
-    policies: Sequence[MeasuredPolicy]
-    dataset: LeRobotDataset
-    positions: Sequence[int]
-    action_std: Tensor
+    policies: Sequence[MeasuredPolicy]  # the reference policy first, the judged policy last
+    dataset: LeRobotDataset  # each frame with its recorded chunk
+    positions: Sequence[int]  # of the frames to measure on
+    action_std: Tensor  # (D,) standard deviations of the actions, 0 for dimensions that never move
     journal: Journal
-    rtc_config: RTCConfig | None
-    warnings: Sequence[str]
+    rtc_config: RTCConfig | None  # real-time chunking in the judged checkpoint
+    warnings: Sequence[str]  # for the report's notes
 
     @property
     def bar(self) -> Cell:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -15,37 +16,24 @@ SIGNIFICANCE = 0.05
 MOST_EPISODES = 2**19
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """The episodes of one task, in the order of their seeds.
-
-    Attributes:
-        successes: True for each that succeeded.
-        best_rewards: the largest reward in each.
-    """
+class Episodes(NamedTuple):
+    """The episodes of one task, in the order of their seeds."""
 
     successes: list[bool]
-    best_rewards: list[float]
+    best_rewards: list[float]  # the largest reward in each
 
 
 @dataclass(frozen=True)
 class Success:
-    """The success of a policy at one number of steps.
+    """The success of a policy at one number of steps."""
 
-    Attributes:
-        rate: share of the episodes that succeeded, 0 to 1.
-        low, high: ends of Wilson's 95 % confidence interval of the rate, which treats all episodes alike.
-        episodes: number of episodes.
-        by_task: the rate of each task.
-        best_reward: mean over the episodes of the largest reward in each, `avg_max_reward` of lerobot-eval. If an
-            environment rewards progress, it distinguishes policies that succeed equally often.
-    """
-
-    rate: float
-    low: float
+    rate: float  # share of the episodes that succeeded, 0 to 1
+    low: float  # ends of Wilson's 95 % confidence interval of the rate, which treats all episodes alike
     high: float
     episodes: int
-    by_task: dict[str, float]
+    by_task: dict[str, float]  # the rate of each task
+    # Mean over the episodes of the largest reward in each, `avg_max_reward` of lerobot-eval. If an environment rewards
+    # progress, it distinguishes policies that succeed equally often.
     best_reward: float
 
     @classmethod

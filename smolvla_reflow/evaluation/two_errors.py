@@ -20,19 +20,12 @@ ITERATIONS = 20
 
 @dataclass(frozen=True)
 class TwoErrors:
-    """A fit of the law, in standard deviations of the actions.
+    """A fit of the law, in standard deviations of the actions."""
 
-    Attributes:
-        r: the flow error that no number of steps takes away.
-        c: the part of the noise that is left after one step.
-        residual: RMS difference between the law and the flow errors.
-        holds: True if the residual is small beside the flow errors.
-    """
-
-    r: float
-    c: float
-    residual: float
-    holds: bool
+    r: float  # the flow error that no number of steps takes away
+    c: float  # the part of the noise that is left after one step
+    residual: float  # RMS difference between the law and the flow errors
+    holds: bool  # True if the residual is small beside the flow errors
 
 
 def fit(flow_errors: Mapping[int, float]) -> TwoErrors | None:

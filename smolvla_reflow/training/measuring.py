@@ -81,24 +81,14 @@ class _Frames(NamedTuple):
 
 @dataclass(eq=False)
 class Measuring:
-    """A function of the student, to be called before each training step.
-
-    Attributes:
-        student: the policy that trains.
-        deviations: (D,), standard deviations in one normalised unit of each action dimension, 0 for a dimension that
-            never moves.
-        every: steps between two measurements.
-        step: number of steps that have been trained.
-        frames: to measure on, some at once.
-        measured: the last values, by their names in the log.
-    """
+    """A function of the student, to be called before each training step."""
 
     student: SmolVLAPolicy
-    deviations: Tensor
-    every: int
-    step: int
-    frames: list[_Frames] = field(default_factory=list)
-    measured: dict[str, float] = field(default_factory=dict)
+    deviations: Tensor  # (D,) standard deviations in one normalised unit of an action, 0 if it never moves
+    every: int  # steps between two measurements
+    step: int  # number of steps that have been trained
+    frames: list[_Frames] = field(default_factory=list)  # to measure on, some at once
+    measured: dict[str, float] = field(default_factory=dict)  # the last values, by their names in the log
 
     def __call__(self) -> Mapping[str, float]:
         """The values that hold now, measured in the first call and every so many steps."""
@@ -108,7 +98,7 @@ class Measuring:
         return self.measured
 
     def finish(self) -> None:
-        """Measure after the last step, if it is such a step."""
+        """Measure after the last step, if it is time."""
         if self.step % self.every == 0:
             self.measure()
 
@@ -192,20 +182,13 @@ def training_preprocessor(
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The preprocessor of LeRobot's `train()`, which normalises a dataset's batches by `stats`."""
     config = policy.config
-    preprocessor, _ = make_pre_post_processors(
-        config,
-        str(cfg.policy.pretrained_path),
-        preprocessor_overrides={
-            "device_processor": {"device": torch.device(config.device).type},
-            "normalizer_processor": {
-                "stats": stats,
-                "features": {**config.input_features, **config.output_features},
-                "norm_map": config.normalization_mapping,
-            },
-            "rename_observations_processor": {"rename_map": cfg.rename_map},
-        },
-    )
-    return preprocessor
+    features = {**config.input_features, **config.output_features}
+    overrides = {
+        "device_processor": {"device": torch.device(config.device).type},
+        "normalizer_processor": {"stats": stats, "features": features, "norm_map": config.normalization_mapping},
+        "rename_observations_processor": {"rename_map": cfg.rename_map},
+    }
+    return make_pre_post_processors(config, str(cfg.policy.pretrained_path), preprocessor_overrides=overrides)[0]
 
 
 @contextmanager

@@ -7,16 +7,13 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from smolvla_reflow.evaluation.decision import Comparison, Decision, Margins, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import Decision, bar_is_low, decide
 from smolvla_reflow.evaluation.intervals import Interval, over_frames
 from smolvla_reflow.evaluation.measure import Cell
 from smolvla_reflow.evaluation.success import Episodes, Success, episodes_needed, is_not_inferior
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 
 TEACHER = Cell("teacher", 10)
-
-
-# --- intervals ------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_holds_the_mean_as_often_as_it_says():
@@ -39,9 +36,6 @@ def test_the_width_is_that_of_the_central_limit():
 def test_numbers_that_are_all_alike_and_one_alone():
     assert over_frames([0.25] * 5, seed=0) == Interval(0.25, 0.25, 0.25)
     assert over_frames([0.25], seed=0) == Interval(0.25, -math.inf, math.inf)
-
-
-# --- success --------------------------------------------------------------------------------------------------
 
 
 def counted(successes: int, episodes: int) -> Success:
@@ -86,10 +80,7 @@ def test_the_number_of_episodes_that_would_do():
     assert episodes_needed(counted(93, 100), there, 0.05) is None  # by just the margin
 
 
-# --- decision -------------------------------------------------------------------------------------------------
-
-
-MARGINS = Margins(success=0.05, energy_distance=0.01)
+MARGINS = {"success_margin": 0.05, "energy_margin": 0.01}
 
 
 def decided(
@@ -98,7 +89,7 @@ def decided(
     """The decision on the last policy of these energy distances, one for each frame."""
     tables = [pd.DataFrame({**cell._asdict(), "energy_distance": of}) for cell, of in distances.items()]
     *_, judged = distances
-    return decide(pd.concat(tables), successes or {}, bar, judged.policy, MARGINS)
+    return decide(pd.concat(tables), successes or {}, bar, judged.policy, **MARGINS)
 
 
 def around(value: float, frames: int = 100, width: float = 0.01) -> list[float]:
@@ -126,6 +117,9 @@ def test_too_few_frames_are_said_as_such_with_the_number_that_would_do():
     assert not only.not_inferior
     width = 1.96 * noise.std(ddof=1) / 30**0.5  # of a normal interval, which the bootstrap's is close to
     assert only.needed == pytest.approx(30 * (width / 0.01) ** 2, rel=0.25)
+    assert decision.in_words().startswith(
+        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps"
+    )
     assert f"too few frames to decide, some {only.needed} would do" in decision.in_words()
 
 
@@ -209,9 +203,6 @@ def test_the_bar_itself_is_never_short_of_episodes():
     assert decided({bar: around(0.003)}, {bar: counted(20, 20)}, bar).recommended == 10
 
 
-# --- the two errors -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("r", "c"), [(0.032, 0.076), (0.08, 0.01), (0.0, 0.3)])
 def test_the_fit_finds_what_a_synthetic_student_was_made_of(r, c):
     """Each chunk is off by r in one direction and by c/n in another; only the flow errors are handed over."""
@@ -237,13 +228,3 @@ def test_advice_follows_the_larger_error():
     assert "noise that is left over (c/n = 0.100 against r = 0.020)" in advice(noisy, 1)
     assert "noise that is left over" in advice(misplaced, 1)
     assert "actions in the wrong place (r = 0.060 against c/n = 0.050)" in advice(misplaced, 2)
-
-
-def test_a_comparison_reads_as_a_sentence():
-    one = Comparison(1, "success", 0.9, 0.98, None, False, 200, None)
-    decision = Decision("student", TEACHER, "success", 0.05, None, (one,))
-    assert decision.in_words() == (
-        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps (margin 5 points, "
-        "one-sided test of Agresti & Caffo at 5 %). At 1 step it succeeds in 90.0% of 200 episodes, against "
-        "98.0%."
-    )

@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import EPISODES_HAVE_TO_EXIST, eval_flags, reflow_run, reflow_train_main, refused
+from helpers import eval_flags, reflow_run, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -64,9 +64,6 @@ def measured(workshop):
     return load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
 
 
-# --- metrics --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 10])
 def test_flow_error_of_a_linear_field(n):
     """dx/dt = a x takes x to x e^-a, n Euler steps take it to x (1 - a/n)^n."""
@@ -106,9 +103,6 @@ def test_a_frame_flow_is_the_oracles_from_noises_of_the_seed_and_the_frame(works
         torch.testing.assert_close(flow.solve(Solver("euler", num_steps=3)), expected, rtol=1e-4, atol=1e-5)
         fine, _ = flow.solve_finely(16, lambda x: x)
         torch.testing.assert_close(fine, flow.solve(Solver("rk4", num_steps=16)), rtol=0, atol=0)
-
-
-# --- energy distance ------------------------------------------------------------------------------------------
 
 
 def energy_of_gaussians(shift: float, one: float, other: float) -> float:
@@ -173,9 +167,6 @@ def test_action_error_leaves_out_the_steps_that_were_not_recorded():
     recorded = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).repeat(2, 1, 1)
     exists = torch.tensor([[True, True], [True, False]])
     torch.testing.assert_close(absolute_error(actions, recorded, exists), torch.tensor([[1.0 + 1.0, 2.0], [1.0, 2.0]]))
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -307,18 +298,11 @@ def test_the_report_says_what_it_was_made_with(workshop, student, report):
     assert (width, height) == (1020, 1290)  # 3.4 inches, a paper's column, at 300 dots an inch
 
 
-def test_same_seed_same_report_but_for_latencies(workshop, student, report, tmp_path):
-    def exact(report):
-        for row in report["rows"]:
-            for name in ("latency_ms_p50", "latency_ms_p95", "speedup"):
-                del row[name]
-        del report["chunk_parts"]
-        return report
-
-    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 320}
-    first = exact(json.loads((report / "report.json").read_text()))
-    assert exact(run_eval(workshop, tmp_path / "again", **flags)) == first
-    assert exact(run_eval(workshop, tmp_path / "seed", seed=1, **flags))["rows"] != first["rows"]
+def test_another_seed_gives_another_report(workshop, student, report, tmp_path):
+    """The same seed gives the same report (test_unfinished.py)."""
+    first = json.loads((report / "report.json").read_text())
+    found = run_eval(workshop, tmp_path / "seed", seed=1, policy__path=student, teacher_path=workshop / "1rf" / LAST)
+    assert row_of(found, "student", 2)["action_mae"] != row_of(first, "student", 2)["action_mae"]
 
 
 def test_a_policy_alone(workshop, tmp_path, capsys):
@@ -415,30 +399,22 @@ def test_the_teacher_is_at_no_distance_from_itself(workshop, measured):
     assert energy_distance(one.fine, one.fine).abs().max() < 1e-12
 
 
-# --- the reference --------------------------------------------------------------------------------------------
-
-
 def test_the_error_of_the_fine_solutions_is_the_change_by_the_last_doubling(workshop, measured):
     """Each further doubling changes half as much, or a little more in a network as rough as this. So the fine solutions,
     and by the triangle inequality the flow errors, are off by little more than that change."""
-    batch = raw_frames(workshop, [0, 9])
-    coarse, fine, finer = (
-        measure_batch([measured], batch, Settings(torch.ones(2), [1, 10], 2, steps, seed=0), check_fine=steps == 32)
-        for steps in (16, 32, 256)
-    )
-    found = fine_errors(fine)
-    assert found.keys() == {"policy"}
-    with measured.inference(10):
-        ends = [
-            solve(measured, batch, [1], Settings(torch.ones(2), [1], 2, steps, seed=0), check_fine=False).fine
-            for steps in (16, 32, 256)
-        ]
-    assert found["policy"] == pytest.approx((ends[1] - ends[0]).square().mean().sqrt().item(), rel=1e-3)
-    assert (ends[1] - ends[2]).square().mean().sqrt().item() < 1.2 * found["policy"]
-    rows = [summary(each, Cell("policy", 10)) for each in (coarse, fine, finer)]
-    for row, true in zip(rows[1], rows[2], strict=True):
-        assert row["flow_rmse"] == pytest.approx(true["flow_rmse"], abs=1.2 * found["policy"])
-    assert "fine_error" not in coarse
+    batch, tables, ends = raw_frames(workshop, [0, 9]), {}, {}
+    for steps in (16, 32, 256):
+        settings = Settings(torch.ones(2), [1, 10], 2, steps, seed=0)
+        tables[steps] = measure_batch([measured], batch, settings, check_fine=steps == 32)
+        with measured.inference(10):
+            ends[steps] = solve(measured, batch, [1], settings, check_fine=False).fine
+    ((name, found),) = fine_errors(tables[32]).items()
+    assert name == "policy"
+    assert found == pytest.approx((ends[32] - ends[16]).square().mean().sqrt().item(), rel=1e-3)
+    assert (ends[32] - ends[256]).square().mean().sqrt().item() < 1.2 * found
+    for row, true in zip(*(summary(tables[steps], Cell("policy", 10)) for steps in (32, 256)), strict=True):
+        assert row["flow_rmse"] == pytest.approx(true["flow_rmse"], abs=1.2 * found)
+    assert "fine_error" not in tables[16]
 
 
 def test_coarse_fine_solutions_are_called_out(workshop, tmp_path, capsys):
@@ -449,9 +425,6 @@ def test_coarse_fine_solutions_are_called_out(workshop, tmp_path, capsys):
     assert "give --reference_steps=4." in capsys.readouterr().out
     assert "--reference_steps" not in " ".join(run_eval(workshop, tmp_path / "fine", reference_steps=64)["notes"])
     assert "give --reference_steps" not in capsys.readouterr().out
-
-
-# --- latency --------------------------------------------------------------------------------------------------
 
 
 def test_latency_is_that_of_the_steps_asked_for_without_the_warm_up(policy, monkeypatch):
@@ -500,9 +473,6 @@ def test_what_is_left_to_gain_in_words():
     assert "Nothing more can be gained by fewer steps." in left_to_gain(60.0, 20.0, num_steps=1)
 
 
-# --- what it recommends ---------------------------------------------------------------------------------------
-
-
 def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, capsys):
     """A teacher that --write_num_steps has set to two steps."""
     quick = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
@@ -541,21 +511,6 @@ def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, cap
     assert json.loads((poor / "config.json").read_text())["num_steps"] == 3
 
 
-def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, student, tmp_path):
-    copied = Path(shutil.copytree(student, tmp_path / "copied"))
-    before = json.loads((copied / "config.json").read_text())
-    flags = eval_flags(workshop, tmp_path / "report", policy__path=copied, energy_margin=100)
-    eval_command.main([*flags, "--write_num_steps"])
-    after = json.loads((copied / "config.json").read_text())
-    assert after == {**before, "num_steps": 1}
-    assert list(after) == list(before)
-    assert SmolVLAPolicy.from_pretrained(copied).config.num_steps == 1
-    assert not list(copied.glob("*.partial"))
-
-
-# --- what it refuses ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -565,23 +520,18 @@ def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, stu
         ({"output_dir": "{workshop}"}, "exists already; name a new folder"),
         ({"num_steps": "[0,1]"}, "num_steps=0: "),
         ({"num_noises": 1}, "--num_noises=1: at least 2 is needed"),
-        ({"num_frames": 1}, "--num_frames=1: at least 2 is needed"),
-        ({"bar_num_steps": 0}, "num_steps=0: "),
         ({"reference_steps": 1}, "--reference_steps=1: at least 2 is needed"),
         ({"energy_margin": 0}, "--energy_margin=0.0: give a number above 0"),
         ({"success_margin": 5}, "--success_margin=5.0: give a share between 0 and 1"),
         ({"env_task": "drive"}, "--env_task has no effect without --env.type"),
         ({"policy__device": "abacus"}, "abacus"),
-        pytest.param({"dataset__episodes": "[99]"}, "no episode 99", marks=EPISODES_HAVE_TO_EXIST),
         ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
         ({"tolerance": 0.1}, "unrecognized arguments: --tolerance=0.1"),  # and not the beginning of --tolerance_s
-        ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
         ({"policy__path": "me/there", "write_num_steps": "true"}, "name a folder as --policy.path"),
     ],
 )
 def test_user_errors(workshop, tmp_path, capsys, flags, message):
-    names = {"workshop": workshop, "tmp": tmp_path}
-    flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
+    flags = {k: v.format(workshop=workshop) if isinstance(v, str) else v for k, v in flags.items()}
     line = refused(capsys, eval_command.main, eval_flags(workshop, **{"output_dir": tmp_path / "r", **flags}))
     assert line.startswith("smolvla-reflow-eval: error:")
     assert message in line

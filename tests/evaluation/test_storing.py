@@ -1,4 +1,4 @@
-"""Real-time chunking at few steps: LeRobot's guidance by hand, and what is said and stored."""
+"""What is stored for plain LeRobot: the number of steps, and the weight of real-time chunking, by hand and by LeRobot."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, eval_flags, load_frames, make_batch
+from helpers import eval_flags, load_frames, make_batch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import RTCAttentionSchedule
 from lerobot.policies.factory import make_pre_post_processors
@@ -19,20 +19,9 @@ from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.evaluation.real_time_chunking import capped, note
-from smolvla_reflow.evaluation.storing import write_num_steps
+from smolvla_reflow.evaluation.storing import capped, rtc_note, write_num_steps
 
 RTC = RTCConfig(enabled=True, max_guidance_weight=10.0, execution_horizon=10)
-
-
-@pytest.fixture(scope="module")
-def frames(workshop):
-    """A raw batch of three frames of the demo's dataset."""
-    dataset = DatasetConfig(REPO_ID, root=str(workshop / "dataset"))
-    return next(load_frames(dataset, [3, 20, 41], chunk_size=6, batch_size=3))
-
-
-# --- LeRobot's guidance, by hand ------------------------------------------------------------------------------
 
 
 def by_hand(weight: float, n: int, share: float) -> float:
@@ -67,26 +56,27 @@ def test_each_step_leaves_its_share_of_the_error(weight, n):
     torch.testing.assert_close(guided_flow(weight, n), expected, rtol=1e-5, atol=1e-6)
 
 
+def prefix_error(policy: SmolVLAPolicy, batch: dict, guided: bool = True) -> float:
+    """How far stock LeRobot's chunk is off an earlier one in its first two actions, the frozen ones."""
+    config = policy.config
+    before, noise = torch.randn(
+        2, 4, config.chunk_size, config.max_action_dim, generator=torch.Generator().manual_seed(0)
+    )
+    left_over = before[..., : config.action_feature.shape[0]]
+    given = {"prev_chunk_left_over": left_over, "inference_delay": 2} if guided else {}
+    chunk = policy.predict_action_chunk(dict(batch), noise=noise, **given)
+    return (chunk[:, :2] - left_over[:, :2]).square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize("schedule", RTCAttentionSchedule)
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.5, 5.0, 10.0])
 def test_at_one_step_any_network_leaves_one_minus_the_weight(policy, schedule, weight):
-    """LeRobot's own sampler: nine times the error of no guidance for a weight of 10, none for 1."""
-    before, noise = torch.randn(2, 4, CHUNK, WIDTH, generator=torch.Generator().manual_seed(0))
-    left_over = before[..., :ACTION_DIM]
-
-    def error(rtc: RTCConfig | None, **given) -> float:
-        policy.config.rtc_config = rtc
-        policy.init_rtc_processor()
-        chunk = policy.predict_action_chunk(make_batch(4), noise=noise, **given)
-        return (chunk[:, :2] - left_over[:, :2]).square().mean().sqrt().item()
-
+    """Nine times the error without guidance for a weight of 10, none for 1."""
     policy.config.num_steps = 1
-    rtc = replace(RTC, max_guidance_weight=weight, prefix_attention_schedule=schedule)
-    guided = error(rtc, prev_chunk_left_over=left_over, inference_delay=2)
-    assert guided / error(None) == pytest.approx(abs(1 - weight), abs=1e-4)
-
-
-# --- what is said and stored ----------------------------------------------------------------------------------
+    unguided = prefix_error(policy, make_batch(4), guided=False)
+    policy.config.rtc_config = replace(RTC, max_guidance_weight=weight, prefix_attention_schedule=schedule)
+    policy.init_rtc_processor()
+    assert prefix_error(policy, make_batch(4)) / unguided == pytest.approx(abs(1 - weight), abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +91,16 @@ def test_capped(weight, n, expected):
 
 def test_the_note():
     for recommended in (1, None):
-        said = note(RTC, recommended)
+        said = rtc_note(RTC, recommended)
         assert said.startswith(
             "Real-time chunking: the max_guidance_weight of 10 in config.json is too large for 1 step."
         )
         assert "9 times as far from the chunk before" in said
         assert said.endswith("--inference.rtc.max_guidance_weight=1. Two steps keep them with the weight as it is.")
-    assert note(replace(RTC, max_guidance_weight=1.5), 1).endswith("--inference.rtc.max_guidance_weight=1.")
-    assert note(RTC, 2) is None
-    assert note(replace(RTC, max_guidance_weight=1.0), 1) is None
-    assert note(None, 1) is None
+    assert rtc_note(replace(RTC, max_guidance_weight=1.5), 1).endswith("--inference.rtc.max_guidance_weight=1.")
+    assert rtc_note(RTC, 2) is None
+    assert rtc_note(replace(RTC, max_guidance_weight=1.0), 1) is None
+    assert rtc_note(None, 1) is None
 
 
 @pytest.fixture
@@ -164,17 +154,15 @@ def test_stored_beside_the_number_of_steps_and_plain_lerobot_loads_it(copied, rt
         assert loaded.enabled == stored["enabled"]
 
 
-def test_plain_lerobot_keeps_the_prefix_with_what_is_stored(copied, frames):
+def test_plain_lerobot_keeps_the_prefix_with_what_is_stored(workshop, copied):
     """As stored before, one step throws it off."""
+    dataset = DatasetConfig(REPO_ID, root=str(workshop / "dataset"))
+    frames = next(load_frames(dataset, [3, 20, 30, 41], chunk_size=6, batch_size=4))
 
     def error() -> float:
         policy = SmolVLAPolicy.from_pretrained(copied).eval()
         preprocessor, _ = make_pre_post_processors(policy.config, str(copied))
-        observation = preprocessor({k: v for k, v in frames.items() if not k.startswith("action")})
-        before, noise = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
-        given = {"prev_chunk_left_over": before[:, :5, :2], "inference_delay": 2}
-        chunk = policy.predict_action_chunk(dict(observation), noise=noise, **given)
-        return (chunk[:, :2] - before[:, :2, :2]).square().mean().sqrt().item()
+        return prefix_error(policy, preprocessor({k: v for k, v in frames.items() if not k.startswith("action")}))
 
     fields = with_rtc(copied, SAVED)
     (copied / "config.json").write_text(json.dumps({**fields, "num_steps": 1}))
