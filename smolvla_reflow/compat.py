@@ -26,10 +26,18 @@ from torch import Tensor
 from smolvla_reflow.errors import ReflowError
 
 SUPPORTED = "0.4.4 to 0.6.1"
+# Names that LeRobot's training logs by itself, in one version or another.
+REPORTED_BY_LEROBOT = frozenset(
+    {
+        *("loss", "grad_norm", "lr", "update_s", "dataloading_s", "gpu_mem_gb", "samples_per_s"),
+        *("preprocessing_s", "step_s", "steps", "samples", "episodes", "epochs"),
+    }
+)
 POLICY_FORWARD = ("batch", "noise", "time", "reduction")
 MODEL_FORWARD = ("images", "img_masks", "lang_tokens", "lang_masks", "state", "actions", "noise", "time")
 
 __all__ = [
+    "REPORTED_BY_LEROBOT",
     "LeRobotDatasetMetadata",
     "accelerator_arguments",
     "check_signatures",

@@ -39,10 +39,6 @@ class Prefix:
         """Each observation `times` in a row: B become B * times."""
         return self if times == 1 else Prefix(copy_prefix(self.given, lambda x: x.repeat_interleave(times, dim=0)))
 
-    def after(self, frames: int) -> "Prefix":
-        """Without the first `frames` observations; the tensors are views."""
-        return self if not frames else Prefix(copy_prefix(self.given, lambda x: x[frames:]))
-
 
 def encode(model: VLAFlowMatching, observation: Observation) -> Prefix:
     """Encode the prefix once, with gradient where gradients are enabled and something in it is trained.
