@@ -78,12 +78,13 @@ class Attachment:
 
     def step(
         self,
-        strategy: str,
         observation: Observation,
         actions: Tensor,
         noise: Tensor | None,
         time: Tensor | None,
         batch: Mapping[str, Any] | None = None,
+        *,
+        strategy: str,
     ) -> Step:
         """The step of one forward pass, for the loss of this name."""
         batch = batch or {}
@@ -113,7 +114,7 @@ class Attachment:
     def losses(self, strategy: str, *inputs: Any) -> Tensor:
         """Unreduced losses `(B, chunk_size, max_action_dim)` of a strategy, from the inputs of the model's forward."""
         *observation, actions, noise, time = inputs
-        step = self.step(strategy, Observation(*observation), actions, noise, time)
+        step = self.step(Observation(*observation), actions, noise, time, strategy=strategy)
         with self.sharing.once():
             return losses_of(get_loss_strategy(strategy), step)[0]
 
@@ -147,7 +148,8 @@ class PolicyMixin:
         reported = {name: value for report in reports for name, value in report().items()}
         policy, mode = attachment.policy, self.model.training_mode
         batch = with_one_state(policy, batch)
-        step = attachment.step(mode, observe(policy, batch), recorded_actions(policy, batch), noise, time, batch)
+        observation, actions = observe(policy, batch), recorded_actions(policy, batch)
+        step = attachment.step(observation, actions, noise, time, batch, strategy=mode)
         with attachment.sharing.once():
             loss, metrics = reduced_loss(get_loss_strategy(mode), step, policy, attachment.policy_forward, reduction)
         return loss, attachment.step_metrics.read(metrics, {**step.metrics, **reported}, step.lines)

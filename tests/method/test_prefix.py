@@ -431,7 +431,7 @@ def test_the_one_denoise_step_of_both_is_compiled(make_policy, policy, teacher, 
 
 # --- in the command -------------------------------------------------------------------------------------------------
 
-SHARED = "The prefix (images, language, state) is encoded once for teacher and student, and state_proj stays as it is."
+SHARED = "The prefix (images, language, state) is encoded once for teacher and student, and state_proj is frozen."
 
 
 def state_proj_of(folder):
@@ -472,7 +472,7 @@ def test_a_flag_without_effect_is_refused(workshop, tmp_path, capsys, flags, mes
 
 def test_a_student_of_pairs_that_starts_as_their_teacher_leaves_it_too(workshop, stored, tmp_path, capsys):
     assert not trained(workshop, tmp_path / "run", reflow__pairs_path=stored)
-    assert "is encoded once for the student, and state_proj stays" in " ".join(capsys.readouterr().err.split())
+    assert "is encoded once for the student, and state_proj is frozen" in " ".join(capsys.readouterr().err.split())
     reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=3"])
     assert torch.equal(state_proj_of(tmp_path / "run"), state_proj_of(workshop / "1rf"))
 
