@@ -5,14 +5,14 @@
     detach(policy)
 
 In train mode a batch takes this way:  policy.forward -> Step -> loss strategy -> losses (reduction.py) -> loss.
-The metrics beside the loss are those of step_metrics.py.
+step_metrics.py has the metrics beside the loss.
 
 Teacher and student share the prefix (images, language, state) if they can: `attach` freezes the student's `state_proj`,
-the one part of the prefix that a fine-tuned SmolVLA trains, and `detach` thaws it.
+the only part of the prefix that a fine-tuned SmolVLA trains, and `detach` thaws it.
 
-No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this one instance, in the
-slot that LeRobot itself uses when it compiles a policy (`self.forward = ...`), and puts the teacher where `nn.Module`
-does not look for submodules. `detach` restores `vars()` of each module.
+No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this instance, in the slot
+that LeRobot uses when it compiles a policy (`self.forward = ...`). The teacher goes where `nn.Module` does not look for
+submodules. `detach` restores `vars()` of each module.
 """
 
 import logging
@@ -30,7 +30,7 @@ from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.losses import LossStrategy, get_loss_strategy
+from smolvla_reflow.losses import get_loss_strategy
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, losses_of, reduced_loss
@@ -46,7 +46,7 @@ from smolvla_reflow.step import Step
 from smolvla_reflow.step_metrics import StepMetrics
 from smolvla_reflow.teacher import FrozenTeacher, base_policy, frozen_source
 
-_STATE = "_reflow"  # the name under which policy and model keep their Attachment
+_STATE = "_reflow"  # the attribute of policy and model that holds their Attachment
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +223,12 @@ def attach(
             velocity as often as the teacher's stock sampler, but at least 10 times.
         dataset_stats: statistics that normalise the batches (LeRobot's `dataset.meta.stats`), if they may differ from
             those saved in the teacher's checkpoint; state and actions are then mapped. Stored pairs of other
-            statistics are refused. `one_step_error` is in standard deviations of them, else in normalised units.
+            statistics are refused. They also set the unit of `one_step_error`, standard deviations.
         train_state_proj: train `state_proj` too. The student then encodes the prefix itself, with gradient.
 
     Raises:
         ReflowError: the policy is no SmolVLA of a supported LeRobot, or attached already; a name is unknown; an
-            argument has no effect; the teacher or the pairs cannot be loaded or do not fit; or the statistics cannot
-            be mapped.
+            argument has no effect; or teacher, pairs or statistics do not fit.
     """
     base = base_policy(policy)
     if is_attached(base):
@@ -257,7 +256,12 @@ def attach(
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
         source = frozen_source(teacher, policy, ode, dataset_stats)
     frozen = source.policy if isinstance(source, FrozenTeacher) else None
-    why_not = _why_not_shared(loss, source, train_state_proj)
+    reasons = {
+        f"strategy={loss.name} trains it with the rest": loss.joint_forward,
+        "train_state_proj=true": train_state_proj,
+        "the state is normalised otherwise than the teacher's": isinstance(source, FrozenTeacher) and source.maps_state,
+    }
+    why_not = next((reason for reason, holds in reasons.items() if holds), None)
     sharing = share(base, frozen, several=recipe.couplings_per_frame > 1, why_not=why_not)
     step_metrics = StepMetrics(action_deviations(base, dataset_stats or {}))
     attachment = _bind(base, source, strategy, recipe, sharing, step_metrics)
@@ -330,17 +334,6 @@ def _stored(
     elif dataset_stats is not None:
         raise ReflowError("dataset_stats has no effect on couplings of another source than a teacher or stored pairs.")
     return source
-
-
-def _why_not_shared(loss: LossStrategy, source: CouplingSource, train_state_proj: bool) -> str | None:
-    """The reason that loss, flags or statistics give against one prefix for student and teacher, if any."""
-    if loss.joint_forward:
-        return f"strategy={loss.name} trains it with the rest"
-    if train_state_proj:
-        return "train_state_proj=true"
-    if isinstance(source, FrozenTeacher) and source.space is not None and source.space.state is not None:
-        return "the state is normalised otherwise than the teacher's"
-    return None
 
 
 def _bind(

@@ -5,7 +5,7 @@ LeRobot puts noise at t = 1 and actions at t = 0 (the rectified-flow papers put 
     x_t = t * noise + (1 - t) * actions        u = noise - actions        dx = v(x, t) dt, from t = 1 to t = 0
 
 Flow matching draws noise and recorded actions independently. Reflow (Liu, Gong & Liu, "Flow Straight and
-Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the end of its own path instead:
+Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the end of the noise's path instead:
 `actions = ODE_teacher(noise)`. Paths of such a coupling do not cross, so they can be straight.
 
 This package has two sources: a frozen teacher, solved on demand (`teacher.py`), and stored pairs, which a teacher made

@@ -167,7 +167,7 @@ def _from_file(name: str) -> LossStrategy:
 
 @cache
 def _run(file: Path) -> dict[str, LossStrategy]:
-    """The losses of a file by name: those that it registers, and its other functions."""
+    """The losses of a file by name: its registered losses, and its other functions."""
     spec = spec_from_file_location(f"loss_in_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None

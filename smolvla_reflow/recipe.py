@@ -39,12 +39,12 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student learns. The papers' own loss is `Recipe(weighting="none", padding_weight=1)`.
+    """Times, weights and couplings of a training. The papers' own loss is `Recipe(weighting="none", padding_weight=1)`.
 
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
         couplings_per_frame: noises, each with its own time, for each frame of the batch. A frame is loaded, and its
-            prefix encoded, once for all of them.
+            prefix encoded, once.
         weighting: the weight of each coupling, a name of `WEIGHTINGS`.
         padding_weight: weight of errors in the padded action dimensions, 0 to 1; the robot's own dimensions have 1.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.

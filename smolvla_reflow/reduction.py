@@ -1,8 +1,8 @@
 """From a loss strategy and a step to the loss: recorded rows beside the strategy's own, and one mean over both.
 
 The recipe's share of recorded data (`real_data_ratio`) is the first frames of a batch. They are a step of their own,
-for `standard`; the others are the strategy's. A batch of both is one mean, in which every entry that counts weighs the
-same:
+for `standard`; the others are the strategy's. A batch of both is one mean, and every entry that counts has the same
+weight:
 
     counts[i, t, d] = 1 on a coupling; on recorded actions 1 if LeRobot's own reduction counts the entry, else 0
     N               = sum of counts over the batch of B frames
@@ -45,17 +45,9 @@ def losses_of(strategy: LossStrategy, step: Step) -> tuple[Tensor, int]:
 def reduced_loss(
     strategy: LossStrategy, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss of a step, as LeRobot's forward returns it.
+    """The loss of a step, a scalar or with `reduction="none"` (B,), and metrics to log, which may still be tensors.
 
-    Args:
-        strategy: that computes the losses.
-        step: the forward pass.
-        policy: the attached one.
-        policy_forward: the forward that LeRobot gave it.
-        reduction: "mean", or "none" for one loss per frame.
-
-    Returns:
-        The loss, a scalar or (B,), and metrics to log, which may still be tensors.
+    `policy_forward` is the attached policy's forward as LeRobot defines it.
     """
     losses, recorded = losses_of(strategy, step)
     if not strategy.couples or (recorded and step.recipe.real_data_ratio == 1):
@@ -69,10 +61,7 @@ def reduced_loss(
 
 
 def counted_by_lerobot(losses: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:
-    """The entries that LeRobot's reduction of recorded actions counts, bool in the shape of `losses`.
-
-    They are those that its loss has a gradient to.
-    """
+    """The entries that LeRobot's reduction of recorded actions counts, bool: its loss has a gradient to them."""
     with torch.enable_grad():
         probe = torch.zeros_like(losses, requires_grad=True)
         loss, _ = lerobot_loss(probe, step, policy, policy_forward, "none")

@@ -89,7 +89,7 @@ class Step:
     def action_dim(self) -> int:
         """The robot's number of action dimensions: the batch's, before LeRobot pads it.
 
-        All dimensions count if the model was called without its policy. (A config may still say those of its base.)
+        All dimensions count if the model was called without its policy. (A config may still have its base's number.)
         """
         return self.batch.get(ACTION, self.actions).shape[-1]
 
@@ -180,7 +180,7 @@ class Step:
         if not self.joint_forward:
             velocity = self.student_velocity(coupling.at(times), times)
             return mse_loss(velocity, coupling.velocity, reduction="none")
-        # One call for each of a frame's lines, since a batch of them all would hold each image as often.
+        # One call for each of a frame's lines, since one batch of all lines would hold each image K times.
         per_frame = len(times) // len(self.actions)
         calls = zip(
             *(x.unflatten(0, (-1, per_frame)).unbind(dim=1) for x in (coupling.actions, coupling.noise, times)),
@@ -198,10 +198,10 @@ class Step:
         return self._student.repeated(len(x) // len(self.actions))(x, t).to(x.dtype)
 
     def teacher_velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """The teacher's v(x, t), whose only gradient is the one to `x`, if that has one; arguments as above.
+        """The teacher's v(x, t), with a gradient to `x` if `x` requires it, and to nothing else; arguments as above.
 
         Raises:
-            ReflowError: no teacher is attached, or its normalised space is not that of the batches, in which `x` is.
+            ReflowError: no teacher is attached, or its normalised space is not the batches'.
         """
         return self._teacher.repeated(len(x) // len(self.actions))(x, t).to(x.dtype)
 

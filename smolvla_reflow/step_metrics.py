@@ -1,4 +1,4 @@
-"""Numbers that a training step reports beside the loss, at no cost: the one-step error, and the loss by tenths of t.
+"""Numbers that a training step reports beside the loss, at no cost: one-step error, and loss by tenths of t.
 
 At t = 1 a line's point is its noise, and one Euler step from there is the whole solution. So the error of the velocity
 is that of the actions:
@@ -12,6 +12,7 @@ is that of the actions:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +27,11 @@ REPORTED = frozenset({ONE_STEP, *TENTHS, *MEASURED})
 DECAY = 0.98  # of the running means, about 50 steps
 
 
-@dataclass(frozen=True, eq=False)
-class LineSums:
-    """Sums over the couplings' lines of one step.
+class LineSums(NamedTuple):
+    """Sums over the couplings' lines of one step."""
 
-    Attributes:
-        sums: (13, 2), the lines' mean squared errors and their number: at t = 1, in each tenth of t, and of all lines
-            twice (in standard deviations, and as they are).
-        sampling: distribution of t; None if the loss, or the caller of forward, chose t itself.
-    """
-
-    sums: Tensor
-    sampling: TimeSampling | None
+    sums: Tensor  # (13, 2), squared errors and lines: at t = 1, in each tenth of t, all in deviations, all as they are
+    sampling: TimeSampling | None  # None if the loss, or the caller of forward, chose t itself
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,9 +49,9 @@ def sums_of(errors: Tensor, times: Tensor, deviations: Tensor, sampling: TimeSam
     Args:
         errors: (N, chunk_size, max_action_dim), squared, of the student's velocity.
         times: (N,), t of each line.
-        deviations: (D,), standard deviations in one unit of each of the robot's action dimensions; 0 if the dimension
-            never moves, which leaves it out of the one-step error.
-        sampling: see `LineSums`.
+        deviations: (D,), standard deviations in one unit of each of the robot's action dimensions. A dimension that
+            never moves has 0, and does not count in the one-step error.
+        sampling: distribution of t, see `LineSums`.
     """
     mean = errors.mean(dim=(1, 2))
     squares = deviations.square() / (deviations > 0).sum()

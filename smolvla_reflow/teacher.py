@@ -3,8 +3,8 @@
     frozen_source(teacher, student, solver, stats) -> FrozenTeacher, the source of couplings that `attach` uses
 
 The teacher is built from the student's own module tree, so no second policy is loaded. All parameters start out shared,
-and only those that the student trains, or that differ, get a copy of their own. So the vision-language backbone is
-neither loaded nor held twice.
+and the teacher gets a copy of each parameter that the student trains, or that differs. So there is one vision-language
+backbone in memory.
 """
 
 import copy
@@ -134,6 +134,11 @@ class FrozenTeacher:
             )
         return observe(self.policy, {renamed: batch[name] for renamed, name in by_teacher.items()})
 
+    @property
+    def maps_state(self) -> bool:
+        """True if a state differs in the two normalised spaces."""
+        return self.space is not None and self.space.state is not None
+
     def in_own_space(self, observation: Observation) -> Observation:
         """The student's observation in the teacher's normalised space."""
         if self.space is None or self.space.state is None:
@@ -166,15 +171,12 @@ def _own_names(origin: TeacherSource) -> dict[str, str]:
 
 
 def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
-    """Build the teacher of `student`.
+    """Build the teacher of `student` (a SmolVLAPolicy, or one wrapped by PEFT), in eval mode and without gradients.
 
     Args:
-        student: a SmolVLAPolicy, or one wrapped by PEFT.
+        student: the policy, whose parameters are shared if they are frozen and equal.
         source: a checkpoint, a policy, or None for the student as it is now.
         num_steps: steps of the teacher's ODE; None for its own `config.num_steps`.
-
-    Returns:
-        A policy in eval mode none of whose parameters requires a gradient.
 
     Raises:
         ReflowError: the configuration or weights of `source` do not fit the student.
@@ -243,7 +245,7 @@ def check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
 
 
 def keep_whole(teacher: SmolVLAPolicy) -> None:
-    """Give the teacher parameters of its own, over the same memory, before its student is sharded.
+    """Give the teacher new parameters over the same memory, before its student is sharded.
 
     FSDP1 copies a module's parameters into its shards and empties them in place, for everyone who holds them.
     After that the memory is the teacher's alone: each process has the full teacher, beside its shard of the student.

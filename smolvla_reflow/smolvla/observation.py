@@ -27,7 +27,7 @@ class Observation(NamedTuple):
 
 
 def with_one_state(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch, in which Aloha's state has no axis of time, (B, D); LeRobot's conversion stumbles over (B, 1, D)."""
+    """The batch with Aloha's state as (B, D); LeRobot's conversion fails on (B, 1, D)."""
     if policy.config.adapt_to_pi_aloha and batch[OBS_STATE].ndim > 2:
         return {**batch, OBS_STATE: batch[OBS_STATE][:, -1]}
     return dict(batch)

@@ -31,7 +31,7 @@ class Sharing:
     frozen: tuple[nn.Parameter, ...]
 
     def once(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which each image is encoded once."""
+        """Encode each image once within the block."""
         return contextlib.nullcontext() if self.features is None else self.features.once()
 
     def in_encoder_dtype(self, observation: Observation) -> Observation:
