@@ -217,14 +217,10 @@ def couplings(
     config = teacher.config
     frames = frames_of(task, batches, batch_size, seed)
     noise = torch.randn(batches, batch_size * per_frame, config.chunk_size, config.max_action_dim)
-    actions = [
-        solver.integrate(
-            velocity_of(teacher.model, observe(teacher, select(task.seen, which))).repeated(per_frame),
-            x,
-            config.num_steps,
-        )
-        for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True)
-    ]
+    actions = []
+    for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True):
+        velocity = velocity_of(teacher.model, observe(teacher, select(task.seen, which))).repeated(per_frame)
+        actions.append(solver.integrate(velocity, x, config.num_steps))
     return Couplings(noise, torch.stack(actions))
 
 
