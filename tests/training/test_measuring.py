@@ -81,7 +81,7 @@ def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(
 
 def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkeypatch):
     """Of each step, as the step's own do; on the console at log_freq."""
-    monitor = importlib.import_module("smolvla_reflow.step_metrics").Monitor
+    monitor = importlib.import_module("smolvla_reflow.step_metrics").StepMetrics
     returned, read = [], monitor.read
     monkeypatch.setattr(monitor, "read", lambda *a: returned.append(read(*a)) or returned[-1])
     reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=4, log_freq=1, **EVERY_TWO))
