@@ -47,11 +47,7 @@ def is_free(folder: Path) -> bool:
 def fit_to_dataset(
     checkpoints: Mapping[str, Checkpoint], metadata: LeRobotDatasetMetadata, rename_map: dict[str, str]
 ) -> dict[str, Checkpoint]:
-    """The checkpoints, the reference first, as LeRobot would run them on this dataset.
-
-    Raises:
-        ReflowError: a checkpoint cannot use this dataset, or cannot start from the same noise as the reference.
-    """
+    """The checkpoints, the reference first, as LeRobot would run them on this dataset, all from the same noise."""
     features = dataset_to_policy_features(metadata.features)
     teacher = next(iter(checkpoints.values()))
     for checkpoint in checkpoints.values():

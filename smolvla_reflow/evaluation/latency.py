@@ -37,11 +37,7 @@ def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: in
 
 
 def measure_parts(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, float]:
-    """Medians of the parts of a chunk on a raw batch of size 1, in ms.
-
-    Returns:
-        "prefix" for encoding images, language and state, once for a chunk; "step" for one ODE step.
-    """
+    """Medians in ms on a raw batch of size 1: "prefix" encodes images, language and state, "step" is one ODE step."""
     observation, model, config = prepared(policy, frame), policy.policy.model, policy.policy.config
     with policy.inference(policy.num_steps):
         prefix = milliseconds(lambda: velocity_of(model, observe(policy.policy, dict(observation))), policy)

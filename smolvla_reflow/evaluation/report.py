@@ -88,7 +88,7 @@ class Report:
         said = f"The fine solutions are by rk4 with {steps} steps; their own error is at most about {error:.1g}."
         if error <= COARSE * min(row["flow_rmse"] for row in self.rows):
             return said
-        return f"{said} The smallest flow errors are little larger; give --reference_steps={2 * steps}."
+        return f"{said} That is coarse beside the smallest flow error; give --reference_steps={2 * steps}."
 
     def markdown(self) -> str:
         """The report as a section of a model card."""

@@ -31,12 +31,7 @@ SECONDS_BETWEEN_WRITES = 20.0
 
 
 def run(cfg: EvalConfig) -> None:
-    """Measure, decide, and write and print the report.
-
-    Raises:
-        ReflowError: a flag, a checkpoint, the dataset or the environment cannot be used, or a file not written.
-        KeyboardInterrupt: with how to go on.
-    """
+    """Measure, decide, and write and print the report; a KeyboardInterrupt says how to go on."""
     check_values(cfg)
     checkpoints, metadata = open_checkpoints(cfg), open_metadata(cfg.dataset)
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)

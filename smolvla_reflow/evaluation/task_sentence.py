@@ -80,10 +80,7 @@ def quoted(sentences: Sequence[str]) -> str:
 
 
 def with_sentence(env_preprocessor: EnvProcessor, task: str) -> EnvProcessor:
-    """An environment's preprocessor that ends with this sentence for every environment.
-
-    LeRobot reads the sentence before it runs this processor, and the policy's own processors come after it.
-    """
+    """An environment's preprocessor that ends with this sentence; LeRobot reads the environment's own before it."""
 
     def replaced(observation: dict[str, Any]) -> dict[str, Any]:
         shown = env_preprocessor(observation)
