@@ -120,10 +120,10 @@ def frame_metrics(
     metric is a function in `distance.py`, a line here, and a line in `summary`.
     """
     actions, recorded, exists = solved.euler[num_steps], batch["action"], ~batch["action_is_pad"]
-    sampled, fine, reference = map(settings.in_deviations, (actions, solved.fine, target))
+    sampled, fine, target = map(settings.in_deviations, (actions, solved.fine, target))
     metrics = {
-        "energy_distance": energy_distance(sampled, reference),
-        "flow_error": squared_error(sampled, reference).mean(dim=1),
+        "energy_distance": energy_distance(sampled, target),
+        "flow_error": squared_error(sampled, target).mean(dim=1),
         "own_flow_error": squared_error(sampled, fine).mean(dim=1),
         "spread": spread(sampled),
         "fine_spread": spread(fine),

@@ -34,7 +34,6 @@ from smolvla_reflow.distance import (
 )
 from smolvla_reflow.evaluation import latency
 from smolvla_reflow.evaluation import run as eval_run
-from smolvla_reflow.evaluation.intervals import over_frames
 from smolvla_reflow.evaluation.latency import left_to_gain, measure_parts
 from smolvla_reflow.evaluation.measure import (
     Cell,
@@ -126,21 +125,6 @@ def test_energy_distance_of_two_gaussians(shift, one, other, same_noise):
     found = energy_distance(shift + one * noise, other * another)
     four_sigma = 4 * found.std().item() / 20000**0.5 + 1e-12
     assert found.mean().item() == pytest.approx(energy_of_gaussians(shift, one, other), abs=four_sigma)
-
-
-def test_energy_distance_is_the_mean_over_all_ways_of_dividing_the_noises():
-    """Two of four noises for one set and the other two for the other, in all six ways, with the V-statistic's terms."""
-    x, y = torch.randn(2, 1, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def size(a, b):
-        return (a - b).square().mean().sqrt().item()
-
-    divided = []
-    for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
-        k, m = sorted({0, 1, 2, 3} - {i, j})
-        across = np.mean([size(x[0, a], y[0, b]) for a in (i, j) for b in (k, m)])
-        divided.append(2 * across - size(x[0, i], x[0, j]) - size(y[0, k], y[0, m]))
-    assert energy_distance(x, y).item() == pytest.approx(np.mean(divided))
 
 
 def test_a_policy_that_averages_two_modes_is_far_and_one_that_swaps_them_is_not():
@@ -385,20 +369,6 @@ def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
     assert found["action_error"].shape == found["action_error_executed"].shape == (n, 2)
 
 
-def test_the_teacher_is_at_no_distance_from_itself(workshop, measured):
-    """Its fine solutions from two sets of noises; while its one step is far from them."""
-    batch, solved = raw_frames(workshop, range(0, 48, 2)), []
-    for seed in (0, 1):
-        settings = Settings(torch.ones(2), [1], num_noises=4, reference_steps=16, seed=seed)
-        with measured.inference(10):
-            solved.append(solve(measured, batch, [1], settings, check_fine=False))
-    one, other = solved
-    found = over_frames(energy_distance(one.fine, other.fine).numpy(), seed=0)
-    assert found.low < 0 < found.high
-    assert over_frames(energy_distance(one.euler[1], other.fine).numpy(), seed=0).low > 0
-    assert energy_distance(one.fine, one.fine).abs().max() < 1e-12
-
-
 def test_the_error_of_the_fine_solutions_is_the_change_by_the_last_doubling(workshop, measured):
     """Each further doubling changes half as much, or a little more in a network as rough as this. So the fine solutions,
     and by the triangle inequality the flow errors, are off by little more than that change."""
@@ -480,13 +450,10 @@ def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, 
     (quick / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
     flags = {"policy__path": student, "teacher_path": quick, "num_steps": "[1]", "num_frames": 2}
     low = run_eval(workshop, tmp_path / "low", **flags)
-    assert low["decision"]["bar"] == ["teacher", 2]
-    (note,) = low["notes"]
-    assert note.startswith("The bar is low: it is the teacher with 2 steps")
-    assert note in capsys.readouterr().out
+    assert (low["decision"]["bar"], len(low["notes"])) == (["teacher", 2], 1)
+    assert low["notes"][0] in capsys.readouterr().out
     high = run_eval(workshop, tmp_path / "high", bar_num_steps=10, **flags)
     assert (high["decision"]["bar"], high["notes"]) == (["teacher", 10], [])
-    assert {row["num_steps"] for row in high["rows"] if row["policy"] == "teacher"} == {1, 10}
     assert row_of(high, "teacher", 10)["speedup"] == 1
 
 

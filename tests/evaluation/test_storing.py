@@ -116,14 +116,7 @@ def with_rtc(checkpoint: Path, rtc_config: dict | None) -> dict:
     return fields
 
 
-SAVED = {
-    "enabled": True,
-    "prefix_attention_schedule": "EXP",
-    "max_guidance_weight": 10.0,
-    "execution_horizon": 4,
-    "debug": False,
-    "debug_maxlen": 100,
-}
+SAVED = {"enabled": True, "prefix_attention_schedule": "EXP", "max_guidance_weight": 10.0, "execution_horizon": 4}
 
 
 @pytest.mark.parametrize(
