@@ -188,5 +188,5 @@ def _mean(group: pd.DataFrame, metric: str) -> Any:
 
 
 def fine_errors(table: pd.DataFrame) -> dict[str, float]:
-    """The RMS error of each policy's fine solutions, estimated from above by halving their steps."""
+    """The RMS error of each policy's fine solutions, estimated by halving their steps."""
     return {str(name): float(group.mean() ** 0.5) for name, group in table.groupby("policy", sort=False)["fine_error"]}

@@ -15,7 +15,7 @@ from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.evaluation.two_errors import TwoErrors
 
 NAMES = ("report.json", "report.md", "report.png")
-# Fine solutions are called coarse if their own error is above this share of the smallest flow error.
+# Fine solutions are called out if their own error is above this share of the smallest flow error.
 COARSE = 0.2
 
 COLUMNS_IN_WORDS = (
@@ -85,10 +85,10 @@ class Report:
 
     def _fine_solutions(self) -> str:
         steps, error = (max(each[name] for each in self.references.values()) for name in ("steps", "rmse"))
-        said = f"The fine solutions are by rk4 with {steps} steps; their own error is at most about {error:.1g}."
+        said = f"The fine solutions are by rk4 with {steps} steps. With half as many they change by {error:.1g}."
         if error <= COARSE * min(row["flow_rmse"] for row in self.rows):
             return said
-        return f"{said} That is coarse beside the smallest flow error; give --reference_steps={2 * steps}."
+        return f"{said} This is much beside the smallest flow error; give --reference_steps={2 * steps}."
 
     def markdown(self) -> str:
         """The report as a section of a model card."""

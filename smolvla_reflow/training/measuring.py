@@ -52,6 +52,8 @@ def hold_out(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata, t
         if held is not None and flag[2:] in typed:
             raise ReflowError(f"{flag} has no effect without --reflow.measure_freq=N (measure every N steps).")
         return
+    if dataset.streaming:  # LeRobot would begin a W&B run before it fails
+        raise ReflowError("--reflow.measure_freq needs frames in any order; leave out --dataset.streaming.")
     if not held:
         if holds_out(dataset):
             return
