@@ -271,3 +271,10 @@ def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
         return []
     averages = getattr(getattr(cfg, "ema", None), "enable", False)
     return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]
+
+
+def download_last_checkpoint(repo_id: str, output_dir: Path) -> Path:
+    """Download the last checkpoint of a run on the hub as LeRobot does to resume it, from 0.6.0 on; its folder."""
+    from lerobot.common.train_utils import resolve_resume_checkpoint
+
+    return resolve_resume_checkpoint(repo_id, output_dir)
