@@ -106,7 +106,7 @@ def check_destinations(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, type
     """
     folder = Path(cfg.output_dir or ".").absolute()
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ReflowError(f"--output_dir={cfg.output_dir}: {parent} is not writable; name another folder.")
     teachers = {teacher.config.repo_id, teacher.source if teacher.commit else None}
     for repo_id in hub_destinations(cfg):

@@ -67,12 +67,12 @@ def test_train_config_remembers_the_teacher(workshop, student):
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
     fingerprint = open_checkpoint(teacher_path).fingerprint()
-    recipe = {"weighting": "t", "padding_weight": 0.1}  # of the command, where none is given
-    assert config["reflow"] == {**defaults, **recipe, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
-    assert defaults["strategy"] == "reflow"
-    assert defaults["solver"] == "jittered"
+    assert config["reflow"] == {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    chosen = {"strategy": "reflow", "solver": "jittered", "weighting": "t", "padding_weight": 0.1}
+    assert chosen.items() <= defaults.items()
 
 
+@pytest.mark.slow
 def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path):
     """In a process where `smolvla_reflow` cannot be imported: load, act, and train on."""
     flags = [f for f in reflow_run(workshop, tmp_path / "on", steps=1) if not f.startswith("--reflow.")]
@@ -271,12 +271,12 @@ def test_help_explains_the_reflow_options(capsys):
     with pytest.raises(SystemExit) as exit:
         reflow_train_main(["--help"])
     assert not exit.value.code
-    text = capsys.readouterr().out
-    for name in ("teacher_path", "strategy", "solver", "num_steps", "rtol", "atol"):
-        assert f"--reflow.{name}" in text
-    assert "Every how many steps to measure the student" in " ".join(text.split())
-    assert "Episodes to measure on, which are not trained on then." in " ".join(text.split())
-    assert "Steps of the solver (not for dopri5)" in " ".join(text.split())
+    parts = " ".join(capsys.readouterr().out.split()).split(" --reflow.")
+    helps = {part.partition(" ")[0]: part for part in parts}
+    for name, default in ("teacher_path", None), ("weighting", "t"), ("padding_weight", 0.1), ("solver", "jittered"):
+        assert f"(default: {default})" in helps[name]
+    for name in ReflowConfig.__dataclass_fields__:
+        assert len(helps[name].split()) > 6, name  # draccus drops a text with a colon in it
 
 
 def test_interrupting_says_how_to_go_on(workshop, tmp_path, capsys, monkeypatch):

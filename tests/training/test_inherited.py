@@ -14,7 +14,7 @@ from smolvla_reflow import ReflowError
 from smolvla_reflow.compat import hub_destinations
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.training.arguments import complete
-from smolvla_reflow.training.preflight import check_destination
+from smolvla_reflow.training.checks import check_destinations
 
 TEACHERS = "somebody/their_smolvla"
 # What a finished, published, once resumed run has in its train_config.json, as far as it matters for a new one.
@@ -107,8 +107,6 @@ def test_the_teachers_own_file(saved):
         "policy.scheduler_decay_steps": "40",
         "policy.push_to_hub": "false",
         "policy.repo_id": "null",
-        "reflow.weighting": "t",
-        "reflow.padding_weight": "0.1",
     }
 
 
@@ -203,19 +201,11 @@ def test_a_file_written_by_hand_holds_as_it_stands(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("resume: true", "says resume: true, and a run is resumed from the command line"),
-        ("reward_model: {type: sarm}", "trains a reward model"),
-        ("save_checkpoint_to_hub: true", "--save_checkpoint_to_hub=true needs --policy.repo_id"),
-        ("policy: {push_to_hub: true}", "--policy.push_to_hub=true needs --policy.repo_id"),
-    ],
-)
-def test_what_a_file_may_not_say(tmp_path, text, said):
+@pytest.mark.parametrize("text", ["save_checkpoint_to_hub: true", "policy: {push_to_hub: true}"])
+def test_a_file_pushes_into_no_unnamed_repository(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(f"{text}\ndataset: {{repo_id: ID}}\n")
-    with pytest.raises(ReflowError, match=said):
+    with pytest.raises(ReflowError, match="_to_hub=true needs --policy.repo_id"):
         complete([f"--config_path={file}", "--reflow.teacher_path=T"])
 
 
@@ -231,25 +221,12 @@ def test_a_file_is_named_by_its_folder_too(saved, tmp_path, monkeypatch):
     assert completed("--config_path=some/repor", "--reflow.teacher_path=T") == whole
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("nowhere/at_all", "does not exist, and as a hub id it cannot be read"),
-        ("{tmp}", "is a folder, and holds no train_config.json"),
-        ("{tmp}/no.yaml", "does not exist"),
-    ],
-)
-def test_files_that_are_not_there(tmp_path, path, said):
-    with pytest.raises(ReflowError, match=said):
-        complete([f"--config_path={path.format(tmp=tmp_path)}", "--reflow.teacher_path=T"])
-
-
 # --- where the teacher came from --------------------------------------------------------------------------------
 
 
 def destination(repo_id, **changes):
     policy = SimpleNamespace(repo_id=repo_id, push_to_hub=True, **changes.pop("policy", {}))
-    return SimpleNamespace(policy=policy, **changes)
+    return SimpleNamespace(policy=policy, output_dir=None, **changes)
 
 
 def teacher(repo_id=None, source="/here/teacher", commit=None):
@@ -259,16 +236,16 @@ def teacher(repo_id=None, source="/here/teacher", commit=None):
 @pytest.mark.parametrize("of", [teacher(TEACHERS), teacher(source=TEACHERS, commit="c")], ids=["config", "hub id"])
 def test_the_teachers_repository_has_to_be_typed(of):
     with pytest.raises(ReflowError, match=f"would push into {TEACHERS}, the teacher's own repository"):
-        check_destination(destination(TEACHERS), of, {"policy.push_to_hub"})
-    check_destination(destination(TEACHERS), of, {"policy.repo_id"})
-    check_destination(destination("me/student"), of, set())
+        check_destinations(destination(TEACHERS), of, {"policy.push_to_hub"})
+    check_destinations(destination(TEACHERS), of, {"policy.repo_id"})
+    check_destinations(destination("me/student"), of, set())
 
 
 def test_averaged_weights_go_beside_the_students():
     cfg = destination(TEACHERS, ema=SimpleNamespace(enable=True))
     assert hub_destinations(cfg) == [TEACHERS, f"{TEACHERS}-ema"]
     with pytest.raises(ReflowError, match=f"{TEACHERS}-ema, the teacher's"):
-        check_destination(cfg, teacher(f"{TEACHERS}-ema"), {"policy.repo_id"})
+        check_destinations(cfg, teacher(f"{TEACHERS}-ema"), {"policy.repo_id"})
 
 
 @pytest.fixture
@@ -310,14 +287,12 @@ def test_nothing_of_a_run_names_the_teachers_repository(workshop, published, tmp
     for name in ("config.json", "train_config.json"):
         assert TEACHERS not in (run / LAST / name).read_text()
     resume = ["--resume=true", f"--config_path={run}", "--steps=2"]
-    assert "'repo_id' argument missing" in refused(
-        capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true"]
-    ).replace("'policy.repo_id'", "'repo_id'")
+    assert "repo_id' argument missing" in refused(capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true"])
     if "save_checkpoint_to_hub" in TrainPipelineConfig.__dataclass_fields__:
         line = refused(capsys, reflow_train_main, [*resume, "--save_checkpoint_to_hub=true"])
         assert "save_checkpoint_to_hub requires --policy.repo_id" in line
-    with pytest.raises(ConnectionError):
-        reflow_train_main([*resume, "--policy.push_to_hub=true", "--policy.repo_id=me/student"])
+    line = refused(capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true", "--policy.repo_id=me/student"])
+    assert "While training: ConnectionError: not in a test. Go on from the last good checkpoint" in line
     assert pushed == ["me/student"]
 
 
@@ -332,8 +307,7 @@ def test_a_student_that_still_names_it_is_not_pushed_there(workshop, published, 
     resume = ["--resume=true", f"--config_path={run}", "--steps=2", "--policy.push_to_hub=true"]
     assert f"would push into {TEACHERS}" in refused(capsys, reflow_train_main, resume)
     assert pushed == []
-    with pytest.raises(ConnectionError):
-        reflow_train_main([*resume, f"--policy.repo_id={TEACHERS}"])
+    assert "ConnectionError" in refused(capsys, reflow_train_main, [*resume, f"--policy.repo_id={TEACHERS}"])
     assert pushed == [TEACHERS]
 
 
@@ -384,9 +358,3 @@ def test_a_merged_adapter_that_says_it_is_one(workshop, tmp_path):
     reflow_train_main([*flags, f"--config_path={merged}"])
     reflow_train_main(["--resume=true", f"--config_path={tmp_path / 'lora'}", "--steps=2"])
     assert (tmp_path / "lora" / "checkpoints/000002/pretrained_model/adapter_model.safetensors").is_file()
-
-
-def test_what_tells_a_saved_file(workshop):
-    """LeRobot writes a field into it that nobody can set."""
-    assert "checkpoint_path" in json.loads((workshop / "1rf" / LAST / "train_config.json").read_text())
-    assert not TrainPipelineConfig.__dataclass_fields__["checkpoint_path"].init
