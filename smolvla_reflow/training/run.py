@@ -134,11 +134,11 @@ class Run:
                 self.attached.policy,
                 source,
                 preprocessor,
-                self.attached.monitor.deviations,
+                self.attached.step_metrics.deviations,
                 num_steps=self.teacher.config.num_steps,
                 step=self.first_step,
             )
-            self.attached.reports.append(self.measuring)
+            self.attached.step_metrics.reports.append(self.measuring)
         if self.sharded and self.attached.teacher is not None:
             keep_whole(self.attached.teacher)
             logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
@@ -148,7 +148,7 @@ class Run:
         self.loss_check(loss)
         step, every = self.loss_check.step, self.cfg.log_freq
         assert self.attached is not None
-        reported: Mapping[str, float] = self.attached.monitor.reported
+        reported: Mapping[str, float] = self.attached.step_metrics.reported
         if reported and every > 0 and step % every == 0 and not prints_metrics():
             numbers = " ".join(f"{name}:{value:.3f}" for name, value in reported.items())
             logging.info("step:%s %s", format_big_number(step), numbers)
