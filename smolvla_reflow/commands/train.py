@@ -2,8 +2,8 @@
 
     smolvla-reflow-train --reflow.teacher_path=... --dataset.repo_id=... --output_dir=...
 
-It takes every flag of lerobot-train and those of --reflow.*. Where you give none, the student starts from the teacher,
-at a lower learning rate. Resuming, logging, evaluation, the hub and several GPUs are LeRobot's own.
+It takes every flag of lerobot-train, and --reflow.*. Unless you say otherwise, the student starts from the teacher, at
+the learning rate 2e-5. Resuming, logging, evaluation, the hub and several GPUs are LeRobot's own.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""The seam to LeRobot's training loop: the one Accelerator that prepares the policy and receives each loss.
+"""The seam to LeRobot's training loop: its Accelerator, which prepares the policy and receives each loss.
 
-No class is subclassed or changed. Two methods are bound onto that one instance: `prepare`, to which LeRobot hands the
-policy it made (after loading and PEFT, before DDP or FSDP) and the data's loader, and `backward`, which gets each loss.
+No class is subclassed or changed. Two methods are bound onto the instance. `prepare` receives the policy (after loading
+and PEFT, before DDP or FSDP) and the data's loader. `backward` receives each loss.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def hook(
             on_loader(loader)
         prepared = prepare(*args, **kwargs)
         # LeRobot seeds all processes alike, and resumes them from one saved state, so that each would draw the same
-        # noise and times. The order of the frames, the same for all, has a generator of its own by now.
+        # noise and times. The frames' order, which all processes share, comes from a separate generator by now.
         if accelerator.process_index:
             set_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
         return prepared

@@ -1,8 +1,8 @@
 """Complete the command line before LeRobot reads it.
 
 LeRobot reads `--policy.*` from the command line itself when it loads a pretrained policy. So a reflow run's conventions
-are written down there: the student starts from the teacher, reflow's learning rate holds where the user gave none, and
-the flags of the earlier fork mean what they meant there. Everything here is a plain function from flags to flags.
+become flags: the student starts from the teacher, reflow's learning rate holds unless the user gave one, and the flags
+of the earlier fork keep their meaning. Everything in this module is a plain function from flags to flags.
 """
 
 import datetime as dt
@@ -54,7 +54,7 @@ def complete(argv: Sequence[str]) -> Arguments:
     Raises:
         ReflowError: a teacher or a dataset is missing, flags contradict each other, or a file cannot be read.
     """
-    given = _at_home(_parse(argv))
+    given: dict[str, Any] = _at_home(_parse(argv))
     typed = frozenset(given)
     if _is_true(given.get("resume")):
         return _resumed(given, typed)
@@ -77,8 +77,10 @@ def complete(argv: Sequence[str]) -> Arguments:
     flags = _flags({**given, **chosen})
     if not rest:
         return Arguments(flags, chosen, typed)
-    config_file = _write_config(rest)
-    return Arguments([f"--config_path={config_file}", *flags], chosen, typed, config_file=config_file)
+    # LeRobot 0.4 reads every config file as JSON.
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
+        json.dump(rest, file)
+    return Arguments([f"--config_path={file.name}", *flags], chosen, typed, config_file=Path(file.name))
 
 
 def _resumed(given: dict[str, Any], typed: frozenset[str]) -> Arguments:
@@ -86,9 +88,8 @@ def _resumed(given: dict[str, Any], typed: frozenset[str]) -> Arguments:
     path = given.get("config_path")
     if not path:
         raise ReflowError("--resume=true needs --config_path=..., the run's folder or one of its checkpoints.")
-    for name in ("policy.path", "policy.pretrained_path"):
-        if name in given:
-            raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
+    for name in typed & {"policy.path", "policy.pretrained_path"}:
+        raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
     config = find_config(Path(path))
     if not config.is_file() and may_be_hub_id(path) and resumes_from_hub():
         folder = given.setdefault("output_dir", f"outputs/train/{dt.datetime.now():%Y-%m-%d/%H-%M-%S}_resume")
@@ -111,7 +112,7 @@ def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _published_nowhere(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags that keep a student without a repository of its own out of the one that the teacher's config names."""
+    """Flags that keep a student without a named repository out of the teacher's, which the teacher's config names."""
     if str(given.get("policy.repo_id", "")).lower() not in NOTHING:
         return {}
     for name in ("policy.push_to_hub", "save_checkpoint_to_hub"):
@@ -137,15 +138,11 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with `~/` at the start of a value as the home folder; the shell leaves it alone after a `=`."""
-
-    def expanded(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _at_home(value)
-        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
-
-    return {name: expanded(value) for name, value in given.items()}
+def _at_home(value: Any) -> Any:
+    """The value, or each value of a mapping, with a leading `~/` expanded; the shell leaves it alone after a `=`."""
+    if isinstance(value, Mapping):
+        return {name: _at_home(inner) for name, inner in value.items()}
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:
@@ -154,10 +151,3 @@ def _flags(given: Mapping[str, Any]) -> list[str]:
 
 def _is_true(value: Any) -> bool:
     return str(value).lower() in ("true", "1", "yes")
-
-
-def _write_config(rest: Mapping[str, Any]) -> Path:
-    # LeRobot 0.4 reads every config file as JSON.
-    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
-        json.dump(rest, file)
-    return Path(file.name)

@@ -2,7 +2,7 @@
 
 LeRobot reads `--policy.path` from the command line itself, without a revision, and takes the tokenizer's name from the
 JSON file in that folder. So LeRobot is given a folder whose files hold on this machine. An adapter is merged into its
-base for it, since LeRobot would go on training it as an adapter.
+base there, since LeRobot would go on training the adapter.
 """
 
 import contextlib
@@ -50,11 +50,11 @@ def open_teacher(reflow: ReflowConfig, typed: Collection[str], backbone: str | N
         was = f" (commit {reflow.teacher_commit})" if reflow.teacher_commit else ""
         raise ReflowError(
             f"The teacher {teacher.cited()} is not the one that this {'run began' if resume else 'file was written'} "
-            f"with{was}: its weights, configuration or statistics are others. "
+            f"with{was}: its weights, configuration or statistics changed. "
             + (
-                "Put that one back, or start a new run."
+                "Put the run's teacher back, or start a new run."
                 if resume
-                else f"To take it as it is now, name it yourself: --reflow.teacher_path={reflow.teacher_path}"
+                else f"To take the present teacher, name it yourself: --reflow.teacher_path={reflow.teacher_path}"
             )
         )
     reflow.teacher_path, reflow.teacher_commit, reflow.teacher_fingerprint = teacher.source, teacher.commit, found
@@ -96,10 +96,10 @@ def check_base(start: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[list[str]]:
-    """The flags with which LeRobot starts the student from this checkpoint.
+    """The flags that let LeRobot start the student from this checkpoint.
 
-    Where some of its files do not hold on this machine, `--policy.path` is a temporary folder: an adapter is merged
-    there, a corrected file stands there itself, and all other files are links.
+    If some of its files do not hold on this machine, `--policy.path` is a temporary folder with corrected files and
+    links to the others, or with the merged adapter.
     """
     if start is None:
         yield list(flags)
@@ -129,7 +129,7 @@ def name_start(policy: nn.Module, start: Checkpoint) -> None:
 
 
 def restore_adapter(policy: Any, saved: Path) -> None:
-    """Give a resumed student the adapter saved in this folder; LeRobot 0.4 begins a new adapter on top of it."""
+    """Give a resumed student the adapter saved in this folder; LeRobot 0.4 begins a new adapter on top."""
     for name, adapter in getattr(policy, "peft_config", {}).items():
         policy.load_adapter(str(saved), name, is_trainable=True)
         noted = read_json(saved / ADAPTER_CONFIG_NAME)

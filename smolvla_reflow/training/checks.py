@@ -63,17 +63,9 @@ def check_run(
     pairs: Pairs | None,
     typed: Collection[str],
 ) -> Statistics:
-    """Raise ReflowError if this run would train something else than the user expects.
+    """Raise ReflowError if the run would train something else than the user expects. Arguments as in `Run`.
 
-    Args:
-        cfg: validated. Episodes to measure on are taken out of the episodes to train on (`measuring.py`).
-        teacher: of the run.
-        start: checkpoint that the student starts from; None if the run is resumed.
-        pairs: made by the teacher, if they are used.
-        typed: names of the flags on the command line.
-
-    Returns:
-        The statistics by which LeRobot will normalise the batches.
+    Takes the episodes to measure on out of those to train on (`measuring.py`), and returns the batches' statistics.
     """
     policy = cfg.policy
     assert isinstance(policy, SmolVLAConfig)
@@ -94,8 +86,7 @@ def check_run(
     stats = training_statistics(cfg, metadata)
     space_maps(teacher, stats)
     if pairs is not None:
-        check_pairs(cfg, teacher, pairs, metadata, stats)
-        check_solver(cfg.reflow, pairs, typed)
+        check_pairs(cfg, teacher, pairs, metadata, stats, typed)
     return stats
 
 
@@ -118,11 +109,9 @@ def check_destinations(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, type
 
 
 def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -> Statistics:
-    """The statistics by which LeRobot will normalise the batches."""
-    assert isinstance(cfg.policy, SmolVLAConfig)
+    """The statistics that LeRobot will use to normalise the batches."""
     if cfg.resume and resuming_keeps_statistics():
-        folder = Path(str(cfg.policy.pretrained_path))
-        return saved_statistics(Checkpoint(source=str(folder), folder=folder, config=cfg.policy))
+        return saved_statistics(read_checkpoint(str(cfg.policy.pretrained_path)))
     return renamed_statistics(dataset_statistics(metadata, cfg.dataset), cfg.rename_map)
 
 
@@ -132,13 +121,14 @@ def check_pairs(
     pairs: Pairs,
     metadata: LeRobotDatasetMetadata,
     stats: Statistics,
+    typed: Collection[str],
 ) -> None:
-    """Raise ReflowError unless the pairs are this teacher's on this dataset, and cover every frame."""
-    made, policy = pairs.manifest.provenance, cfg.policy
+    """Raise ReflowError unless the pairs are this teacher's on this dataset, solved by its flags, for every frame."""
+    made, policy, flags = pairs.manifest.provenance, cfg.policy, cfg.reflow
     assert isinstance(policy, SmolVLAConfig)
     of_this_run = replace(
         made,
-        teacher=cfg.reflow.teacher_fingerprint or teacher.fingerprint(),
+        teacher=flags.teacher_fingerprint or teacher.fingerprint(),
         dataset=cfg.dataset.repo_id,
         total_frames=metadata.total_frames,
         statistics=fingerprint(teacher.config, stats),
@@ -147,10 +137,16 @@ def check_pairs(
         rename_map=rename_map_in_use(teacher, cfg.rename_map, metadata.features),
     )
     unlike = differences(of_this_run, made)
+    solved = {**vars(made.solver), "solver": made.solver.method}
+    for name in SOLVER_FLAGS:
+        value = getattr(flags, name)
+        asked = value != getattr(ReflowConfig, name) or f"reflow.{name}" in typed
+        if asked and value != solved[name]:
+            unlike.append(f"{name} is {solved[name]} in the pairs and {value} here")
     if unlike:
         raise ReflowError(
-            f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Name what they were made of, or "
-            "make other pairs."
+            f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Leave those flags out, name the "
+            "pairs' own teacher and dataset, or make other pairs."
         )
     wanted = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset))
     missing, total = pairs.missing(wanted), sum(map(len, wanted))
@@ -159,25 +155,8 @@ def check_pairs(
             f"{missing} of the {total} frames to train on have no pairs in {pairs.folder}, which covers "
             f"{pairs.manifest.num_frames}. Make pairs for them, or choose --dataset.episodes that have some."
         )
-    if cfg.dataset.image_transforms.enable and not cfg.reflow.augment_pairs:
+    if cfg.dataset.image_transforms.enable and not flags.augment_pairs:
         raise ReflowError(
             "--dataset.image_transforms.enable=true changes the student's images. The teacher made the pairs from the "
-            "images as recorded. To train on both all the same, add --reflow.augment_pairs=true."
-        )
-
-
-def check_solver(flags: SolverFlags, pairs: Pairs, typed: Collection[str]) -> None:
-    """Raise ReflowError if the flags contradict how the teacher's ODE was solved for the pairs."""
-    solver = pairs.manifest.provenance.solver
-    made = {**vars(solver), "solver": solver.method}
-    asked = {name: getattr(flags, name) for name in SOLVER_FLAGS}
-    unlike = [
-        f"{name} is {made[name]} in the pairs and {value} here"
-        for name, value in asked.items()
-        if value != made[name] and (value != getattr(type(flags), name) or f"reflow.{name}" in typed)
-    ]
-    if unlike:
-        raise ReflowError(
-            f"The pairs in {pairs.folder} are not this run's: {'; '.join(unlike)}. Leave those flags out, or make "
-            "other pairs."
+            "images as recorded. To train on both all the same, say --reflow.augment_pairs=true."
         )

@@ -28,14 +28,14 @@ class ReflowConfig(SolverFlags):
     teacher_fingerprint: str | None = None
     """Filled in by the run, a checksum of the teacher. A resumed run needs the same teacher."""
     strategy: str = "reflow"
-    """The loss, either 'reflow', 'distill' (for one step only), 'standard', a loss of an installed package, or a loss
-    in a Python file, written as the file's path, a colon and the loss's name. The file is run."""
+    """The loss, either 'reflow', 'distill' (for one step only), 'standard' or a loss of an installed package. A loss in
+    a Python file is written as the file's path, a colon and the loss's name, and the file is run."""
     time_sampling: str = Recipe.time_sampling
     """Distribution of t, 'beta' (SmolVLA's own), 'grid' with a colon and K (the K times that K Euler steps visit), or
     several joined by '+'."""
     couplings_per_frame: int = Recipe.couplings_per_frame
-    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded once for all of them, and
-    its prefix is encoded once."""
+    """Noises for each frame of a batch, each carried to its own actions. The frame is loaded and its prefix encoded
+    once."""
     weighting: str = Recipe.weighting
     """Weight of each coupling, 't' (best at one step), 'huber' (a pseudo-Huber loss, best at five steps and more) or
     'none'. 't' and 'huber' weigh less near t = 0, where errors are large and matter little."""
@@ -56,7 +56,7 @@ class ReflowConfig(SolverFlags):
     """Steps from one measurement to the next, 0 for never. A measurement gives the student's flow error and energy
     distance at 1 and 2 steps, on frames of held-out episodes."""
     measure_episodes: list[int] | None = None
-    """Episodes to measure on, which are not trained on then. By default those that LeRobot holds out
+    """Episodes to measure on, which are not trained on then. Default is the episodes that LeRobot holds out
     (--dataset.eval_split), if its version can."""
 
     def recipe(self) -> Recipe:

@@ -1,7 +1,7 @@
 """The fields that a new run takes over from a config file.
 
-A file that a user wrote holds as it stands. A file that a training run saved has every field, and some of them would do
-harm in a new run: they name its weights, its outputs, its repository and its optimizer. A new run decides them anew.
+A file that a user wrote holds as it stands. A file that a training run saved has every field. Some would do harm in a
+new run: the old run's weights, outputs, repository and learning rate. A new run decides them anew.
 """
 
 import json
@@ -35,8 +35,8 @@ DECIDED_ANEW = {
     "learning rate": ("use_policy_training_preset", "optimizer", "scheduler", "peft", "policy.optimizer_lr", *SCHEDULE),
     # A run on another dataset.
     "dataset": (
-        *("dataset.root", "dataset.revision", "dataset.episodes", "dataset.exclude_episodes"),
         "reflow.measure_episodes",
+        *(f"dataset.{x}" for x in ("root", "revision", "episodes", "exclude_episodes")),
     ),
 }
 
@@ -56,14 +56,10 @@ class Inherited:
 
 
 def inherit(path: str, given: Mapping[str, Any]) -> Inherited:
-    """Read a config file for a new run.
+    """Read a config file for a new run with these flags.
 
-    Args:
-        path: of a YAML or JSON file, of a folder of a run that saved one, or the id of a hub repository that holds one.
-        given: the command line's flags, by name.
-
-    Raises:
-        ReflowError: the file cannot be read.
+    `path` is a YAML or JSON file, a folder of a run that saved one, or a hub repository. Raises ReflowError if the file
+    cannot be read.
     """
     with doing(f"reading --config_path={path}"):
         on_hub = not Path(path).exists() and may_be_hub_id(path)
@@ -102,7 +98,7 @@ def _decided_anew(flags: Mapping[str, Any], rest: Mapping[str, Any], given: Mapp
         yield from (name for name, value in usual.items() if flags.get(name) == value)
     start = {"policy.path", "policy.pretrained_path"}.intersection(given)
     if start or teacher is None or given.get("reflow.teacher_path", teacher) != teacher:
-        # Another checkpoint, from which the student then starts, brings its own architecture.
+        # The student starts from another checkpoint, which brings its own architecture.
         yield from (name for name in flags if name.startswith("policy.") and not OF_TRAINING.match(name))
     dataset = (rest.get("dataset") or {}).get("repo_id")
     if given.get("dataset.repo_id", dataset) != dataset:

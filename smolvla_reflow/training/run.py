@@ -6,7 +6,6 @@ run.train()                         LeRobot's own training, whose Accelerator ca
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,16 +42,16 @@ from smolvla_reflow.training.run_folder import how_to_go_on, training_step
 
 @dataclass(eq=False)
 class Run:
-    """A reflow run, and what LeRobot's training calls back: `attach`, `on_loss` and `on_loader`.
+    """A reflow run. LeRobot's training calls back `attach`, `on_loss` and `on_loader`.
 
     Attributes:
         cfg: validated before `check`.
         arguments: the command line.
         loss: the run's loss strategy.
-        teacher: whose couplings the student learns.
-        start: where the student starts, as a rule the teacher; None of a resumed run, which LeRobot loads.
+        teacher: makes the couplings that the student learns.
+        start: checkpoint that the student starts from, as a rule the teacher; None for a resumed run.
         pairs: couplings that the teacher made before, if they are used.
-        stats: by which LeRobot normalises the batches, known from `check` on.
+        stats: statistics of the batches' normalisation, known from `check` on.
         sharded: True if FSDP shards the student.
         attached: known once LeRobot has made the policy.
         measuring: of the student on held-out frames, if the configuration asks for it.
@@ -75,12 +74,7 @@ class Run:
         self.stats = check_run(self.cfg, self.teacher, self.start, self.pairs, self.arguments.typed)
 
     def train(self) -> None:
-        """Run LeRobot's training.
-
-        Raises:
-            ReflowError: training failed; the message says how to go on.
-            KeyboardInterrupt: with how to go on.
-        """
+        """Run LeRobot's training. A ReflowError or KeyboardInterrupt says how to go on, once something was written."""
         try:
             with doing("training"):
                 lerobot_train(self.cfg, self.hooked)
@@ -141,14 +135,14 @@ class Run:
             self.attached.step_metrics.reports.append(self.measuring)
         if self.sharded and self.attached.teacher is not None:
             keep_whole(self.attached.teacher)
-            logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
+            logging.info("Reflow: the student is sharded; each process holds a complete teacher.")
 
     def on_loss(self, loss: float) -> None:
-        """Check a loss, and log the metrics of its step where LeRobot does not."""
+        """Check a loss, and log the metrics of its step if LeRobot does not."""
         self.loss_check(loss)
         step, every = self.loss_check.step, self.cfg.log_freq
         assert self.attached is not None
-        reported: Mapping[str, float] = self.attached.step_metrics.reported
+        reported = self.attached.step_metrics.reported
         if reported and every > 0 and step % every == 0 and not prints_metrics():
             numbers = " ".join(f"{name}:{value:.3f}" for name, value in reported.items())
             logging.info("step:%s %s", format_big_number(step), numbers)
@@ -164,16 +158,13 @@ class Run:
         return training_step(Path(self.cfg.checkpoint_path)) if self.cfg.resume and self.cfg.checkpoint_path else 0
 
     def state_has_to_be_learned(self, policy: nn.Module) -> bool:
-        """True if a student of stored pairs starts with another trainable `state_proj` than their teacher's.
-
-        `attach` finds out by itself about a teacher that is loaded.
-        """
+        """True if a student of stored pairs starts with another `state_proj` than the teacher that made the pairs."""
         state_proj = base_policy(policy).model.state_proj
         if self.pairs is None or not is_trained(state_proj):
             return False
-        weights = self.teacher.weights()
-        names = {f"model.state_proj.{name}": parameter for name, parameter in state_proj.named_parameters()}
-        learned = not all(name in weights and torch.equal(weights[name].to(p), p) for name, p in names.items())
+        of_teacher = self.teacher.weights()
+        values = ((p, of_teacher[f"model.state_proj.{name}"]) for name, p in state_proj.named_parameters())
+        learned = not all(torch.equal(value.to(p), p) for p, value in values)
         if learned:
             logging.info("Reflow: the student's state_proj is not that of the pairs' teacher.")
         return learned
@@ -238,8 +229,9 @@ def announce(run: Run) -> None:
         if cfg.rename_map and "rename_map" not in run.arguments.typed:
             logging.info("Reflow: the dataset's names are mapped as for the teacher: %s.", cfg.rename_map)
     if run.pairs is not None:
+        solver = run.pairs.manifest.provenance.solver
         logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(run.pairs), run.pairs.folder)
-        logging.info("Reflow: the pairs were solved by %s.", run.pairs.manifest.provenance.solver.in_words())
+        logging.info("Reflow: the pairs were solved by %s.", solver.in_words())
     elif run.loss.couples:
         own = run.teacher.config.num_steps
         solver = cfg.reflow.to_solver().of_couplings(own)

@@ -1,4 +1,4 @@
-"""A training run's output folder: the checkpoint that a path means, and the one to go on from.
+"""A training run's output folder: its checkpoints, and the command that continues the run.
 
 LeRobot writes a checkpoint file by file, and points `checkpoints/last` at it once all are written. A run that is killed
 meanwhile leaves a checkpoint that is cut off, or a moment without `last`.
@@ -32,8 +32,8 @@ CONFIG = Path(PRETRAINED_MODEL_DIR) / TRAIN_CONFIG_NAME
 def find_config(path: Path) -> Path:
     """The `train_config.json` that a path means; the path itself if there is none.
 
-    A policy's and a checkpoint's folder mean their own file, and a run's folder means that of `checkpoints/last`. Where
-    `last` is missing or cut off, it means the newest complete checkpoint.
+    A policy's and a checkpoint's folder mean their own file, and a run's folder means that of `checkpoints/last`. A
+    `last` that is missing or cut off means the newest complete checkpoint.
     """
     path = path.absolute()
     if (path / CHECKPOINTS_DIR).is_dir():
@@ -79,7 +79,7 @@ def last_good(output_dir: Path) -> Path | None:
 
 
 def training_step(checkpoint: Path) -> int:
-    """The step at which a checkpoint was saved."""
+    """The number of steps trained before a checkpoint was saved."""
     return int(json.loads((checkpoint / TRAINING_STATE_DIR / TRAINING_STEP).read_text())["step"])
 
 
