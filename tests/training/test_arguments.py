@@ -32,15 +32,9 @@ def test_reflow_hyperparameters_where_none_are_given():
     assert float(given["policy.scheduler_decay_lr"]) == pytest.approx(2e-5 / 40)
     assert int(given["policy.scheduler_warmup_steps"]) == 667
     assert int(given["policy.scheduler_decay_steps"]) == 20_000
-    assert set(result.chosen) == {
-        "policy.path",
-        "policy.optimizer_lr",
-        "policy.scheduler_decay_lr",
-        "policy.scheduler_warmup_steps",
-        "policy.scheduler_decay_steps",
-        "policy.push_to_hub",
-        "policy.repo_id",
-    }
+    scheduler = {f"policy.scheduler_{name}" for name in ("decay_lr", "warmup_steps", "decay_steps")}
+    hub = {"policy.push_to_hub", "policy.repo_id"}
+    assert set(result.chosen) == {"policy.path", "policy.optimizer_lr", *scheduler, *hub}
 
 
 def test_a_saved_run_keeps_its_weighting(tmp_path):
@@ -82,20 +76,18 @@ def test_the_forks_older_switch():
     assert flags("--policy.use_reflow=false", "--policy.teacher_model_path=T")["reflow.strategy"] == "standard"
 
 
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_the_forks_config_file(tmp_path, suffix):
-    config = {
-        "policy": {"type": "smolvla", "training_mode": "reflow", "optimizer_betas": [0.8, 0.9]},
-        "dataset": {"repo_id": "ID"},
-        "steps": 300,
-    }
-    file = tmp_path / f"run.{suffix}"
-    file.write_text(
-        json.dumps(config)
-        if suffix == "json"
-        else "policy: {type: smolvla, training_mode: reflow, optimizer_betas: [0.8, 0.9]}\n"
-        "dataset: {repo_id: ID}\nsteps: 300\n"
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "policy: {type: smolvla, training_mode: reflow, optimizer_betas: [0.8, 0.9]}\ndataset: {repo_id: ID}\nsteps: 300",
+        '{"policy": {"type": "smolvla", "training_mode": "reflow", "optimizer_betas": [0.8, 0.9]}, '
+        '"dataset": {"repo_id": "ID"}, "steps": 300}',
+    ],
+    ids=["yaml", "json"],
+)
+def test_the_forks_config_file(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
     given = flags(f"--config_path={file}", "--policy.teacher_model_path=T")
     assert given["reflow.strategy"] == "reflow"
     assert given["policy.path"] == "T"

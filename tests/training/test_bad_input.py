@@ -89,20 +89,14 @@ def test_debug_shows_the_traceback(workshop, tmp_path, capsys):
     [
         ({"strategy": "reflo"}, "Unknown loss strategy 'reflo'"),
         ({"time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are: beta, grid:K"),
-        ({"time_sampling": "grid:0"}, "--reflow.time_sampling 'grid:0' is unknown"),
         ({"real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
-        ({"real_data_ratio": -0.1}, "--reflow.real_data_ratio=-0.1 is no share"),
-        ({"real_data_ratio": math.nan}, "--reflow.real_data_ratio=nan is no share"),
         ({"couplings_per_frame": 0}, "--reflow.couplings_per_frame=0: at least 1 is needed"),
         ({"num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
         ({"solver": "rk5"}, "--reflow.solver=rk5 is unknown; known are: "),
         ({"solver": "dopri5", "num_steps": 5}, "--reflow.solver=dopri5 chooses its own steps"),
         ({"rtol": 0.1}, "--reflow.solver=jittered has fixed steps"),
         ({"solver": "dopri5", "rtol": -1.0}, "--reflow.rtol=-1.0"),
-        (
-            {"strategy": "standard", "num_steps": 3},
-            "--reflow.num_steps=3 has no effect with --reflow.strategy=standard",
-        ),
+        ({"strategy": "standard", "num_steps": 3}, "num_steps=3 has no effect with --reflow.strategy=standard; leave"),
         ({"strategy": "standard", "train_state_proj": True}, "--reflow.train_state_proj=true has no effect with"),
         ({"augment_pairs": True}, "--reflow.augment_pairs=true has no effect without --reflow.pairs_path"),
     ],
@@ -119,29 +113,6 @@ def test_flags(flags, message):
 @pytest.fixture
 def teacher(workshop, tmp_path):
     return Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
-
-
-def edit_config(folder, **changes):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda f: edit_config(f, type="act"), "holds a policy of type 'act'; only smolvla"),
-        (lambda f: edit_config(f, training_mode="reflow"), "of the earlier fork"),
-        (lambda f: edit_config(f, no_such_field=1), "The installed LeRobot cannot read"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json"),
-        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors"),
-    ],
-)
-def test_checkpoints_that_cannot_be_opened(teacher, break_it, message):
-    break_it(teacher)
-    with pytest.raises(ReflowError) as error:
-        open_checkpoint(teacher)
-    assert message in str(error.value)
 
 
 BIAS = "model.action_out_proj.bias"

@@ -19,40 +19,21 @@ from smolvla_reflow.training.checks import check_destinations
 TEACHERS = "somebody/their_smolvla"
 # What a finished, published, once resumed run has in its train_config.json, as far as it matters for a new one.
 PUBLISHED = {
-    "resume": True,
-    "checkpoint_path": "/there/1rf/checkpoints/000040",
-    "output_dir": "/there/1rf",
-    "job_name": "their_run",
-    "steps": 40,
-    "seed": 3,
-    "use_policy_training_preset": False,
+    **{"resume": True, "checkpoint_path": "/there/1rf/checkpoints/000040", "output_dir": "/there/1rf"},
+    **{"job_name": "their_run", "steps": 40, "seed": 3, "use_policy_training_preset": False},
     "optimizer": {"type": "adamw", "lr": 0.01},
     "scheduler": {"type": "diffuser", "num_warmup_steps": 3},
     "dataset": {"repo_id": "ID", "root": "/data", "episodes": [1, 2], "use_imagenet_stats": False},
     "wandb": {"enable": True, "project": "robots", "run_id": "abc123"},
     "policy": {
-        "type": "smolvla",
-        "push_to_hub": True,
-        "repo_id": TEACHERS,
-        "pretrained_path": "lerobot/smolvla_base",
-        "use_peft": True,
-        "chunk_size": 50,
-        "input_features": {},
-        "freeze_vision_encoder": False,
-        "device": "cpu",
-        "optimizer_lr": 1e-4,
-        "optimizer_weight_decay": 1e-6,
-        "scheduler_decay_lr": 2.5e-6,
-        "scheduler_warmup_steps": 1000,
-        "scheduler_decay_steps": 30000,
+        **{"type": "smolvla", "push_to_hub": True, "repo_id": TEACHERS, "use_peft": True, "device": "cpu"},
+        **{"pretrained_path": "lerobot/smolvla_base", "chunk_size": 50, "input_features": {}},
+        **{"freeze_vision_encoder": False, "optimizer_lr": 1e-4, "optimizer_weight_decay": 1e-6},
+        **{"scheduler_decay_lr": 2.5e-6, "scheduler_warmup_steps": 1000, "scheduler_decay_steps": 30000},
     },
-}
-# From LeRobot 0.6 on.
-NEWER = {
-    "save_checkpoint_to_hub": True,
-    "job": {"target": "a10g-small"},
+    # From LeRobot 0.6 on.
+    **{"save_checkpoint_to_hub": True, "job": {"target": "a10g-small"}, "reward_model": None},
     "eval": {"recording": True, "recording_repo_id": "somebody/recorded", "n_episodes": 7},
-    "reward_model": None,
 }
 HANDED_OVER = {"teacher_path": "T", "strategy": "distill", "teacher_fingerprint": "f"}
 
@@ -62,7 +43,7 @@ def saved(tmp_path):
     """Writes a train_config.json like PUBLISHED, with changes, and gives the flag that names it."""
 
     def write(reflow=None, policy=(), **changes):
-        content = {**PUBLISHED, **NEWER, **({"reflow": reflow} if reflow else {}), **changes}
+        content = {**PUBLISHED, **({"reflow": reflow} if reflow else {}), **changes}
         content["policy"] = {**content["policy"], **dict(policy)}
         file = tmp_path / "train_config.json"
         file.write_text(json.dumps(content))
@@ -280,35 +261,29 @@ def pushed(monkeypatch):
     return found
 
 
-def test_nothing_of_a_run_names_the_teachers_repository(workshop, published, tmp_path, capsys, pushed):
-    """Not its saved files, nor a later run that is told to push."""
+def test_nothing_is_pushed_to_the_teachers_repository_unasked(workshop, published, tmp_path, capsys, pushed):
+    """No saved file names it, and a later run that is told to push needs a name. One that names it has to be typed."""
     run = tmp_path / "run"
     reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=published))
     for name in ("config.json", "train_config.json"):
         assert TEACHERS not in (run / LAST / name).read_text()
     resume = ["--resume=true", f"--config_path={run}", "--steps=2"]
-    assert "repo_id' argument missing" in refused(capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true"])
+    push = [*resume, "--policy.push_to_hub=true"]
+    assert "repo_id' argument missing" in refused(capsys, reflow_train_main, push)
     if "save_checkpoint_to_hub" in TrainPipelineConfig.__dataclass_fields__:
         line = refused(capsys, reflow_train_main, [*resume, "--save_checkpoint_to_hub=true"])
         assert "save_checkpoint_to_hub requires --policy.repo_id" in line
-    line = refused(capsys, reflow_train_main, [*resume, "--policy.push_to_hub=true", "--policy.repo_id=me/student"])
-    assert "While training: ConnectionError: not in a test. Go on from the last good checkpoint" in line
-    assert pushed == ["me/student"]
-
-
-def test_a_student_that_still_names_it_is_not_pushed_there(workshop, published, tmp_path, capsys, pushed):
-    """One that an earlier version of this package saved."""
-    run = tmp_path / "run"
-    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=published))
     file = run / LAST / "train_config.json"
     content = json.loads(file.read_text())
-    content["policy"]["repo_id"] = TEACHERS
+    content["policy"]["repo_id"] = TEACHERS  # as an earlier version of this package saved it
     file.write_text(json.dumps(content))
-    resume = ["--resume=true", f"--config_path={run}", "--steps=2", "--policy.push_to_hub=true"]
-    assert f"would push into {TEACHERS}" in refused(capsys, reflow_train_main, resume)
+    assert f"would push into {TEACHERS}" in refused(capsys, reflow_train_main, push)
     assert pushed == []
-    assert "ConnectionError" in refused(capsys, reflow_train_main, [*resume, f"--policy.repo_id={TEACHERS}"])
-    assert pushed == [TEACHERS]
+    for destination in ("me/student", TEACHERS):
+        line = refused(capsys, reflow_train_main, [*push, f"--policy.repo_id={destination}"])
+        assert "While training: ConnectionError: not in a test. Go on from the last good checkpoint" in line
+        push[2] = "--steps=3"
+    assert pushed == ["me/student", TEACHERS]
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------
@@ -352,8 +327,6 @@ def test_a_merged_adapter_that_says_it_is_one(workshop, tmp_path):
         content = json.loads((merged / name).read_text())
         content.get("policy", content)["use_peft"] = True
         (merged / name).write_text(json.dumps(content))
-    reflow_train_main(reflow_run(workshop, tmp_path / "full", steps=1, reflow__teacher_path=merged))
-    assert not json.loads((tmp_path / "full" / LAST / "config.json").read_text())["use_peft"]
     flags = reflow_run(workshop, tmp_path / "lora", steps=1, reflow__teacher_path=merged, **lora)
     reflow_train_main([*flags, f"--config_path={merged}"])
     reflow_train_main(["--resume=true", f"--config_path={tmp_path / 'lora'}", "--steps=2"])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags, torchrun
+from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -160,12 +160,3 @@ def test_gradient_accumulation(workshop, tmp_path):
     reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **options))
     reflowed = tensors(tmp_path / "reflow" / LAST)
     assert any(not torch.equal(trained[name], reflowed[name]) for name in trained)
-
-
-@since_0_6_2
-@pytest.mark.slow
-def test_parallelism(workshop, tmp_path):
-    flags = reflow_run(workshop, tmp_path / "run", steps=2, batch_size=4, parallelism__dp_replicate=2)
-    torchrun("-m", "smolvla_reflow.commands.train", *flags)
-    before, after = tensors(workshop / "1rf" / LAST), tensors(tmp_path / "run" / LAST)
-    assert any(not torch.equal(before[name], after[name]) for name in before)

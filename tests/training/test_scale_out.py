@@ -19,35 +19,6 @@ pytestmark = pytest.mark.slow
 STEPS = 12  # two epochs of the workshop's 48 frames, by two processes with 4 each
 RESUMED = ("--reflow.real_data_ratio=0.3", f"--steps={STEPS}", "--save_checkpoint=false")
 COMMAND = ("-m", "smolvla_reflow.commands.train")
-# The beginning of a script: a student that has moved away from its teacher, and a batch.
-MOVED = """
-    import torch
-    from lerobot.configs.policies import PreTrainedConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-    from smolvla_reflow import Step, attach, detach
-
-    def moved(checkpoint, one_prefix, n):
-        config = PreTrainedConfig.from_pretrained(checkpoint)
-        config.train_expert_only = config.freeze_vision_encoder = one_prefix
-        policy = SmolVLAPolicy.from_pretrained(checkpoint, config=config)
-        torch.manual_seed(0)  # of all processes, as LeRobot does
-        with torch.no_grad():
-            for name, p in policy.named_parameters():
-                if p.requires_grad and "state_proj" not in name:
-                    p.add_(0.02 * torch.randn_like(p))
-        return policy, {
-            "observation.state": torch.randn(n, 2),
-            "observation.images.top": torch.rand(n, 3, 32, 32),
-            "observation.language.tokens": torch.randint(0, 200, (n, 4)),
-            "observation.language.attention_mask": torch.ones(n, 4, dtype=torch.bool),
-            "action": torch.randn(n, policy.config.chunk_size, 2),
-        }
-"""
-
-
-def write_script(path, text):
-    path.write_text(textwrap.dedent(MOVED) + textwrap.dedent(text))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -150,63 +121,93 @@ def test_two_processes_choose_pairs_apart(workshop, stored, tmp_path, noting):
     assert chosen[0] != chosen[1]
 
 
-PREFIXES = pytest.mark.parametrize("one_prefix", [True, False], ids=["one prefix", "own prefix"])
-
-
-@PREFIXES
+@pytest.mark.parametrize("one_prefix", [True, False], ids=["one prefix", "own prefix"])
 def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path, one_prefix):
-    """Each draws noise and time for its half; the averaged gradient is one process's on both halves with all of these.
+    """With DDP each draws noise and time for its half, and the averaged gradient is one process's on both halves.
 
-    Were both to draw the same, the gradient would be that of half as many noises.
+    Were both to draw the same, the gradient would be that of half as many noises. Sharded in place (FSDP2), the student
+    has this gradient too, and the teacher stays complete.
     """
-    script = write_script(
-        tmp_path / "gradient.py",
-        f"""
-        import functools, sys
+    script = tmp_path / "gradient.py"
+    text = f"""
+        import functools, os, sys, torch, torch.distributed as dist
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
+        from lerobot.configs.policies import PreTrainedConfig
+        from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
         from safetensors.torch import load_file, save_file
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+        from smolvla_reflow import Step, attach, detach
         from smolvla_reflow.attachment import attachment_of
         from smolvla_reflow.training.accelerator import hook
 
-        checkpoint, folder = {str(workshop / "1rf" / LAST)!r}, {str(tmp_path)!r}
-        policy, batch = moved(checkpoint, {one_prefix}, 8)
+        how, folder, rank = sys.argv[1], {str(tmp_path)!r}, int(os.environ.get("RANK", 0))
+        checkpoint = {str(workshop / "1rf" / LAST)!r}
+        config = PreTrainedConfig.from_pretrained(checkpoint)
+        config.train_expert_only = config.freeze_vision_encoder = {one_prefix}
+        policy = SmolVLAPolicy.from_pretrained(checkpoint, config=config)
+        torch.manual_seed(0)  # of all processes, as LeRobot does
+        with torch.no_grad():  # a student that has moved away from its teacher
+            for name, p in policy.named_parameters():
+                if p.requires_grad and "state_proj" not in name:
+                    p.add_(0.02 * torch.randn_like(p))
+        batch = {{
+            "observation.state": torch.randn(8, 2),
+            "observation.images.top": torch.rand(8, 3, 32, 32),
+            "observation.language.tokens": torch.randint(0, 200, (8, 4)),
+            "observation.language.attention_mask": torch.ones(8, 4, dtype=torch.bool),
+            "action": torch.randn(8, policy.config.chunk_size, 2),
+        }}
         attach_to = functools.partial(attach, teacher=checkpoint, solver="midpoint")
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-        accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
-        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        wrapped, optimizer = accelerator.prepare(policy, optimizer)
-        assert (attachment_of(policy).sharing.why_not_shared is None) is {one_prefix}
-        assert accelerator.num_processes == int(sys.argv[1])
-        drawn, errors = [], Step.squared_errors
-        Step.squared_errors = lambda step, line, t: drawn.append((line.noise, t)) or errors(step, line, t)
-        wrapped.train()
-        if accelerator.num_processes == 2:
-            half = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
-            loss, _ = wrapped.forward({{k: v[half] for k, v in batch.items()}})
-            ((noise, time),) = drawn
-            save_file({{"noise": noise, "time": time}}, f"{{folder}}/{{accelerator.process_index}}.safetensors")
+        if how == "ddp":
+            ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+            accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
+            wrapped, _ = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=0.0))
+            assert accelerator.num_processes == 2
+            drawn, errors = [], Step.squared_errors
+            Step.squared_errors = lambda step, line, t: drawn.append((line.noise, t)) or errors(step, line, t)
+            wrapped.train()
+            loss, _ = wrapped.forward({{name: value.chunk(2)[rank] for name, value in batch.items()}})
+            accelerator.backward(loss)
+            save_file(dict(zip(("noise", "time"), drawn[0])), f"{{folder}}/{{rank}}.safetensors")
         else:
             given = [load_file(f"{{folder}}/{{rank}}.safetensors") for rank in (0, 1)]
-            noise, time = (torch.cat([one[name] for one in given]) for name in ("noise", "time"))
-            assert len(noise.flatten().unique()) == noise.numel()
-            loss, _ = wrapped.forward(batch, noise=noise, time=time)
-        accelerator.backward(loss)
+            fixed = {{name: torch.cat([one[name] for one in given]) for name in ("noise", "time")}}
+            assert len(fixed["noise"].flatten().unique()) == fixed["noise"].numel()
+            attach_to(policy)
+            policy.train()
+        assert (attachment_of(policy).sharing.why_not_shared is None) is {one_prefix}
         teacher = dict(policy.model.teacher.named_parameters())
         for name, p in policy.named_parameters():
             assert (teacher[name] is p) is not (p.requires_grad or "state_proj" in name), name
-        if accelerator.is_main_process:
-            save_file({{n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}}, sys.argv[2])
-        accelerator.end_training()
-        """,
-    )
-    torchrun(str(script), "2", str(tmp_path / "two.safetensors"))
-    subprocess.run([sys.executable, str(script), "1", str(tmp_path / "one.safetensors")], check=True)
-    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert max(g.abs().max() for g in one.values()) > 1e-3
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6)
+        if how == "fsdp2":
+            dist.init_process_group("gloo")
+            fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
+            assert all(isinstance(p, DTensor) for p in policy.parameters())
+            assert not any(isinstance(p, DTensor) for p in policy.model.teacher.parameters())
+        if how != "ddp":
+            loss, _ = policy(dict(batch), **fixed)
+            loss.backward()
+        gradient = {{name: p.grad for name, p in policy.named_parameters() if p.grad is not None}}
+        gradient = {{name: g.full_tensor() if how == "fsdp2" else g.clone() for name, g in gradient.items()}}
+        if rank == 0:
+            save_file(gradient, f"{{folder}}/{{how}}.safetensors")
+        detach(policy)
+        if how != "alone":
+            dist.destroy_process_group()
+    """
+    script.write_text(textwrap.dedent(text))
+    torchrun(str(script), "ddp")
+    subprocess.run([sys.executable, str(script), "alone"], check=True)
+    torchrun(str(script), "fsdp2")
+    ddp, alone, fsdp2 = (load_file(tmp_path / f"{how}.safetensors") for how in ("ddp", "alone", "fsdp2"))
+    assert ddp.keys() == alone.keys() == fsdp2.keys()
+    assert max(g.abs().max() for g in alone.values()) > 1e-3
+    for name, gradient in alone.items():
+        torch.testing.assert_close(ddp[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(fsdp2[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(
@@ -217,10 +218,9 @@ def test_fsdp1_trains_what_ddp_trains(by_two, tmp_path):
 
     accelerate offers FSDP1 on GPUs only, and PyTorch gathers its weights into a CPU's memory from GPUs only.
     """
-    script = write_script(
-        tmp_path / "fsdp1.py",
-        f"""
-        import sys
+    script = tmp_path / "fsdp1.py"
+    text = f"""
+        import sys, torch
         from accelerate import Accelerator, PartialState
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedType
@@ -250,60 +250,17 @@ def test_fsdp1_trains_what_ddp_trains(by_two, tmp_path):
 
         AcceleratorState.__init__, Accelerator.get_state_dict = on_cpus, gather
         main(sys.argv[1:])
-        """,
-    )
+    """
+    script.write_text(textwrap.dedent(text))
     _, _, _, flags = by_two
     kept = [flag for flag in flags if not flag.startswith(("--output_dir", "--save_freq"))]
     environment = {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "1",
-        "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+        **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"},
+        **{"FSDP_USE_ORIG_PARAMS": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "SmolVLMEncoderLayer",
-        "FSDP_USE_ORIG_PARAMS": "true",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     }
     torchrun(str(script), *kept, f"--output_dir={tmp_path}/run", "--save_checkpoint=false", env=environment)
     of_ddp, of_fsdp = load_file(by_two[0] / LAST / "model.safetensors"), load_file(tmp_path / "weights.safetensors")
     for name, value in of_ddp.items():
         torch.testing.assert_close(of_fsdp[name], value, rtol=1e-4, atol=1e-6)
-
-
-@PREFIXES
-def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path, one_prefix):
-    """An attached policy sharded in place: the student's parameters are, the teacher's stay whole."""
-    script = write_script(
-        tmp_path / "sharded.py",
-        f"""
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
-
-        dist.init_process_group("gloo")
-        checkpoint = {str(workshop / "1rf" / LAST)!r}
-        policy, batch = moved(checkpoint, {one_prefix}, 4)
-        shape = (4, policy.config.chunk_size, policy.config.max_action_dim)
-        fixed = {{"noise": torch.randn(shape), "time": torch.rand(4)}}
-        assert (attach(policy, checkpoint, solver="midpoint").sharing.why_not_shared is None) is {one_prefix}
-        policy.train()
-        loss, _ = policy.forward(dict(batch), **fixed)
-        loss.backward()
-        whole = {{name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}}
-        policy.zero_grad()
-        fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
-        sharded_loss, _ = policy(dict(batch), **fixed)
-        sharded_loss.backward()
-        torch.testing.assert_close(sharded_loss, loss)
-        sharded = {{name: p.grad.full_tensor() for name, p in policy.named_parameters() if p.grad is not None}}
-        assert sharded.keys() == whole.keys()
-        assert max(g.abs().max() for g in whole.values()) > 1e-3
-        for name in whole:
-            torch.testing.assert_close(sharded[name], whole[name], rtol=1e-4, atol=1e-6)
-        assert all(isinstance(p, DTensor) for p in policy.parameters())
-        assert not any(isinstance(p, DTensor) for p in policy.model.teacher.parameters())
-        detach(policy)
-        dist.destroy_process_group()
-        """,
-    )
-    torchrun(str(script))
