@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME
-from torch import nn
 
 from smolvla_reflow.checkpoint.adapter import ADAPTER_CONFIG_NAME, merge_command
 from smolvla_reflow.checkpoint.backbone import load_tokenizer
@@ -121,16 +120,17 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
         yield [*(flag for flag in flags if not flag.startswith("--policy.path=")), f"--policy.path={folder}"]
 
 
-def name_start(policy: nn.Module, start: Checkpoint) -> None:
+def name_start(policy: Any, start: Checkpoint) -> None:
     """Name the student's start by a name that lasts, in place of the folder that LeRobot read."""
-    base_policy(policy).config.pretrained_path = Path(start.source)
-    for adapter in getattr(policy, "peft_config", {}).values():
+    base = base_policy(policy)
+    base.config.pretrained_path = Path(start.source)
+    for adapter in policy.peft_config.values() if policy is not base else ():
         adapter.base_model_name_or_path, adapter.revision = start.source, start.commit
 
 
 def restore_adapter(policy: Any, saved: Path) -> None:
     """Give a resumed student the adapter saved in this folder; LeRobot 0.4 begins a new adapter on top."""
-    for name, adapter in getattr(policy, "peft_config", {}).items():
+    for name, adapter in policy.peft_config.items() if policy is not base_policy(policy) else ():
         policy.load_adapter(str(saved), name, is_trainable=True)
         noted = read_json(saved / ADAPTER_CONFIG_NAME)
         adapter.base_model_name_or_path, adapter.revision = noted.get("base_model_name_or_path"), noted.get("revision")
