@@ -46,6 +46,7 @@ __all__ = [
     "conversion_command",
     "copy_prefix",
     "dataset_to_policy_features",
+    "download_last_checkpoint",
     "gradient_accumulation",
     "hub_destinations",
     "needs_camera_statistics",

@@ -60,9 +60,9 @@ def complete(argv: Sequence[str]) -> Arguments:
         return _resumed(given, typed)
 
     path = given.pop("config_path", None)
-    file = inherit(path, given) if path else Inherited()
-    rest = _at_home(file.rest)
-    given = _at_home({**file.flags, **rename_fork_flags(given)})
+    inherited = inherit(path, given) if path else Inherited()
+    rest = _at_home(inherited.rest)
+    given = _at_home({**inherited.flags, **rename_fork_flags(given)})
     if not given.get("reflow.teacher_path"):
         raise ReflowError(
             "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
@@ -91,7 +91,7 @@ def _resumed(given: dict[str, Any], typed: frozenset[str]) -> Arguments:
     for name in typed & {"policy.path", "policy.pretrained_path"}:
         raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
     config = find_config(Path(path))
-    if not config.is_file() and may_be_hub_id(path) and resumes_from_hub():
+    if not config.parent.exists() and may_be_hub_id(path) and resumes_from_hub():
         folder = given.setdefault("output_dir", f"outputs/train/{dt.datetime.now():%Y-%m-%d/%H-%M-%S}_resume")
         with doing(f"downloading the last checkpoint of {path}"):
             config = download_last_checkpoint(path, Path(folder)) / CONFIG
