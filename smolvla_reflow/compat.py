@@ -38,9 +38,11 @@ __all__ = [
     "conversion_command",
     "copy_prefix",
     "dataset_to_policy_features",
+    "depth_cameras",
     "gradient_accumulation",
+    "holds_out",
     "hub_destinations",
-    "needs_camera_statistics",
+    "is_bucket",
     "open_as_training",
     "open_metadata_as_training",
     "prints_metrics",
@@ -218,11 +220,6 @@ def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], 
     return lerobot_collate_fn
 
 
-def needs_camera_statistics() -> bool:
-    """Whether training stumbles over a camera without statistics, also where it replaces them; until 0.6.1 it does."""
-    return Version(lerobot.__version__) < Version("0.6.2")
-
-
 def statistics_command(repo_id: str, root: Path) -> str:
     """LeRobot's own command that computes all statistics of a dataset anew."""
     module = _installed("lerobot.scripts", "lerobot.datasets.v30", name="augment_dataset_quantile_stats")
@@ -271,3 +268,18 @@ def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
         return []
     averages = getattr(getattr(cfg, "ema", None), "enable", False)
     return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]
+
+
+def holds_out(dataset: DatasetConfig) -> bool:
+    """True if training holds out a share of the episodes, as it can from 0.6.0 on."""
+    return getattr(dataset, "eval_split", 0.0) > 0
+
+
+def is_bucket(dataset: DatasetConfig) -> bool:
+    """True if the dataset is a storage bucket, which exists from 0.6.1 on."""
+    return getattr(dataset, "repo_type", "dataset") != "dataset"
+
+
+def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
+    """The depth cameras of a dataset, which exist from 0.6.0 on."""
+    return list(getattr(metadata, "depth_keys", ()))

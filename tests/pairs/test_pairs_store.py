@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
-from pairs_helpers import CHUNK, FRAMES, WIDTH, contents, make_pairs, observed, pairs_flags
+from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError, Solver
-from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID, write_dataset
 from smolvla_reflow.noise import pair_noise
-from smolvla_reflow.pairs.manifest import differences, read_manifest, shard_path
+from smolvla_reflow.pairs.manifest import differences, read_manifest
 from smolvla_reflow.smolvla.observation import observe
 
 # --- noise ----------------------------------------------------------------------------------------------------
@@ -176,7 +174,6 @@ def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
         lambda m: {**m, "provenance": {**m["provenance"], "solver": "euler"}},
         lambda m: {**m, "provenance": {**m["provenance"], "solver": {"method": "rk5"}}},
         lambda m: {**m, "provenance": {**m["provenance"], "solver": {"method": "euler", "num_steps": 2.5}}},
-        lambda m: {**m, "format_version": 1},
         lambda m: {k: v for k, v in m.items() if k != "format_version"},
     ],
 )
@@ -188,57 +185,12 @@ def test_a_damaged_manifest_is_refused(copied, edit):
         Pairs(copied)
 
 
-def test_a_manifest_of_a_later_version_is_not_called_damaged(copied):
+def test_a_manifest_of_another_version_is_not_called_damaged(copied):
     file = copied / "manifest.json"
-    for version in (3, "2"):
+    for version in (1, 3, "2"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": version}))
-        with pytest.raises(
-            ReflowError, match=f"manifest.json has format version {version}, this package reads 1 and 2;"
-        ):
+        with pytest.raises(ReflowError, match=f"manifest.json has format version {version}, this package reads 2;"):
             Pairs(copied)
-
-
-def as_version_1(folder: Path) -> None:
-    """Rewrite the manifest as the first version of this package wrote it."""
-    file = folder / "manifest.json"
-    values = json.loads(file.read_text())
-    provenance = values["provenance"]
-    solver, count = provenance.pop("solver"), provenance.pop("couplings_per_frame")
-    flat = {
-        "solver": solver["method"],
-        "num_steps": solver["num_steps"],
-        "rtol": solver["rtol"],
-        "atol": solver["atol"],
-    }
-    values["provenance"] = {**provenance, **flat, "pairs_per_frame": count}
-    file.write_text(json.dumps({**values, "format_version": 1}))
-
-
-def test_a_manifest_of_version_1_reads_as_the_same(stored, copied):
-    as_version_1(copied)
-    assert json.loads((copied / "manifest.json").read_text())["provenance"]["pairs_per_frame"] == 3
-    assert read_manifest(copied) == read_manifest(stored)
-    assert torch.equal(Pairs(copied).lookup(40, 2).actions, Pairs(stored).lookup(40, 2).actions)
-
-
-def test_a_set_of_version_1_is_continued_by_the_same_command(workshop, stored, copied, capsys):
-    """One shard is missing; all are there; other flags are told apart by the names that the flags have."""
-    manifest = read_manifest(copied)
-    dataclasses.replace(manifest, checksums={k: v for k, v in manifest.checksums.items() if k != 1}).write(copied)
-    shard_path(copied, 1).unlink()
-    as_version_1(copied)
-    make_pairs(workshop, copied)
-    assert contents(copied) == contents(stored)
-    as_version_1(copied)
-    make_pairs(workshop, copied)
-    assert "Nothing to do: all 3 shards" in capsys.readouterr().out
-    for change, message in (
-        ({"reflow__solver": "rk4"}, "solver is euler in the pairs and rk4 here"),
-        ({"reflow__num_steps": 5}, "num_steps is 10 in the pairs and 5 here"),
-        ({"couplings_per_frame": 4}, "couplings_per_frame is 3 in the pairs and 4 here"),
-    ):
-        line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied, **change))
-        assert f"holds other pairs: {message}. Name a new folder" in line
 
 
 def test_differences_name_every_value_of_the_solver(stored):
