@@ -23,8 +23,14 @@ from pairs_helpers import pairs_flags
 from smolvla_reflow import ReflowError, compat
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.commands import pairs as pairs_command
-from smolvla_reflow.dataset import chosen_episodes, frame_ranges, is_downloaded, load_batches, open_dataset
-from smolvla_reflow.dataset import open_metadata as opened
+from smolvla_reflow.dataset import (
+    chosen_episodes,
+    frame_ranges,
+    is_downloaded,
+    load_batches,
+    open_dataset,
+    open_metadata,
+)
 from smolvla_reflow.demo.task import CAMERA, FPS, REPO_ID
 
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -117,26 +123,24 @@ LOUD = {  # LeRobot says what is wrong; the sentence says what was being done, a
     "a table that is cut off": (cut(EPISODES), "While opening.*ArrowInvalid: Parquet magic bytes not found"),
     "format v2.1": (info(codebase_version="v2.1"), "is in 2.1 format.*convert_dataset_v21_to_v30 --repo-id="),
     "format v2.0": (info(codebase_version="v2.0"), "Discord.*format is v2.0, and this LeRobot reads v3"),
-    "data that is cut off": (cut(DATA), "While opening --dataset.root=.*Parquet magic bytes not found"),
 }
+CUT_DATA = (cut(DATA), "While opening --dataset.root=.*Parquet magic bytes not found")
 
 
 @pytest.mark.parametrize("name", [*SILENT, *LOUD])
 def test_what_is_wrong_is_one_sentence(dataset, name):
     spoil, says = {**SILENT, **LOUD}[name]
     spoil(dataset)
-    before, where = tree(dataset), DatasetConfig(REPO_ID, root=str(dataset))
+    before = tree(dataset)
     with pytest.raises(ReflowError, match=says) as error:
-        assert opened(where)
-        open_dataset(where)
+        open_metadata(DatasetConfig(REPO_ID, root=str(dataset)))
     assert "\n" not in str(error.value)
     assert tree(dataset) == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("name", ["too many frames", "format v2.1", "data that is cut off"])
-def test_every_command_says_so_before_it_writes_anything(workshop, dataset, tmp_path, capsys, command, name):
-    spoil, says = {**SILENT, **LOUD}[name]
+@pytest.mark.parametrize(("spoil", "says"), [SILENT["too many frames"], LOUD["format v2.1"], CUT_DATA])
+def test_every_command_says_so_before_it_writes_anything(workshop, dataset, tmp_path, capsys, command, spoil, says):
     spoil(dataset)
     before = tree(tmp_path)
     main, flags = COMMANDS[command]
@@ -148,9 +152,9 @@ def test_quantiles_are_asked_for_where_a_policy_needs_them(dataset, make_config)
     stats(lambda s: [s["action"].pop(name) for name in ("q01", "q99")])(dataset)
     where = DatasetConfig(REPO_ID, root=str(dataset))
     mapping = {"VISUAL": NormalizationMode.IDENTITY, "STATE": NormalizationMode.MEAN_STD}
-    opened(where, make_config(normalization_mapping={**mapping, "ACTION": NormalizationMode.MEAN_STD}))
+    open_metadata(where, make_config(normalization_mapping={**mapping, "ACTION": NormalizationMode.MEAN_STD}))
     with pytest.raises(ReflowError, match=r"'action' has no 'q01'.*augment_dataset_quantile_stats"):
-        opened(where, make_config(normalization_mapping={**mapping, "ACTION": NormalizationMode.QUANTILES}))
+        open_metadata(where, make_config(normalization_mapping={**mapping, "ACTION": NormalizationMode.QUANTILES}))
 
 
 def test_the_commands_that_mend_a_dataset_exist(tmp_path):
@@ -166,13 +170,13 @@ def test_a_folder_above_the_dataset(dataset):
     shutil.copytree(dataset / "meta", inside / "meta")
     shutil.rmtree(dataset / "meta")
     with pytest.raises(ReflowError, match=rf"Did you mean --dataset.root={inside}\?"):
-        opened(DatasetConfig(REPO_ID, root=str(dataset)))
+        open_metadata(DatasetConfig(REPO_ID, root=str(dataset)))
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_what_is_nowhere_leaves_no_folder_behind(tmp_path, revision):
     with pytest.raises(ReflowError, match="There is no LeRobotDataset at --dataset.root="):
-        opened(DatasetConfig(REPO_ID, root=str(tmp_path / "nowhere"), revision=revision))
+        open_metadata(DatasetConfig(REPO_ID, root=str(tmp_path / "nowhere"), revision=revision))
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -211,7 +215,7 @@ UNREAD = {
 def test_what_lerobot_does_not_read_is_not_looked_at(workshop, dataset, tmp_path, name):
     UNREAD[name](dataset)
     where = DatasetConfig(REPO_ID, root=str(dataset))
-    assert is_downloaded(opened(where), where)
+    assert is_downloaded(open_metadata(where), where)
     assert_frames_of_plain_lerobot(where, range(0, 48, 5))
     reflow_train_main(reflow_run(workshop, tmp_path / "run", dataset__root=dataset, steps=1))
 
@@ -264,9 +268,9 @@ def video(tmp_path: Path) -> Path:
 def test_what_has_to_be_downloaded_first(video, missing):
     """As after the first look at a dataset on the hub, which downloads `meta/` alone."""
     where = DatasetConfig(REPO_ID, root=str(video))
-    assert is_downloaded(opened(where), where)
+    assert is_downloaded(open_metadata(where), where)
     shutil.rmtree(video / missing)
-    assert not is_downloaded(opened(where), where)
+    assert not is_downloaded(open_metadata(where), where)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -301,8 +305,8 @@ def test_images_arrive_as_training_sees_them(video):
 @from_lerobot_with("eval_split")
 def test_pairs_are_made_of_what_is_trained_on_and_the_report_of_what_is_not(workshop, tmp_path):
     where = DatasetConfig(REPO_ID, root=str(workshop / "dataset"), eval_split=0.25)
-    assert chosen_episodes(opened(where), where) == [0, 1, 2, 3, 4, 5]
-    assert chosen_episodes(opened(where), where, held_out=True) == [6, 7]
+    assert chosen_episodes(open_metadata(where), where) == [0, 1, 2, 3, 4, 5]
+    assert chosen_episodes(open_metadata(where), where, held_out=True) == [6, 7]
     split = {"dataset__eval_split": 0.25}
     pairs_command.main(pairs_flags(workshop, tmp_path / "pairs", **split))
     assert json.loads((tmp_path / "pairs/manifest.json").read_text())["frames"] == [[0, 36]]
@@ -316,7 +320,7 @@ def test_pairs_are_made_of_what_is_trained_on_and_the_report_of_what_is_not(work
 @from_lerobot_with("exclude_episodes")
 def test_episodes_can_be_excluded(workshop):
     where = DatasetConfig(REPO_ID, root=str(workshop / "dataset"), exclude_episodes=[0, 7])
-    metadata = opened(where)
+    metadata = open_metadata(where)
     assert frame_ranges(metadata, chosen_episodes(metadata, where)) == [range(6, 42)]
     assert len(open_dataset(where)) == 36
 

@@ -1,6 +1,5 @@
 """Stored pairs come with the batch: read by the data loader's processes, chosen at random, and used once."""
 
-import dataclasses
 import os
 import pickle
 
@@ -230,15 +229,3 @@ def test_each_start_hashes_every_file_once(workshop, stored, tmp_path, monkeypat
     assert len(hashed) == 1
     reflow_train_main([f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=2"])
     assert len(hashed) == 2
-
-
-def test_only_the_first_process_of_a_node_reads_and_all_learn_of_it(copied):
-    @dataclasses.dataclass
-    class Process:
-        is_local_main_process: bool
-
-    pairs = Pairs(copied)
-    shard_path(copied, 1).unlink()
-    with pytest.raises(ValueError, match="pairs-00001.safetensors is not the file that was written"):
-        pairs.check(Process(is_local_main_process=True))
-    pairs.check(Process(is_local_main_process=False))  # it would learn it from the other, which is not there
