@@ -112,6 +112,7 @@ OTHER = {
     "statistics": "1" * 64,
     "chunk_size": 7,
     "max_action_dim": 5,
+    "rename_map": {"observation.images.top": "observation.images.left"},
 }
 
 
@@ -229,23 +230,6 @@ def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(worksh
         assert attachment.teacher is policy.model.teacher is None
         found = loss_and_gradient(policy, batch, time=time)
     assert_close(found, expected, loss={"rtol": 1e-6, "atol": 0}, gradient={"rtol": 1e-5, "atol": 1e-7})
-
-
-@pytest.mark.parametrize(
-    ("noise_shape", "actions_shape", "message"),
-    [
-        ((4, CHUNK, WIDTH), (8, CHUNK, WIDTH), r"gave noise of shape \(4, 6, 4\); \(8, 6, 4\) was asked for"),
-        ((8, CHUNK, WIDTH), (8, CHUNK, 2), r"gave actions of shape \(8, 6, 2\); \(8, 6, 4\) was asked for"),
-    ],
-)
-def test_a_source_that_gives_another_shape_is_refused_by_name(workshop, noise_shape, actions_shape, message):
-    policy, batch = observed(workshop)
-    batch["action"] = torch.zeros(4, CHUNK, 2)
-    source = lambda observation, **asked: Coupling(torch.zeros(noise_shape), torch.zeros(actions_shape))  # noqa: E731
-    with attach(policy, pairs=source, recipe=Recipe(couplings_per_frame=2)):
-        policy.train()
-        with pytest.raises(ReflowError, match=message):
-            policy.forward(dict(batch))
 
 
 def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(workshop):
