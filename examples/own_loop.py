@@ -19,7 +19,8 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tqdm import tqdm
 
-from smolvla_reflow import Recipe, attach
+from smolvla_reflow import attach
+from smolvla_reflow.training.config import LEARNING_RATE, ReflowTrainPipelineConfig
 
 
 @dataclass
@@ -28,9 +29,9 @@ class LoopConfig:
     repo_id: str
     output_dir: Path
     root: Path | None = None
-    steps: int = 20_000
-    batch_size: int = 32
-    lr: float = 2e-5
+    steps: int = ReflowTrainPipelineConfig.steps
+    batch_size: int = ReflowTrainPipelineConfig.batch_size
+    lr: float = LEARNING_RATE
 
 
 def train(cfg: LoopConfig) -> None:
@@ -45,7 +46,7 @@ def train(cfg: LoopConfig) -> None:
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=cfg.lr)
 
     policy.train()
-    with attach(policy, teacher=cfg.teacher, recipe=Recipe(weighting="t", padding_weight=0.1)):
+    with attach(policy, teacher=cfg.teacher):
         batches = islice(chain.from_iterable(repeat(loader)), cfg.steps)  # shuffled anew in each epoch
         for batch in (bar := tqdm(batches, total=cfg.steps)):
             loss, _ = policy.forward(preprocessor(batch))

@@ -40,16 +40,15 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import Attachment, Recipe, attach
+from smolvla_reflow import Attachment, Recipe, Solver, attach
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.solver import JITTERED
 
 
 @dataclass(frozen=True)
 class Attached:
     """A way to train with an attached teacher."""
 
-    solver: str = JITTERED
+    solver: str = Solver.method
     couplings_per_frame: int = 1
     train_state_proj: bool = False
 
@@ -58,7 +57,7 @@ class Attached:
         attached = attach(
             student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj
         )
-        assert (attached.own_prefix is None) is not self.train_state_proj  # what is measured
+        assert (attached.sharing.why_not_shared is None) is not self.train_state_proj  # what is measured
         return attached
 
 
