@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smolvla_reflow import Pairs, Solver, attach, detach
-from smolvla_reflow.pairs.maker import PairMaker
+from smolvla_reflow.pairs.make import PairMaker
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance, shard_path
 from smolvla_reflow.smolvla.observation import observe
 
