@@ -1,4 +1,4 @@
-"""Print what pyproject.toml asks for, a requirement a line, without the bounds on LeRobot and what LeRobot pins itself."""
+"""Print the installed package's requirements, tests included, without LeRobot and transformers: LeRobot pins the latter."""
 
 from importlib.metadata import requires
 
