@@ -1,4 +1,4 @@
-"""Print the installed package's requirements, tests included, without LeRobot and transformers: LeRobot pins the latter."""
+"""Print the requirements of the package and its tests, except LeRobot and transformers, which LeRobot pins."""
 
 from importlib.metadata import requires
 

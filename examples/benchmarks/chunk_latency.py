@@ -73,9 +73,7 @@ def main() -> None:
     for n in cfg.num_steps:
         chunk = found[str(n)]
         steps, faster = chunk - found["prefix"], most / chunk
-        print(
-            f"{n:>3} steps  {chunk:8.1f} ms a chunk, the ODE steps in it {steps:8.1f} ms, {faster:5.2f}x as fast"
-        )
+        print(f"{n:>3} steps  {chunk:8.1f} ms a chunk, the ODE steps in it {steps:8.1f} ms, {faster:5.2f}x as fast")
 
 
 if __name__ == "__main__":
