@@ -1,11 +1,13 @@
 """Cost of making, reading and training on stored pairs, with SmolVLA at its real size.
 
-python examples/benchmarks/pairs_cost.py
+    python examples/benchmarks/pairs_cost.py
 
-training step   from pairs and standard, in turn, and the teacher parameters in memory
-generating      four pairs a frame with one prefix, compared with one `sample_actions` call for each pair
-reading         one random pair of a million, and the memory that reading takes
-rounding        the effect of fewer bits on the actions and on the loss
+Four measurements:
+
+    training step   from pairs and standard, in turn, and the teacher parameters in memory
+    generating      four pairs a frame with one prefix, compared with one `sample_actions` call for each pair
+    reading         one random pair of a million, and the memory that reading takes
+    rounding        the effect of fewer bits on the actions and on the loss
 """
 
 import contextlib
