@@ -18,7 +18,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tqdm import tqdm
 
-from smolvla_reflow import Recipe, attach
+from smolvla_reflow import attach
 
 
 @dataclass
@@ -44,7 +44,7 @@ def train(cfg: LoopConfig) -> None:
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=cfg.lr)
 
     policy.train()
-    with attach(policy, teacher=cfg.teacher, recipe=Recipe(weighting="t", padding_weight=0.1)):
+    with attach(policy, teacher=cfg.teacher):
         batches = islice(chain.from_iterable(repeat(loader)), cfg.steps)  # shuffled anew in each epoch
         for batch in (bar := tqdm(batches, total=cfg.steps)):
             loss, _ = policy.forward(preprocessor(batch))

@@ -84,7 +84,6 @@ def main() -> None:
     solvers = [Solver("euler", num_steps=n) for n in (1, 2, 5, 10, 20, 50)]
     solvers += [Solver("midpoint", num_steps=n) for n in (5, 10, 20)]
     solvers += [Solver("jittered", num_steps=n) for n in (5, 10)]
-    solvers += [Solver("heun3", num_steps=n) for n in (3, 7)]
     solvers += [Solver("rk4", num_steps=n) for n in (2, 5)]
     solvers += [Solver("dopri5", rtol=tolerance, atol=tolerance) for tolerance in (1e-3, 1e-5)]
     print(f"{'solver':<18} {'NFE':>4} {'float32':>9} {'median':>9} {'bfloat16 autocast':>18} {'bf16 - fp32':>12}")

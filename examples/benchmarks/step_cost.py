@@ -39,16 +39,15 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import Loss, machine, take_step
 from torch import Tensor
 
-from smolvla_reflow import Attachment, Recipe, attach
+from smolvla_reflow import Attachment, Recipe, Solver, attach
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.solver import JITTERED
 
 
 @dataclass(frozen=True)
 class Attached:
     """A way to train with an attached teacher."""
 
-    solver: str = JITTERED
+    solver: str = Solver.method
     couplings_per_frame: int = 1
     train_state_proj: bool = False
 

@@ -28,13 +28,12 @@ from tables import differences, table
 from tasks import Batch, Task, demo_task, pusht_task, recorded_task
 from tqdm import tqdm
 
-from smolvla_reflow import Coupling, Losses, Recipe, Solver, Step, attach, get_loss_strategy, register_loss_strategy
+from smolvla_reflow import Coupling, Recipe, Solver, Step, attach, get_loss_strategy, register_loss_strategy
 from smolvla_reflow.coupling import CouplingSource
 from smolvla_reflow.evaluation.measure import Settings, evaluate
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.solver import JITTERED, SolverFlags
+from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.teacher import solve
-from smolvla_reflow.training.config import RECIPE
 
 MEASURING_SEED = 1000
 SHIFT = 4
@@ -86,12 +85,11 @@ class StudyConfig:
 class Student(SolverFlags):
     """One round of reflow, as the words of a variant describe it. Defaults as in `smolvla-reflow-train`."""
 
-    solver: str = JITTERED
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
     couplings_per_frame: int = Recipe.couplings_per_frame
-    weighting: str = RECIPE.weighting
-    padding_weight: float = RECIPE.padding_weight
+    weighting: str = Recipe.weighting
+    padding_weight: float = Recipe.padding_weight
     real_data_ratio: float = Recipe.real_data_ratio
     train_state_proj: bool = False
     batch_size: int = 32
@@ -106,17 +104,17 @@ class Student(SolverFlags):
 
 
 @register_loss_strategy("without_padding")
-def without_padding(step: Step) -> Losses:
-    """Reflow on the robot's own action dimensions, without the padded ones."""
+def without_padding(step: Step) -> torch.Tensor:
+    """Reflow on the robot's own action dimensions, without the padded dimensions."""
     width, padded_width = step.model.config.action_feature.shape[0], step.actions.shape[-1]
-    # The loss is a mean over the padded width, so the dimensions that count are weighed up.
-    weights = torch.zeros(1, 1, padded_width)
-    weights[..., :width] = padded_width / width
-    return step.losses(step.coupling(), weights=weights)
+    # The loss is a mean over the padded width, so the robot's dimensions get more weight.
+    weights = torch.zeros(padded_width)
+    weights[:width] = padded_width / width
+    return weights * step.losses(step.coupling())
 
 
 @register_loss_strategy("shifted", couples=False, joint_forward=True)
-def shifted(step: Step) -> Losses:
+def shifted(step: Step) -> torch.Tensor:
     """The standard loss with times shifted towards the noise (arXiv 2606.05737), without a teacher."""
     t = step.model.sample_time(len(step.actions), step.actions.device)
     return step.losses(step.recorded(), times=SHIFT * t / (1 + (SHIFT - 1) * t))
