@@ -19,6 +19,7 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tqdm import tqdm
 
 from smolvla_reflow import attach
+from smolvla_reflow.training.config import LEARNING_RATE, ReflowTrainPipelineConfig
 
 
 @dataclass
@@ -27,9 +28,9 @@ class LoopConfig:
     repo_id: str
     output_dir: Path
     root: Path | None = None
-    steps: int = 20_000
-    batch_size: int = 32
-    lr: float = 2e-5
+    steps: int = ReflowTrainPipelineConfig.steps
+    batch_size: int = ReflowTrainPipelineConfig.batch_size
+    lr: float = LEARNING_RATE
 
 
 def train(cfg: LoopConfig) -> None:

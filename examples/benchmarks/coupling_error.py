@@ -66,7 +66,7 @@ def main() -> None:
     def end(solver: Solver) -> torch.Tensor:
         torch.manual_seed(1)  # the same grid in both precisions
         velocity = velocity_of(policy.model, observation).repeated(cfg.num_noises)
-        return solver.integrate(velocity, noise)[..., :width]
+        return solver.integrate(velocity, noise, config.num_steps)[..., :width]
 
     @torch.no_grad()
     def nfe(solver: Solver) -> int:
