@@ -198,11 +198,6 @@ def _installed(*packages: str, name: str) -> str:
     return f"{packages[0]}.{name}"
 
 
-def saves_final_checkpoint_alone() -> bool:
-    """True if `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by `save_freq`."""
-    return Version(lerobot.__version__) >= Version("0.6.1")
-
-
 def resumes_from_hub() -> bool:
     """True if a run resumes from the checkpoints that it pushed to the hub: from 0.6.0 on."""
     return Version(lerobot.__version__) >= Version("0.6.0")
