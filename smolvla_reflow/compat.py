@@ -16,7 +16,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import factory, utils
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.policies.factory import dataset_to_policy_features
+from lerobot.policies.factory import dataset_to_policy_features as dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 from lerobot.utils.logging_utils import MetricsTracker
@@ -35,33 +35,6 @@ REPORTED_BY_LEROBOT = frozenset(
 )
 POLICY_FORWARD = ("batch", "noise", "time", "reduction")
 MODEL_FORWARD = ("images", "img_masks", "lang_tokens", "lang_masks", "state", "actions", "noise", "time")
-
-__all__ = [
-    "REPORTED_BY_LEROBOT",
-    "LeRobotDatasetMetadata",
-    "accelerator_arguments",
-    "check_signatures",
-    "chosen_by_lerobot",
-    "collate_function",
-    "conversion_command",
-    "copy_prefix",
-    "dataset_to_policy_features",
-    "depth_cameras",
-    "gradient_accumulation",
-    "holds_out",
-    "hub_destinations",
-    "is_bucket",
-    "open_as_training",
-    "open_metadata_as_training",
-    "prints_metrics",
-    "refuse_remote_job",
-    "renamed_statistics",
-    "resumes_from_hub",
-    "resuming_keeps_statistics",
-    "saves_final_checkpoint_alone",
-    "statistics_command",
-    "train",
-]
 
 
 def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]) -> None:
@@ -225,11 +198,6 @@ def _installed(*packages: str, name: str) -> str:
     return f"{packages[0]}.{name}"
 
 
-def saves_final_checkpoint_alone() -> bool:
-    """True if `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by `save_freq`."""
-    return Version(lerobot.__version__) >= Version("0.6.1")
-
-
 def resumes_from_hub() -> bool:
     """True if a run resumes from the checkpoints that it pushed to the hub: from 0.6.0 on."""
     return Version(lerobot.__version__) >= Version("0.6.0")
@@ -248,6 +216,13 @@ def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
         return []
     averages = getattr(getattr(cfg, "ema", None), "enable", False)
     return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]
+
+
+def download_last_checkpoint(repo_id: str, output_dir: Path) -> Path:
+    """Download the last checkpoint of a run on the hub as LeRobot does to resume it, from 0.6.0 on; its folder."""
+    from lerobot.common.train_utils import resolve_resume_checkpoint
+
+    return resolve_resume_checkpoint(repo_id, output_dir)
 
 
 def holds_out(dataset: DatasetConfig) -> bool:
