@@ -60,7 +60,7 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
     folder = cfg.output_dir.expanduser()
     teacher = open_checkpoint(cfg.reflow.teacher_path or "", cfg.reflow.teacher_revision, cfg.policy.vlm_model_name)
     teacher, wanted, space = plan(cfg, teacher)
-    process.wait_for_everyone()  # a process that cannot open its teacher or dataset stops all before anything is made
+    process.wait_for_everyone()  # a process that cannot open teacher or dataset stops all before anything is written
     with reserved(folder) if process.is_main_process else contextlib.nullcontext():
         if process.is_main_process:
             begin(folder, wanted, repair=cfg.repair)
@@ -77,6 +77,7 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
         logging.getLogger(__name__).info("Pairs of teacher %s, solved by %s.", teacher.cited(), made.solver.in_words())
         dataset = open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s)
         maker = load_pair_maker(teacher, made, space, cfg.policy.on(process), cfg.rename_map)
+        process.wait_for_everyone()  # so does a process that sees another folder, or lacks memory
         try:
             generate(folder, manifest, maker, dataset, cfg, process)
         except KeyboardInterrupt:
