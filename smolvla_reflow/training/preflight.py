@@ -110,8 +110,7 @@ def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDataset
     """The statistics by which LeRobot will normalise the batches."""
     assert isinstance(cfg.policy, SmolVLAConfig)
     if cfg.resume and resuming_keeps_statistics():
-        folder = Path(str(cfg.policy.pretrained_path))
-        return saved_statistics(Checkpoint(source=str(folder), folder=folder, config=cfg.policy))
+        return saved_statistics(read_checkpoint(str(cfg.policy.pretrained_path)))
     return renamed_statistics(dataset_statistics(metadata, cfg.dataset), cfg.rename_map)
 
 

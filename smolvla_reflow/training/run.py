@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from smolvla_reflow.attachment import Attachment, attach
-from smolvla_reflow.checkpoint.load import misfit
+from smolvla_reflow.checkpoint.load import misfit, weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import gradient_accumulation, prints_metrics
 from smolvla_reflow.compat import train as lerobot_train
@@ -221,7 +221,7 @@ def state_has_to_be_learned(policy: nn.Module, inputs: Inputs) -> bool:
     state_proj = base_policy(policy).model.state_proj
     if inputs.pairs is None or not is_trained(state_proj):
         return False
-    weights = inputs.teacher.weights()
+    weights = weights_of(inputs.teacher)
     names = {f"model.state_proj.{name}": parameter for name, parameter in state_proj.named_parameters()}
     learned = not all(name in weights and torch.equal(weights[name].to(p), p) for name, p in names.items())
     if learned:
