@@ -291,7 +291,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     """Download a checkpoint from the hub; returns its folder, whose name is the commit."""
     at = f" (revision {revision})" if revision else ""
     with doing(f"downloading {repo_id}{at} from the hub, since there is no such folder"):
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES_ON_HUB))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES_ON_HUB)))
         found = [folder / name for name in PROCESSORS if (folder / name).is_file()]
         inner = [f"{escape(name)}/*" for file in found for name in named_files(read_json(file))[1]]
         if inner:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import lerobot
 from lerobot.policies.smolvla import processor_smolvla  # noqa: F401 - registers SmolVLA's own step
@@ -68,7 +68,7 @@ def _read(file: Path, entry: Mapping[str, Any]) -> SavedStep:
             f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}, nor of a "
             "package that is loaded. If it is in a package of yours, load it with --env.discover_packages_path=PACKAGE."
         )
-    config, artifacts, state_file = (entry.get(key) or {} for key in ("config", "artifacts", "state_file"))
+    config, artifacts, state_file = entry.get("config") or {}, entry.get("artifacts") or {}, entry.get("state_file")
     trusts = inspect.signature(kind).parameters.get(TRUST)
     if config.get(TRUST, trusts is not None and trusts.default):
         raise ReflowError(
@@ -103,7 +103,7 @@ def _loaded(path: str) -> type[ProcessorStep] | None:
     return found if isinstance(found, type) and issubclass(found, ProcessorStep) else None
 
 
-def _lies_within(name: object) -> bool:
+def _lies_within(name: object) -> TypeGuard[str]:
     """True if this is a relative path that stays in the folder where it starts."""
     paths = (PurePosixPath(name), PureWindowsPath(name)) if isinstance(name, str) else ()
     return bool(paths) and not any(path.is_absolute() or ".." in path.parts for path in paths)

@@ -70,8 +70,8 @@ def fitted(
     for name in (OBS_STATE, ACTION):
         if name not in given:
             raise ReflowError(
-                f"{source} needs '{name}', which {where} lacks (it has {', '.join(sorted(given))}). Map another name to it "
-                "with --rename_map."
+                f"{source} needs '{name}', which {where} lacks (it has {', '.join(sorted(given))}). If the dataset "
+                "has another name for it, map it with --rename_map."
             )
         shape, width = tuple(given[name].shape), width_of(saved.get(name, {}))
         if width is not None and shape != (width,):
@@ -115,8 +115,8 @@ def _check_cameras(
         known = [name for name in config.image_features if not name.startswith(EMPTY_CAMERA)]
         raise ReflowError(
             f"{source} needs one of the cameras {', '.join(known)}, and {where} has "
-            f"{', '.join(sorted(_cameras(given))) or 'none'}; map other names with --rename_map. LeRobot passes on names "
-            f"that begin with '{OBS_PREFIX}'."
+            f"{', '.join(sorted(_cameras(given))) or 'none'}; map other names with --rename_map. LeRobot passes on "
+            f"names that begin with '{OBS_PREFIX}'."
         )
     if dropped:
         logging.getLogger(__name__).warning(

@@ -77,8 +77,8 @@ def plan(old: str | Path) -> Migration:
     fields = {}
     for name, content in contents.items():
         policy = content if name == CONFIG_NAME else content.get("policy")
-        found = [field for field in FORK_FIELDS if field in policy] if isinstance(policy, dict) else []
-        fields[name] = {field: policy.pop(field) for field in found}
+        policy = policy if isinstance(policy, dict) else {}
+        fields[name] = {field: policy.pop(field) for field in FORK_FIELDS if field in policy}
     # A snapshot in the hub's cache consists of links to files in the repository's folder.
     home = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
