@@ -13,7 +13,7 @@ from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.solver import Solver
-from smolvla_reflow.step import Losses, Step
+from smolvla_reflow.step import Step
 from smolvla_reflow.teacher import FrozenTeacher
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "CouplingSource",
     "FrozenTeacher",
     "LossStrategy",
-    "Losses",
     "Observation",
     "Pairs",
     "Recipe",

@@ -1,4 +1,4 @@
-"""What differs between the supported LeRobot versions, 0.4.4 to 0.6.1, and nothing else."""
+"""All differences between the supported LeRobot versions, 0.4.4 to 0.6.1, and nothing else."""
 
 import copy
 import importlib.util
@@ -26,10 +26,18 @@ from torch import Tensor
 from smolvla_reflow.errors import ReflowError
 
 SUPPORTED = "0.4.4 to 0.6.1"
+# Names that LeRobot's training logs by itself, in one version or another.
+REPORTED_BY_LEROBOT = frozenset(
+    {
+        *("loss", "grad_norm", "lr", "update_s", "dataloading_s", "gpu_mem_gb", "samples_per_s"),
+        *("preprocessing_s", "step_s", "steps", "samples", "episodes", "epochs"),
+    }
+)
 POLICY_FORWARD = ("batch", "noise", "time", "reduction")
 MODEL_FORWARD = ("images", "img_masks", "lang_tokens", "lang_masks", "state", "actions", "noise", "time")
 
 __all__ = [
+    "REPORTED_BY_LEROBOT",
     "LeRobotDatasetMetadata",
     "accelerator_arguments",
     "check_signatures",
@@ -55,18 +63,9 @@ __all__ = [
 
 
 def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]) -> None:
-    """Run LeRobot's `train()` on this configuration, with a hooked Accelerator.
+    """Run LeRobot's `train()`, past its parser, on a validated config, with `hooked` applied to its Accelerator.
 
-    It is called past its parser, which recognises only its own config class.
-
-    Until 0.6.1 `train()` takes an Accelerator; from 0.6.2 on it has the config build one.
-
-    Args:
-        cfg: validated.
-        hooked: what is done to the Accelerator that LeRobot would have used.
-
-    Raises:
-        ReflowError: this LeRobot does neither.
+    Until 0.6.1 `train()` takes an Accelerator; from 0.6.2 on the config builds it.
     """
     stock = inspect.unwrap(lerobot_train.train)
     if "accelerator" in inspect.signature(stock).parameters:
@@ -84,10 +83,7 @@ def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]
 
 
 def check_signatures(policy: SmolVLAPolicy) -> None:
-    """Raise ReflowError unless SmolVLA's forwards take the arguments that this package knows.
-
-    The functions of the classes are looked at; an instance's own may be compiled or wrapped.
-    """
+    """Raise ReflowError unless SmolVLA's forwards, as their classes define them, take the known arguments."""
     for module, known in ((policy, POLICY_FORWARD), (policy.model, MODEL_FORWARD)):
         found = tuple(inspect.signature(type(module).forward).parameters)[1:]
         if found != known:
@@ -105,7 +101,7 @@ def unsupported() -> str:
 
 
 def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
-    """Arguments with which this LeRobot version's `train()` would build its own Accelerator."""
+    """The arguments of the Accelerator that this LeRobot version's `train()` would build."""
     policy = cfg.policy
     assert policy is not None  # validated
     arguments: dict[str, Any] = {
@@ -130,10 +126,10 @@ def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
 
 
 def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """What the sampler hands to `denoise_step`, a mask and the cache of keys and values, with each tensor changed.
+    """Copy the sampler's arguments for `denoise_step`, a mask and the key-value cache, with each tensor changed.
 
-    The cache is a dictionary of tensors up to LeRobot 0.6.0 and transformers' own class from 0.6.1 on, into which
-    `denoise_step` writes: it gets layers of its own.
+    The cache is a dictionary of tensors up to LeRobot 0.6.0, and transformers' own class from 0.6.1 on. `denoise_step`
+    writes into the latter, so the copy has its own layers.
     """
 
     def changed(value: Any) -> Any:
@@ -153,10 +149,7 @@ def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> d
 
 
 def resuming_keeps_statistics() -> bool:
-    """Whether a resumed run normalises by the statistics saved in its checkpoint, and not by the dataset's.
-
-    LeRobot does from 0.6.1 on.
-    """
+    """True if a resumed run normalises by its checkpoint's statistics instead of the dataset's: from 0.6.1 on."""
     return Version(lerobot.__version__) >= Version("0.6.1")
 
 
@@ -177,23 +170,13 @@ def refuse_remote_job(cfg: TrainPipelineConfig) -> None:
 
 
 def open_metadata_as_training(dataset: DatasetConfig) -> LeRobotDatasetMetadata:
-    """The dataset's metadata, opened with the arguments that this LeRobot's `make_dataset()` opens it with.
-
-    Storage buckets, another kind of repository, exist from 0.6.1 on.
-    """
+    """The dataset's metadata, as this LeRobot's `make_dataset()` opens it; storage buckets exist from 0.6.1 on."""
     kind = {"repo_type": dataset.repo_type} if hasattr(dataset, "repo_type") else {}
     return LeRobotDatasetMetadata(dataset.repo_id, root=dataset.root, revision=dataset.revision, **kind)
 
 
 def open_as_training(cfg: TrainPipelineConfig, *, held_out: bool = False) -> LeRobotDataset:
-    """The dataset as this LeRobot's `train()` opens it.
-
-    From 0.6.0 on, training may hold out a share of the episodes (`dataset.eval_split`).
-
-    Args:
-        cfg: its `dataset`, `policy` and `tolerance_s` are looked at.
-        held_out: whether to return the episodes held out, if there are any, instead of those trained on.
-    """
+    """The dataset as this LeRobot's `train()` opens it, or the episodes that it holds out (from 0.6.0 on), if any."""
     split = getattr(factory, "make_train_eval_datasets", None)
     if split is None:
         return factory.make_dataset(cfg)
@@ -210,7 +193,7 @@ def chosen_by_lerobot(dataset: DatasetConfig, total_episodes: int) -> list[int] 
 
 
 def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], Any] | None:
-    """How training makes a batch of frames, None for PyTorch's own way; from 0.6.0 on, columns may hold annotations."""
+    """The collate function of training, None for PyTorch's own; from 0.6.0 on columns may hold annotations."""
     if not getattr(metadata, "has_language_columns", False):
         return None
     from lerobot.utils.collate import lerobot_collate_fn
@@ -219,7 +202,7 @@ def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], 
 
 
 def needs_camera_statistics() -> bool:
-    """Whether training stumbles over a camera without statistics, also where it replaces them; until 0.6.1 it does."""
+    """True if training fails on a camera without statistics, even if it replaces them: until 0.6.1."""
     return Version(lerobot.__version__) < Version("0.6.2")
 
 
@@ -246,20 +229,17 @@ def _installed(*packages: str, name: str) -> str:
 
 
 def saves_final_checkpoint_alone() -> bool:
-    """Whether `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by it."""
+    """True if `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by `save_freq`."""
     return Version(lerobot.__version__) >= Version("0.6.1")
 
 
 def resumes_from_hub() -> bool:
-    """Whether a run is resumed from the checkpoints that it pushed to the hub; from 0.6.0 on it is."""
+    """True if a run resumes from the checkpoints that it pushed to the hub: from 0.6.0 on."""
     return Version(lerobot.__version__) >= Version("0.6.0")
 
 
 def prints_metrics() -> bool:
-    """Whether training averages and prints what a policy reports beside its loss, as from 0.6.0 on.
-
-    Before, it sends the last step's to W&B, and prints nothing of it.
-    """
+    """True if training averages and prints a policy's metrics: from 0.6.0 on. Before, the last step's go to W&B."""
     return hasattr(MetricsTracker, "update_metrics")
 
 

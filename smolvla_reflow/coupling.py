@@ -1,15 +1,15 @@
-"""A coupling: noise and the actions it is carried to; and the frozen teacher, the first source of couplings.
+"""A coupling, noise and the actions it is carried to; and a source of couplings.
 
 LeRobot puts noise at t = 1 and actions at t = 0 (the rectified-flow papers put them the other way round):
 
     x_t = t * noise + (1 - t) * actions        u = noise - actions        dx = v(x, t) dt, from t = 1 to t = 0
 
 Flow matching draws noise and recorded actions independently. Reflow (Liu, Gong & Liu, "Flow Straight and
-Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the end of its own path instead:
+Fast", arXiv 2209.03003, section 2 and algorithm 1) couples each noise to the end of the noise's path instead:
 `actions = ODE_teacher(noise)`. Paths of such a coupling do not cross, so they can be straight.
 
-A source of couplings is anything that can be called like `FrozenTeacher` (teacher.py). The other one in this package is
-`smolvla_reflow.pairs.store.Pairs`, which reads from disk what a teacher made before.
+This package has two sources: a frozen teacher, solved on demand (`teacher.py`), and stored pairs, which a teacher made
+before (`pairs/store.py`). Any function with the signature of `CouplingSource` is another.
 """
 
 from dataclasses import dataclass
@@ -27,17 +27,16 @@ class Coupling:
     Attributes:
         noise: (N, chunk_size, max_action_dim) float32, at t = 1.
         actions: (N, chunk_size, max_action_dim) float32, at t = 0.
-        recorded: on which lines the actions are recorded ones, on all, none, or (N,) bool. LeRobot trains on those in
-            its own way: with SmolVLA's times, and not where the chunk is padded.
+        recorded: True if the actions are recorded ones, which train with SmolVLA's own times and without weights.
     """
 
     noise: Tensor
     actions: Tensor
-    recorded: bool | Tensor = False
+    recorded: bool = False
 
     @property
     def velocity(self) -> Tensor:
-        """u of each line, the same all along it, in the shape of `noise`."""
+        """u of each line, constant along the line, in the shape of `noise`."""
         return self.noise - self.actions
 
     def at(self, times: Tensor) -> Tensor:
@@ -55,9 +54,9 @@ class CouplingSource(Protocol):
         """Couplings of a batch of `B` frames, `per_frame` in a row for each.
 
         Args:
-            observation: what the teacher sees; the student's own, unless its cameras are others.
+            observation: the teacher's view, which is the student's unless their cameras differ.
             frames: (B,) int64, the frames' indices in the dataset; None if the batch does not hold any.
-            noise: (B * per_frame, chunk_size, max_action_dim) float32 where the caller fixed it; None to draw some.
+            noise: (B * per_frame, chunk_size, max_action_dim) float32 if the caller fixed it; None to draw it.
             per_frame: couplings for each frame.
 
         Returns:

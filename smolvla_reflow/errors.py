@@ -1,4 +1,4 @@
-"""The one error this package raises on purpose, what words its messages, and files that are written whole."""
+"""The error that this package raises on purpose, the wording of its messages, and files that are never half-written."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ class ReflowError(ValueError):
 
 
 def known_are(known: Collection[str], instead_of: object) -> str:
-    """The end of a message about an unknown name: those there are, and the one that was probably meant."""
+    """The end of a message about an unknown name: the known names, and the likely intention."""
     close = difflib.get_close_matches(str(instead_of), known, n=1)
     return f"known are: {', '.join(known)}." + (f" Did you mean '{close[0]}'?" if close else "")
 
@@ -34,15 +34,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Put another library's error into a sentence: what was being done, the error's kind and its first line.
+    """Translate any error within the block into a ReflowError: what was being done, the error's kind and first line.
 
-    This is the one translation of loud errors. Silent ones have checks of their own.
-
-    Args:
-        what: completes "while", such as "opening the dataset me/robot".
-
-    Raises:
-        ReflowError: in place of any exception within the block that is none.
+    `what` completes "While", such as "opening the dataset me/robot". Only silent faults need a check beforehand.
     """
     try:
         yield
@@ -53,7 +47,7 @@ def doing(what: str) -> Iterator[None]:
 
 
 def in_one_line(error: object) -> str:
-    """All that another library's error says, in one line."""
+    """Another library's whole message, in one line."""
     return " ".join(str(error).split())
 
 

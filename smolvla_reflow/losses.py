@@ -4,9 +4,9 @@
     def reflow(step):
         return step.losses(step.coupling())
 
-A loss is a function of a `Step` (step.py). It is found by the name it was registered under, here or by an installed
-package (entry point group `smolvla_reflow.loss_strategies`, name and function), or by the file it stands in,
-`path/to/file.py:name`.
+A loss is a function from a `Step` (step.py) to a tensor (B, chunk_size, max_action_dim). It is found by the name it was
+registered under, in this package or in an installed one (entry point group `smolvla_reflow.loss_strategies`, name and
+function), or by its file, `path/to/file.py:name`.
 """
 
 import sys
@@ -18,13 +18,15 @@ from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isfunction
 from pathlib import Path
 
+from torch import Tensor
+
 from smolvla_reflow.errors import ReflowError, first_line, known_are
 from smolvla_reflow.recipe import Recipe
-from smolvla_reflow.step import Losses, Step
+from smolvla_reflow.step import Step
 
 ENTRY_POINT_GROUP = "smolvla_reflow.loss_strategies"
 
-LossFunction = Callable[[Step], Losses]
+LossFunction = Callable[[Step], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class LossStrategy:
     """A registered loss.
 
     Attributes:
-        name: what `training_mode` and `--reflow.strategy` call it.
+        name: for `training_mode` and `--reflow.strategy`.
         function: the loss.
-        couples: whether it asks for couplings. Beside one that does not, a solver or stored pairs are refused.
-        unused: names of `Recipe` fields that have no effect on it, and are refused beside it.
-        joint_forward: whether it needs the student's whole training forward, which also trains `state_proj`. Other
-            losses are computed on a prefix that student and teacher share, at a fraction of the cost.
+        couples: False for a loss on recorded actions. LeRobot then reduces it; a solver or pairs are refused.
+        unused: names of `Recipe` fields that have no effect on the loss, and are refused beside it.
+        joint_forward: True if the loss needs the student's whole training forward, which also trains `state_proj`.
+            Other losses are computed on a prefix that student and teacher share, at a fraction of the cost.
     """
 
     name: str
@@ -46,27 +48,36 @@ class LossStrategy:
     unused: tuple[str, ...] = ()
     joint_forward: bool = False
 
-    def __call__(self, step: Step) -> Losses:
-        """The losses of one step. Raises ReflowError if the function returns anything else."""
+    def __call__(self, step: Step) -> Tensor:
+        """The losses of one step, (B, chunk_size, max_action_dim).
+
+        Raises:
+            ReflowError: the function returned anything else.
+        """
         losses = self.function(step)
-        if not isinstance(losses, Losses):
+        if not isinstance(losses, Tensor):
             raise ReflowError(
-                f"The loss strategy '{self.name}' returned a {type(losses).__name__}; return what "
-                "step.losses(...) gives, or a Losses."
+                f"The loss strategy '{self.name}' returned a {type(losses).__name__}; return a tensor, such as "
+                "step.losses(...)."
             )
-        if losses.values.ndim != 3 or len(losses.values) != len(step.actions):
+        if losses.ndim != 3 or losses.shape[0] != len(step.actions):
             raise ReflowError(
-                f"The loss strategy '{self.name}' returned values of shape {tuple(losses.values.shape)}; they have to "
-                f"be unreduced, ({len(step.actions)}, chunk_size, max_action_dim)."
+                f"The loss strategy '{self.name}' returned losses of shape {tuple(losses.shape)}; they have to be "
+                f"unreduced, ({len(step.actions)}, chunk_size, max_action_dim)."
             )
         return losses
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Raise ReflowError if the recipe says something that has no effect on this loss."""
+    def check_effect(self, recipe: Recipe, *, solver: object = None, pairs: object = None) -> None:
+        """Raise ReflowError if the recipe, or a solver or pairs that are given, have no effect on this loss."""
         for name in self.unused:
             if getattr(recipe, name) != getattr(Recipe, name):
                 raise ReflowError(
                     f"{name}={getattr(recipe, name)} has no effect with strategy={self.name}; leave it out."
+                )
+        for name, given in (("solver", solver), ("pairs", pairs)):
+            if given is not None and not self.couples:
+                raise ReflowError(
+                    f"{name} has no effect with strategy={self.name}, which asks for no couplings; leave it out."
                 )
 
 
@@ -76,7 +87,7 @@ _registry: dict[str, LossStrategy] = {}
 def register_loss_strategy(
     name: str, *, couples: bool = True, unused: tuple[str, ...] = (), joint_forward: bool = False
 ) -> Callable[[LossFunction], LossFunction]:
-    """Decorator: register a loss, a function from a `Step` to `Losses`, under `name`.
+    """Decorator: register a loss, a function from a `Step` to (B, chunk_size, max_action_dim), under `name`.
 
     Args:
         name: for `attach(strategy=...)`, `model.training_mode` and `--reflow.strategy`.
@@ -102,12 +113,12 @@ def register_loss_strategy(
 
 
 def get_loss_strategy(name: str) -> LossStrategy:
-    """Find a strategy: a registered one, an installed package's, or one in a file, `path/to/file.py:name`.
+    """Find a strategy: registered, of an installed package, or in a file, `path/to/file.py:name`.
 
-    A file that is named is run, with all that it does, and once in a process.
+    The file is run, with everything in it, once in a process.
 
     Raises:
-        ReflowError: there is none; the message lists those there are. Or the file cannot be run.
+        ReflowError: the name is unknown (the message lists the known ones), or the file cannot be run.
     """
     if name not in _registry:
         _load_entry_point(name)
@@ -127,14 +138,14 @@ def available_loss_strategies() -> tuple[str, ...]:
 
 
 def is_file_strategy(name: str) -> bool:
-    """Whether `name` is one of a loss in a file, `path/to/file.py:name`."""
+    """True if `name` is that of a loss in a file, `path/to/file.py:name`."""
     return str(name).rpartition(":")[0].endswith(".py")
 
 
 def _load_entry_point(name: str) -> None:
     for entry_point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         function = entry_point.load()
-        # Importing the module may have registered it already, with options only its author knows.
+        # Importing the module may have registered the function already, with options only its author knows.
         if name not in _registry:
             register_loss_strategy(name)(function)
 
@@ -146,7 +157,7 @@ def _from_file(name: str) -> LossStrategy:
         raise ReflowError(f"strategy={name}: there is no file {path}.")
     try:
         found = _run(file.resolve())
-    except (Exception, SystemExit) as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # the file may do anything
         what = str(error) if isinstance(error, ReflowError) else f"{type(error).__name__}: {first_line(error)}"
         raise ReflowError(f"strategy={name}: {path} cannot be run ({what}).") from error
     if attribute not in found:
@@ -156,17 +167,17 @@ def _from_file(name: str) -> LossStrategy:
 
 @cache
 def _run(file: Path) -> dict[str, LossStrategy]:
-    """The losses of a file: what it registers, by its name there, and its other functions, by theirs."""
+    """The losses of a file by name: its registered losses, and its other functions."""
     spec = spec_from_file_location(f"loss_in_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module, before = module_from_spec(spec), dict(_registry)
-    sys.modules[spec.name] = module  # where dataclasses, among others, look for the module they stand in
+    sys.modules[spec.name] = module  # dataclasses look there for the module they stand in
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[spec.name]
-        for name in _registry.keys() - before.keys():  # so that it can be run again once it is mended
+        for name in _registry.keys() - before.keys():  # so that the mended file can be run again
             del _registry[name]
         raise
     registered = {name: _registry[name] for name in _registry.keys() - before.keys()}
@@ -185,18 +196,18 @@ def _run(file: Path) -> dict[str, LossStrategy]:
     unused=("time_sampling", "weighting", "padding_weight", "real_data_ratio"),
     joint_forward=True,
 )
-def standard(step: Step) -> Losses:
-    """Flow matching on recorded actions: what `lerobot-train` trains."""
+def standard(step: Step) -> Tensor:
+    """Flow matching on recorded actions, as `lerobot-train` trains."""
     return step.losses(step.recorded())
 
 
 @register_loss_strategy("reflow")
-def reflow(step: Step) -> Losses:
+def reflow(step: Step) -> Tensor:
     """Flow matching on the teacher's couplings (arXiv 2209.03003, equation 1 with (X_0, X_1) = (Z_0, Z_1))."""
     return step.losses(step.coupling())
 
 
 @register_loss_strategy("distill", unused=("time_sampling",))
-def distill(step: Step) -> Losses:
+def distill(step: Step) -> Tensor:
     """One-step distillation: reflow at t = 1 only (arXiv 2209.03003, section 3.2); more steps get worse by it."""
     return step.losses(step.coupling(), times="grid:1")

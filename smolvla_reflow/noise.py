@@ -1,8 +1,8 @@
 """Noise that need not be stored: a function of (seed, frame, pair) and nothing else.
 
-Philox is a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): its
-key is the seed and its counter says which frame and pair, so that any noise can be drawn by itself, in any order,
-by any process. It is drawn on the CPU, through `numpy.random.RandomState`, whose stream numpy promised to keep.
+Philox is a counter-based generator (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). Its key is
+the seed, and its counter names frame and pair, so any process can draw any noise by itself, in any order. The noise is
+drawn on the CPU by `numpy.random.RandomState`, whose stream numpy promised to keep.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,8 @@ from torch import Tensor
 
 
 def pair_noise(seed: int, frame: int, pair: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of one pair: `shape`, usually (chunk_size, max_action_dim), float32, on the CPU.
-
-    Args:
-        seed: 0 or more.
-        frame: index in the dataset, 0 or more.
-        pair: which of the frame's pairs, 0 or more.
-        shape: of the noise.
-    """
-    # The low words of the counter count the numbers drawn; the high ones are free to say for whom.
+    """Standard normal noise of a frame's pair, float32 on the CPU; `shape` is usually (chunk_size, max_action_dim)."""
+    # The low words of the counter count the numbers drawn; the high words are free for pair and frame.
     generator = np.random.Philox(key=seed, counter=[0, 0, pair, frame])
     return torch.from_numpy(np.random.RandomState(generator).standard_normal(shape).astype(np.float32))
 

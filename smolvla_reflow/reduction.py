@@ -1,19 +1,17 @@
-"""From unreduced losses to the loss: a mean over every entry that counts, each of which weighs the same.
+"""From a loss strategy and a step to the loss: recorded rows beside the strategy's own, and one mean over both.
 
-A loss on recorded actions is reduced by LeRobot's own forward, and a loss on couplings is the mean over the whole chunk
-at full width, every entry of which a teacher has given a value. A batch of both (`real_data_ratio`) is one mean:
+The recipe's share of recorded data (`real_data_ratio`) is the first frames of a batch. They are a step of their own,
+for `standard`; the others are the strategy's. A batch of both is one mean, and every entry that counts has the same
+weight:
 
-    counts[i, t, d] = 1 on a coupling; on recorded actions 1 where LeRobot's own reduction counts the entry, else 0
+    counts[i, t, d] = 1 on a coupling; on recorded actions 1 if LeRobot's own reduction counts the entry, else 0
     N               = sum of counts over the batch of B frames
     "mean"          = sum(counts * losses) / N
-    "none"[i]       = sum(counts * losses)[i] * B / N           whose mean over the frames is "mean"
+    "none"[i]       = sum(counts * losses)[i] * B / N           its mean over the frames is "mean"
 
-    d "mean" / d losses[i, t, d] = counts[i, t, d] / N
-
-LeRobot counts everything up to 0.4.4, and from 0.5 on the robot's own dimensions of the steps before the episode's end.
-Where an entry counts on either kind of row, as the robot's dimensions before the episode's end do, the recorded rows'
-share of the gradient is thus their share of the batch, of each process's own if there are several. If no frame is a
-recorded one this is the plain mean, and if all are, "mean" is LeRobot's own.
+LeRobot counts every entry up to 0.4.4. From 0.5 on it counts the robot's own dimensions of the steps before the
+episode's end. There an entry counts on either kind of row, so the recorded rows' share of the gradient is their share
+of the batch (of each process's own batch, if there are several).
 """
 
 from collections.abc import Callable
@@ -23,61 +21,65 @@ import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor
 
+from smolvla_reflow.losses import LossStrategy, standard
 from smolvla_reflow.smolvla.binding import bind
-from smolvla_reflow.step import Losses, Step
+from smolvla_reflow.step import Step
 
 # (batch, noise, time, reduction) -> loss and metrics
 PolicyForward = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
-def reduce(
-    losses: Losses, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
+def losses_of(strategy: LossStrategy, step: Step) -> tuple[Tensor, int]:
+    """The unreduced losses of a step, (B, chunk_size, max_action_dim), and the number of recorded rows at its start."""
+    size = len(step.actions)
+    recorded = 0 if "real_data_ratio" in strategy.unused else step.recipe.recorded_frames(size)
+    if not recorded:
+        return strategy(step), 0
+    if step.recipe.real_data_ratio == 1:
+        return standard(step), size
+    # The strategy sees a frame in every step, since LeRobot wants the same metrics of every process.
+    others = step.rows(min(recorded, size - 1), size)
+    return torch.cat([standard(step.rows(0, recorded)), strategy(others)])[:size], recorded
+
+
+def reduced_loss(
+    strategy: LossStrategy, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Reduce the losses of a step.
+    """The loss of a step, a scalar or with `reduction="none"` (B,), and metrics to log, which may still be tensors.
 
-    Args:
-        losses: (B, chunk_size, max_action_dim), and which of the frames they are on recorded actions for.
-        step: that the losses are of.
-        policy: whose forward computes them.
-        policy_forward: the one that LeRobot gave it.
-        reduction: "mean", or "none" for one loss per frame.
-
-    Returns:
-        As LeRobot's forward does: the loss, a scalar or (B,), and metrics to log, which may still be tensors.
+    `policy_forward` is the attached policy's forward as LeRobot defines it.
     """
-    values, recorded = losses.values, losses.recorded
-    if recorded is True:
-        return lerobot_loss(values, step, policy, policy_forward, reduction)
-    if isinstance(recorded, Tensor):
-        counts = ~recorded[:, None, None] | counted_by_lerobot(values, step, policy, policy_forward)
-        values = values.masked_fill(~counts, 0) * (counts.numel() / counts.sum().clamp_min(1))
-    loss = values.mean(dim=(1, 2)) if reduction == "none" else values.mean()
+    losses, recorded = losses_of(strategy, step)
+    if not strategy.couples or (recorded and step.recipe.real_data_ratio == 1):
+        return lerobot_loss(losses, step, policy, policy_forward, reduction)
+    if recorded:
+        counts = torch.ones_like(losses, dtype=torch.bool)
+        counts[:recorded] = counted_by_lerobot(losses[:recorded], step.rows(0, recorded), policy, policy_forward)
+        losses = losses.masked_fill(~counts, 0) * (counts.numel() / counts.sum().clamp_min(1))
+    loss = losses.mean(dim=(1, 2)) if reduction == "none" else losses.mean()
     return loss, {"loss": loss.detach().mean()}
 
 
-def counted_by_lerobot(values: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:
-    """Which entries LeRobot's reduction of recorded actions counts, bool: those that its loss has a gradient to.
-
-    Arguments as of `reduce`; the result has the shape of `values`, of which nothing else matters.
-    """
+def counted_by_lerobot(losses: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:
+    """The entries that LeRobot's reduction of recorded actions counts, bool: its loss has a gradient to them."""
     with torch.enable_grad():
-        probe = torch.zeros_like(values, requires_grad=True)
+        probe = torch.zeros_like(losses, requires_grad=True)
         loss, _ = lerobot_loss(probe, step, policy, policy_forward, "none")
         (weights,) = torch.autograd.grad(loss.sum(), probe)
     return weights != 0
 
 
 def lerobot_loss(
-    values: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
+    losses: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward, reduction: str
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Reduce losses by LeRobot's own forward, which also gives its metrics; arguments as of `reduce`.
+    """Reduce losses by LeRobot's own forward, which also gives its metrics.
 
-    Its reduction differs between versions and stands in the middle of its forward. So that forward runs, with its two
-    expensive parts, preparing the images and asking the model, bound to what is prepared and known already.
+    LeRobot's reduction differs between versions and stands in the middle of its forward. So that forward runs, with its
+    two expensive parts, preparing the images and asking the model, bound to results that are known already.
     """
     seen = step.observation
     prepared = bind(policy, prepare_images=lambda batch: (seen.images, seen.img_masks))
-    asked = bind(policy.model, forward=lambda *inputs: values)
+    asked = bind(policy.model, forward=lambda *inputs: losses)
     try:
         return policy_forward(dict(step.batch), None, None, reduction)
     finally:

@@ -2,12 +2,12 @@
 
     dx = v(x, t) dt, from t = 1 down to t = 0
 
-A fixed-step method is a loop over numbers with the method's own table, so that a GPU is never waited for; an adaptive
-one, which has to look at its error before it goes on, is torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
+A fixed-step method is a loop over numbers with the method's own table, so a GPU is never waited for. An adaptive method
+looks at its error before it goes on; it is torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 
 `jittered` is the midpoint rule on a grid that is shifted at random in each solve. The velocity of a network is rough in
-time. On a fixed grid that biases every coupling of a training in the same way; on shifted ones it averages out, so that
-half as many evaluations do as well.
+time. A fixed grid biases every coupling of a training in the same way; the bias of shifted grids averages out, so half
+as many evaluations do as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ class Tableau:
     Equations I", section II.1).
 
     Attributes:
-        stages: for each evaluation of the velocity, how much of each earlier one carries x there from the step's start.
-        weights: how much of each carries x to the step's end.
+        stages: for each evaluation of the velocity, the weights of the earlier ones in its x.
+        weights: of all evaluations in x at the end of the step.
     """
 
     stages: tuple[tuple[float, ...], ...]
@@ -46,7 +46,6 @@ class Tableau:
 TABLEAUX = {
     "euler": Tableau(stages=((),), weights=(1.0,)),
     "midpoint": Tableau(stages=((), (1 / 2,)), weights=(0.0, 1.0)),
-    "heun3": Tableau(stages=((), (1 / 3,), (0.0, 2 / 3)), weights=(1 / 4, 0.0, 3 / 4)),
     # Kutta's 3/8 rule, which torchdiffeq has under this name too.
     "rk4": Tableau(stages=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), weights=(1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
@@ -54,40 +53,33 @@ JITTERED = "jittered"
 FIXED_STEP = (*TABLEAUX, JITTERED)
 ADAPTIVE = ("dopri5",)
 DEFAULT_TOLERANCE = 1e-5
-# For couplings. A student whose config.json says 1 or 2 (`smolvla-reflow-eval --write_num_steps`) is good enough so for
-# its robot, and not as the teacher of the next round, to which its errors are handed on.
+# A student whose config.json says 1 or 2 steps is good enough for its robot. As the teacher of the next round its
+# errors at so few steps would be handed on.
 LEAST_STEPS = 10
 
 # (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t in [0, 1], a number or a scalar tensor.
 VelocityField = Callable[[Tensor, Any], Tensor]
 
 
-class Path(NamedTuple):
-    """A solution of the ODE."""
-
-    times: Tensor  # (S,), from 1 to 0
-    points: Tensor  # (S, B, chunk_size, max_action_dim), x at those times
-
-
 @dataclass(frozen=True)
 class Solver:
-    """An ODE method and how finely it works.
+    """An ODE method and its accuracy.
 
     Attributes:
-        method: one of `FIXED_STEP`, of order 1, 2, 3, 4 and 2 at 1, 2, 3, 4 and 2 velocity evaluations a step, or of
-            `ADAPTIVE`, of order 5.
-        num_steps: of a fixed-step method, all equal but for `jittered`, whose first and last together are as long as
-            another. None for the policy's own `config.num_steps` (of couplings, at least 10), or for `jittered` half of
-            it, so that it takes as many velocity evaluations as the stock sampler.
-        rtol: relative tolerance of an adaptive method, default 1e-5. Its error estimate is one norm over the
-            whole batch, so that a sample's last digits depend on its neighbours.
-        atol: absolute tolerance, in normalised units, default 1e-5.
+        method: a name of `FIXED_STEP` (`euler`, `midpoint`, `rk4`, `jittered`, with 1, 2, 4, 2 velocity evaluations a
+            step and of that order) or of `ADAPTIVE` (`dopri5`, order 5).
+        num_steps: of a fixed-step method. All steps are equal, except that the first and last step of `jittered` add up
+            to one. None: the policy's own `config.num_steps` (for couplings at least 10), or half of that for
+            `jittered`, which then evaluates the velocity as often as the stock sampler.
+        rtol: relative tolerance of an adaptive method, default 1e-5. The error estimate is one norm over the whole
+            batch, so a sample's last digits depend on its neighbours.
+        atol: absolute tolerance in normalised units, default 1e-5.
 
     Raises:
-        ReflowError: the method is unknown, a value is out of range, or has no meaning for the method.
+        ReflowError: the method is unknown, or a value is out of range or means nothing to the method.
     """
 
-    method: str = "midpoint"
+    method: str = JITTERED
     num_steps: int | None = None
     rtol: float | None = None
     atol: float | None = None
@@ -108,21 +100,17 @@ class Solver:
             raise ReflowError(f"solver={self.method} has fixed steps; give num_steps instead of rtol and atol.")
 
     def resolved(self, num_steps: int) -> "Solver":
-        """This solver with every value filled in; a fixed-step method without steps gets `num_steps`."""
+        """This solver with every value set; a fixed-step method without steps gets `num_steps`, `jittered` half."""
         if self.method in ADAPTIVE:
             return replace(self, rtol=self.rtol or DEFAULT_TOLERANCE, atol=self.atol or DEFAULT_TOLERANCE)
         return replace(self, num_steps=self.num_steps or (-(-num_steps // 2) if self.method == JITTERED else num_steps))
 
     def of_couplings(self, num_steps: int) -> "Solver":
-        """This solver as it makes couplings: where its steps are open, at least 10, whatever a teacher's config says.
-
-        Args:
-            num_steps: of the teacher's own config.
-        """
+        """This solver as it makes couplings of a teacher whose config says `num_steps`, or 10 if that is less."""
         return self.resolved(max(num_steps, LEAST_STEPS))
 
     def in_words(self) -> str:
-        """Method, steps and velocity evaluations of a solver with every value filled in."""
+        """Method, steps and velocity evaluations of a resolved solver."""
         if self.method in ADAPTIVE:
             return f"{self.method} with rtol {self.rtol:g} and atol {self.atol:g}"
         assert self.num_steps is not None
@@ -135,46 +123,33 @@ class Solver:
         Args:
             velocity: the field.
             noise: (B, chunk_size, max_action_dim).
-            num_steps: of the policy's own config, for where `self.num_steps` is None.
+            num_steps: of the policy's own config, used if `self.num_steps` is None.
+
+        Raises:
+            ReflowError: no number of steps is known, or the adaptive method gives up.
         """
         if self.method in ADAPTIVE:
-            return self._adaptive(velocity, noise).points[-1]
+            return self._adaptive(velocity, noise)
+        if self.num_steps is None and num_steps is None:
+            raise ReflowError(f"{self.method} needs num_steps.")
+        count = self.resolved(num_steps or 0).num_steps
+        assert count is not None
         x = noise
-        for interval in self._grid(num_steps):
+        for interval in _jittered(count) if self.method == JITTERED else _equal(count):
             x = self._tableau.step(velocity, x, interval.start, interval.length)
         return x
-
-    def path(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Path:
-        """Solve the ODE and keep x after each step; an adaptive method keeps only the two ends."""
-        if self.method in ADAPTIVE:
-            return self._adaptive(velocity, noise)
-        grid, points = self._grid(num_steps), [noise]
-        for interval in grid:
-            points.append(self._tableau.step(velocity, points[-1], interval.start, interval.length))
-        times = [*(interval.start for interval in grid), 0.0]
-        return Path(torch.tensor(times, dtype=noise.dtype, device=noise.device), torch.stack(points))
 
     @property
     def _tableau(self) -> Tableau:
         return TABLEAUX["midpoint" if self.method == JITTERED else self.method]
 
-    def _grid(self, num_steps: int | None) -> list["_Interval"]:
-        if self.num_steps is None and num_steps is None:
-            raise ReflowError(f"{self.method} needs num_steps.")
-        count = self.resolved(num_steps or 0).num_steps
-        assert count is not None
-        return _jittered(count) if self.method == JITTERED else _equal(count)
-
-    def _adaptive(self, velocity: VelocityField, noise: Tensor) -> Path:
+    def _adaptive(self, velocity: VelocityField, noise: Tensor) -> Tensor:
         times = torch.tensor([1, 0], dtype=noise.dtype, device=noise.device)
-        rtol, atol = self.rtol or DEFAULT_TOLERANCE, self.atol or DEFAULT_TOLERANCE
+        tolerances = {"rtol": self.rtol or DEFAULT_TOLERANCE, "atol": self.atol or DEFAULT_TOLERANCE}
         try:
-            points = odeint(
-                lambda t, x: velocity(x, t).to(x.dtype), noise, times, method=self.method, rtol=rtol, atol=atol
-            )
+            return odeint(lambda t, x: velocity(x, t).to(x.dtype), noise, times, method=self.method, **tolerances)[-1]
         except AssertionError as error:
             raise ReflowError(f"The ODE cannot be solved by {self.method} ({error}).") from None
-        return Path(times, points)
 
 
 class _Interval(NamedTuple):
@@ -190,7 +165,7 @@ def _equal(count: int) -> list[_Interval]:
 
 
 def _jittered(count: int) -> list[_Interval]:
-    """Steps whose ends, other than 1 and 0, are shifted by one random part of a step."""
+    """Steps whose ends, except 1 and 0, are shifted by one random part of a step."""
     if count == 1:
         return _equal(1)
     dt, shift = -1 / (count - 1), torch.rand(()).item()
@@ -206,21 +181,21 @@ def _moved(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tens
     return x
 
 
-# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+# The strings below the fields are their --help texts; draccus drops a text with a colon in it.
 @dataclass
 class SolverFlags:
     """The flags of a `Solver`, which `--reflow.*` has in every command that solves a teacher's ODE."""
 
     solver: str = Solver.method
-    """Solver of the teacher's ODE, either 'midpoint', 'jittered' (the same on a grid that is shifted at random in each
-    batch), 'euler' (its stock sampler), 'heun3', 'rk4' or 'dopri5'."""
+    """Solver of the teacher's ODE, either 'jittered' (the midpoint rule on a grid that is shifted at random in each
+    batch), 'midpoint', 'euler' (the stock sampler), 'rk4' or 'dopri5'."""
     num_steps: int | None = None
-    """Steps of the solver (not for dopri5), by default the num_steps of the teacher's own config, but at least 10, or
-    half of that for 'jittered'."""
+    """Steps of the solver (not for dopri5). Default is the num_steps of the teacher's own config, but at least 10;
+    'jittered' takes half as many."""
     rtol: float | None = None
-    """Relative tolerance of dopri5, by default 1e-5."""
+    """Relative tolerance of dopri5 (default 1e-5)."""
     atol: float | None = None
-    """Absolute tolerance of dopri5 in normalised units, by default 1e-5."""
+    """Absolute tolerance of dopri5 in normalised units (default 1e-5)."""
 
     def to_solver(self) -> Solver:
         """The solver that the flags name. Raises ReflowError, naming the flag, if something is wrong with them."""

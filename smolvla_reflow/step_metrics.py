@@ -1,4 +1,4 @@
-"""What a training step tells of the student beside the loss, at no cost: its one-step error, and the loss by time.
+"""Numbers that a training step reports beside the loss, at no cost: one-step error, and loss by tenths of t.
 
 At t = 1 a line's point is its noise, and one Euler step from there is the whole solution. So the error of the velocity
 is that of the actions:
@@ -6,12 +6,13 @@ is that of the actions:
     actions_hat - actions = (noise - v(noise, 1)) - (noise - u) = u - v(noise, 1)
 
     sums_of(...) -> LineSums     of the lines of one step, on their device
-    Monitor.read(...)            everything that is reported, read from the device in one go
+    StepMetrics.read(...)        every number of the step, read from the device at once
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,119 +21,106 @@ from smolvla_reflow.times import TimeSampling
 
 ONE_STEP = "one_step_error"
 TENTHS = tuple(f"loss_t{k}" for k in range(10))
-# What is measured now and then on held-out frames (training/measuring.py).
+# Measured now and then on held-out frames (training/measuring.py).
 MEASURED = ("flow_error_1", "flow_error_2", "energy_distance_1", "energy_distance_2")
-# How much of the sums is kept from step to step, which makes of their quotients means over some fifty steps.
-KEPT = 0.98
-
-_ROWS = (ONE_STEP, *TENTHS, "all_one_step", "all_losses")
+REPORTED = frozenset({ONE_STEP, *TENTHS, *MEASURED})
+DECAY = 0.98  # of the running means, about 50 steps
 
 
-@dataclass(frozen=True, eq=False)
-class LineSums:
-    """Sums over the couplings' lines of one step.
+class LineSums(NamedTuple):
+    """Sums over the couplings' lines of one step."""
 
-    Attributes:
-        sums: (len(_ROWS), 2): for each row its lines' squared errors, each averaged over the chunk, and their number.
-        sampling: what t was drawn from; None where a loss, or the caller of forward, chose it.
-    """
-
-    sums: Tensor
-    sampling: TimeSampling | None
+    sums: Tensor  # (13, 2), squared errors and lines: at t = 1, in each tenth of t, all in deviations, all as they are
+    sampling: TimeSampling | None  # None if the loss, or the caller of forward, chose t itself
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is reported of them, the same in every step and process, whatever has been drawn in this one."""
+        """The metrics of these lines: the same in every step and process, whatever t was drawn."""
         if self.sampling is None:
             return (ONE_STEP, *TENTHS)
-        tenths = self.sampling.tenths
-        return (*((ONE_STEP,) if self.sampling.visits_one else ()), *(TENTHS[k] for k in sorted(tenths)))
+        one_step = (ONE_STEP,) if self.sampling.visits_one else ()
+        return (*one_step, *(TENTHS[k] for k in sorted(self.sampling.tenths)))
 
 
 @torch.no_grad()
-def sums_of(
-    errors: Tensor, times: Tensor, recorded: bool | Tensor, deviations: Tensor, sampling: TimeSampling | None
-) -> LineSums:
-    """Sum up the errors of the couplings among these lines. The device is not waited for.
+def sums_of(errors: Tensor, times: Tensor, deviations: Tensor, sampling: TimeSampling | None) -> LineSums:
+    """Sum up the errors of some lines, without waiting for the device.
 
     Args:
         errors: (N, chunk_size, max_action_dim), squared, of the student's velocity.
         times: (N,), t of each line.
-        recorded: (N,) bool, the lines that are no couplings, or False.
-        deviations: (D,), how many standard deviations one unit of each of the robot's action dimensions is, 0 where
-            it never moves, which leaves that dimension out of the one-step error.
-        sampling: see `LineSums`.
+        deviations: (D,), standard deviations in one unit of each of the robot's action dimensions. A dimension that
+            never moves has 0, and does not count in the one-step error.
+        sampling: distribution of t, see `LineSums`.
     """
-    whole = errors.mean(dim=(1, 2))
+    mean = errors.mean(dim=(1, 2))
     squares = deviations.square() / (deviations > 0).sum()
     in_deviations = (errors[..., : len(deviations)] * squares).sum(dim=2).mean(dim=1)
-    tenths = (times * 10).long().clamp(0, 9)  # of which the last includes t = 1
+    tenths = (times * 10).long().clamp(0, 9)  # the last one includes t = 1
     every = torch.ones_like(times, dtype=torch.bool)
     in_row = torch.stack([times == 1, *(tenths == k for k in range(10)), every, every])
-    if isinstance(recorded, Tensor):
-        in_row = in_row & ~recorded
-    values = torch.stack([in_deviations, *([whole] * 10), in_deviations, whole])
-    sums = torch.where(in_row, values, 0.0).sum(dim=1)  # not by a product, which would spread NaN to every row
+    values = torch.stack([in_deviations, *([mean] * 10), in_deviations, mean])
+    sums = torch.where(in_row, values, 0.0).sum(dim=1)  # a product would spread NaN to every row
     return LineSums(torch.stack([sums, in_row.sum(dim=1).to(sums)], dim=1), sampling)
 
 
 @dataclass(eq=False)
-class Monitor:
-    """Running means of what the steps of a training have found, over some fifty steps; and how they are reported.
+class StepMetrics:
+    """Running means over the steps of a training, and the numbers reported last.
 
     Attributes:
         deviations: (D,), see `sums_of`.
-        kept: sum and number of the lines of each row.
-        reported: what was reported last, beside the loss.
+        sums: (13, 2) float64, running `LineSums.sums`.
+        reported: by name, beside the loss.
+        reports: functions that are asked for more numbers before each step; always the same names.
     """
 
     deviations: Tensor
-    kept: dict[str, tuple[float, float]] = field(default_factory=dict)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(13, 2, dtype=torch.float64))
     reported: dict[str, float] = field(default_factory=dict)
+    reports: list[Callable[[], Mapping[str, float]]] = field(default_factory=list)
 
     def deviations_on(self, device: torch.device) -> Tensor:
-        """The same on this device, where they stay."""
+        """`deviations` on this device, where they stay."""
         self.deviations = self.deviations.to(device)
         return self.deviations
 
     def read(
         self, metrics: Mapping[str, Tensor | float], logged: Mapping[str, Tensor | float], lines: Sequence[LineSums]
     ) -> dict[str, float]:
-        """All metrics of one step as numbers, which a device is waited for once.
+        """Return all metrics of one step as numbers, waiting for the device once.
 
         Args:
             metrics: that go with the loss.
-            logged: by the loss strategy.
+            logged: by the loss strategy and by `reports`.
             lines: of each call of `Step.losses`.
         """
         tensors = [x for x in (*metrics.values(), *logged.values()) if isinstance(x, Tensor)]
         values = iter(_read([*(each.sums for each in lines), *tensors]))
-        sums = [torch.tensor([next(values) for _ in range(each.sums.numel())]).view(-1, 2) for each in lines]
+        sums = [torch.tensor([next(values) for _ in range(26)], dtype=torch.float64).view(13, 2) for _ in lines]
         numbers = {
             name: next(values) if isinstance(value, Tensor) else float(value)
             for name, value in (*metrics.items(), *logged.items())
         }
         self.reported = {name: numbers[name] for name in logged}
         if lines:
-            names = dict.fromkeys(name for each in lines for name in each.names)
-            means = self._means(torch.stack(sums).sum(dim=0).tolist(), any(each.sampling is None for each in lines))
-            self.reported |= {name: means[name] for name in names}
+            means = self._means(sum(sums), own_times=any(each.sampling is None for each in lines))
+            self.reported |= {name: means[name] for each in lines for name in each.names}
         return {name: numbers[name] for name in metrics} | self.reported
 
-    def _means(self, sums: Sequence[Sequence[float]], own_times: bool) -> dict[str, float]:
+    def _means(self, sums: Tensor, own_times: bool) -> dict[str, float]:
         """Each row's running mean.
 
-        Where no line has been yet, all lines stand in, since LeRobot averages what is reported: a NaN would last until
-        its next line. Only where a loss chose times of its own is it NaN, because there may never be one.
+        LeRobot averages reported numbers, so a NaN would last until its next line. A row without a line so far shows
+        the mean of all lines. Only if a loss chose its own times is the row NaN, since no line may ever come.
         """
-        for row, (total, count) in zip(_ROWS, sums, strict=True):
-            total_before, count_before = self.kept.setdefault(row, (0.0, 0.0))
-            if math.isfinite(total):  # in fp16 some steps are not, and are skipped
-                self.kept[row] = (KEPT * total_before + total, KEPT * count_before + count)
-        every = {ONE_STEP: self.kept["all_one_step"], **dict.fromkeys(TENTHS, self.kept["all_losses"])}
-        found = {name: self.kept[name] if self.kept[name][1] or own_times else every[name] for name in every}
-        means = {name: total / count if count else math.nan for name, (total, count) in found.items()}
-        return {**means, ONE_STEP: math.sqrt(means[ONE_STEP])}
+        finite = sums[:, 0].isfinite()  # in fp16 some steps are not finite, and are skipped
+        self.sums[finite] = DECAY * self.sums[finite] + sums[finite]
+        means = self.sums[:, 0] / self.sums[:, 1]
+        empty = (self.sums[:11, 1] == 0) & (not own_times)
+        stand_in = torch.cat([means[11:12], means[12:].expand(10)])
+        means = torch.where(empty, stand_in, means[:11]).tolist()
+        return dict(zip((ONE_STEP, *TENTHS), (math.sqrt(means[0]), *means[1:]), strict=True))
 
 
 def _read(tensors: Sequence[Tensor]) -> list[float]:

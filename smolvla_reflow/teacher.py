@@ -1,8 +1,10 @@
-"""The frozen teacher: a SmolVLA that shares with its student every parameter it can.
+"""The frozen teacher: a SmolVLA that carries noise along its flow, and shares every parameter it can with its student.
 
-It is built from the student's own module tree, not by loading a second policy: all parameters start out shared,
-and only those that the student trains, or that differ, get a copy of their own. So the vision-language
-backbone is neither loaded nor held twice.
+    frozen_source(teacher, student, solver, stats) -> FrozenTeacher, the source of couplings that `attach` uses
+
+The teacher is built from the student's own module tree, so no second policy is loaded. All parameters start out shared,
+and the teacher gets a copy of each parameter that the student trains, or that differs. So there is one vision-language
+backbone in memory.
 """
 
 import copy
@@ -26,13 +28,13 @@ from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.observation import Observation, observe
 from smolvla_reflow.smolvla.prefix import Prefix, encode
 from smolvla_reflow.smolvla.statistics import Statistics
-from smolvla_reflow.smolvla.velocity import Velocity, velocity_of
+from smolvla_reflow.smolvla.velocity import Velocity
 from smolvla_reflow.solver import Solver
 
 TeacherSource: TypeAlias = Checkpoint | SmolVLAPolicy | None
 
-# Config fields that the shape of no tensor gives away, but in which student and teacher must agree: they decide
-# how a batch is prepared, which is done once for both, or how the shared module tree computes.
+# Student and teacher must agree in these config fields, which no tensor's shape shows: they decide how a batch is
+# prepared, once for both, or how the shared module tree computes.
 AGREEING_FIELDS = (
     "chunk_size",
     "max_state_dim",
@@ -51,16 +53,131 @@ AGREEING_FIELDS = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class FrozenTeacher:
+    """A source of couplings: noise, and the end of its path along a teacher's flow.
+
+    Attributes:
+        policy: the teacher; it moves to the student's device by itself.
+        solver: of the teacher's ODE.
+        space: the maps into the teacher's normalised space and back, if that is not the student's.
+        rename_map: from a dataset's own names to the teacher's, for batches that have none of the teacher's cameras.
+    """
+
+    policy: SmolVLAPolicy
+    solver: Solver
+    space: SpaceMaps | None = None
+    rename_map: Mapping[str, str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        observation: Observation,
+        *,
+        frames: Tensor | None,
+        noise: Tensor | None,
+        per_frame: int,
+        prefix: Prefix | None = None,
+    ) -> Coupling:
+        """See `CouplingSource`. Runs under the active autocast, as the teacher's stock sampler would.
+
+        The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part of the
+        flow's state, and the student's sampler will see them too.
+
+        Args:
+            prefix: of the observation, if the student has encoded it as the teacher would.
+
+        Raises:
+            ReflowError: the student trains parameters that it shares with the teacher, or the solver fails.
+        """
+        config = self.policy.config
+        if noise is None:
+            shape = (len(observation.state) * per_frame, config.chunk_size, config.max_action_dim)
+            noise = self.policy.model.sample_noise(shape, observation.state.device)
+        velocity = self.velocity(observation, prefix).repeated(per_frame)
+        actions = self.solver.integrate(velocity, noise, config.num_steps)
+        return Coupling(noise, actions if self.space is None else self.space.actions(actions))
+
+    def velocity(self, observation: Observation, prefix: Prefix | None = None) -> Velocity:
+        """The teacher's v(x, t) for the student's observations, in the teacher's own normalised space.
+
+        Raises:
+            ReflowError: the student trains parameters that it shares with the teacher.
+        """
+        follow(self.policy, observation.state.device)
+        if prefix is None:
+            with torch.no_grad():
+                prefix = encode(self.policy.model, self.in_own_space(observation))
+        return Velocity(self.policy.model, prefix)
+
+    def observe(self, batch: Mapping[str, Any], student: SmolVLAPolicy, seen: Observation) -> Observation:
+        """A batch as stock inference of the teacher's checkpoint sees it, still in the student's normalised space.
+
+        Args:
+            batch: as it came to the policy; empty if the model was called without its policy.
+            student: the policy that the batch came to.
+            seen: the student's view, which is returned unless the two list different cameras, or in another order.
+
+        Raises:
+            ReflowError: the cameras differ, and the batch does not say which images the student was given.
+        """
+        teachers, students = self.policy.config, student.config
+        names = batch or {*teachers.image_features, *students.image_features}
+        renames = {} if any(cameras_seen(teachers, names)) else self.rename_map
+        by_teacher = {renames.get(name, name): name for name in names}
+        images = tuple(by_teacher.get(name, name) for name in cameras_seen(teachers, by_teacher))
+        if images == cameras_seen(students, names):
+            return seen
+        if not batch:
+            raise ReflowError(
+                "Teacher and student list different cameras in their configs, or in another order, and images without "
+                "names cannot serve both; call policy.forward(batch)."
+            )
+        return observe(self.policy, {renamed: batch[name] for renamed, name in by_teacher.items()})
+
+    @property
+    def maps_state(self) -> bool:
+        """True if a state differs in the two normalised spaces."""
+        return self.space is not None and self.space.state is not None
+
+    def in_own_space(self, observation: Observation) -> Observation:
+        """The student's observation in the teacher's normalised space."""
+        if self.space is None or self.space.state is None:
+            return observation
+        return observation._replace(state=self.space.state(observation.state))
+
+
+def frozen_source(
+    teacher: str | Path | Checkpoint | SmolVLAPolicy | None,
+    student: nn.Module,
+    solver: Solver,
+    dataset_stats: Statistics | None,
+) -> FrozenTeacher:
+    """Build the frozen teacher of a student that has none attached; arguments and errors as of `attach`."""
+    origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
+    space, rename_map = None, _own_names(origin)
+    if dataset_stats is not None:
+        if not isinstance(origin, Checkpoint):
+            raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
+        space = space_maps(origin, dataset_stats)
+    policy = frozen_teacher(student, origin, solver.num_steps)
+    return FrozenTeacher(policy, solver.of_couplings(policy.config.num_steps), space, rename_map)
+
+
+def _own_names(origin: TeacherSource) -> dict[str, str]:
+    """The rename map saved with the teacher, for batches with a dataset's own names."""
+    if isinstance(origin, Checkpoint) and (origin.folder / PREPROCESSOR_NAME).is_file():
+        return saved_rename_map(origin)
+    return {}
+
+
 def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
-    """Build the teacher of `student`.
+    """Build the teacher of `student` (a SmolVLAPolicy, or one wrapped by PEFT), in eval mode and without gradients.
 
     Args:
-        student: a SmolVLAPolicy, or one wrapped by PEFT.
+        student: the policy, whose parameters are shared if they are frozen and equal.
         source: a checkpoint, a policy, or None for the student as it is now.
         num_steps: steps of the teacher's ODE; None for its own `config.num_steps`.
-
-    Returns:
-        A policy in eval mode none of whose parameters requires a gradient.
 
     Raises:
         ReflowError: the configuration or weights of `source` do not fit the student.
@@ -96,20 +213,22 @@ def base_policy(policy: nn.Module) -> SmolVLAPolicy:
     return base
 
 
-def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
-    """A copy of the module tree whose parameters are still the student's own objects."""
-    # `deepcopy` leaves alone what its memo holds already. Prefilled with the parameters, it copies the modules around
-    # them and nothing of their size: no second backbone is ever in memory, not even for a moment.
-    shared: list[object] = list(structure.parameters())
-    shared += [m.processor for m in structure.modules() if hasattr(m, "processor")]
-    duplicate: Any = copy.deepcopy(structure, {id(item): item for item in shared})
-    # A PEFT student's teacher is its base model, without the adapter.
-    policy = duplicate.unload() if hasattr(duplicate, "unload") else duplicate
-    for module in (policy, policy.model):
-        # Instance-level overrides (compiled or autocast forwards) are bound to the student.
-        for name in [n for n in vars(module) if callable(getattr(type(module), n, None))]:
-            del vars(module)[name]
-    return policy
+def follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
+    """Move the teacher's own parameters to the student's device; the shared ones are there already.
+
+    Raises:
+        ReflowError: a shared parameter has become trainable.
+    """
+    elsewhere = False
+    for parameter in teacher.parameters():
+        elsewhere |= parameter.device != device
+        if parameter.requires_grad:
+            raise ReflowError(
+                "A parameter that the teacher shares with the student was unfrozen after attach, so that "
+                "training would change the teacher; detach, unfreeze it, and attach again."
+            )
+    if elsewhere or any(buffer.device != device for buffer in teacher.buffers()):
+        teacher.to(device)
 
 
 def check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
@@ -126,9 +245,37 @@ def check_agreement(student: SmolVLAConfig, teacher: SmolVLAConfig) -> None:
             )
 
 
+def keep_whole(teacher: SmolVLAPolicy) -> None:
+    """Give the teacher new parameters over the same memory, before its student is sharded.
+
+    FSDP1 copies a module's parameters into its shards and empties them in place, for everyone who holds them.
+    After that the memory is the teacher's alone: each process has the full teacher, beside its shard of the student.
+    """
+    own: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
+    for module in teacher.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, own.setdefault(parameter, nn.Parameter(parameter.detach(), requires_grad=False)))
+
+
+def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
+    """A copy of the module tree whose parameters are still the student's own objects."""
+    # `deepcopy` does not copy an object that its memo holds already. With the parameters in the memo, it copies the
+    # modules around them alone: no second backbone is ever in memory, even for a moment.
+    shared: list[object] = list(structure.parameters())
+    shared += [m.processor for m in structure.modules() if hasattr(m, "processor")]
+    duplicate: Any = copy.deepcopy(structure, {id(item): item for item in shared})
+    # A PEFT student's teacher is its base model, without the adapter.
+    policy = duplicate.unload() if hasattr(duplicate, "unload") else duplicate
+    for module in (policy, policy.model):
+        # Instance-level overrides (compiled or autocast forwards) are bound to the student.
+        for name in [n for n in vars(module) if callable(getattr(type(module), n, None))]:
+            del vars(module)[name]
+    return policy
+
+
 def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
-    """Give every parameter the teacher's value; keep it shared where it is frozen and equal already."""
-    # Tied parameters are one object under several names, of which a checkpoint stores one.
+    """Give every parameter the teacher's value; a parameter that is frozen and equal already stays shared."""
+    # Tied parameters are one object under several names, and a checkpoint stores one of the names.
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in teacher.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
@@ -164,178 +311,14 @@ def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
                 setattr(teacher.get_submodule(owner), leaf, own)
 
 
-def keep_whole(teacher: SmolVLAPolicy) -> None:
-    """Give the teacher parameters of its own, over the same memory, before its student is sharded.
-
-    FSDP1 copies a module's parameters into its shards and empties them in place, with everyone who holds them. From
-    then on the memory is the teacher's alone: each process has the teacher whole, beside its shard of the student.
-    """
-    own: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay one
-    for module in teacher.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            setattr(module, name, own.setdefault(parameter, nn.Parameter(parameter.detach(), requires_grad=False)))
-
-
 def _configure(teacher: SmolVLAPolicy, config: SmolVLAConfig, num_steps: int | None) -> None:
     config = copy.deepcopy(config)
     config.num_steps = num_steps or config.num_steps
     config.input_features = config.input_features or teacher.config.input_features
     config.compile_model = False
-    # Real-time chunking guides a sampler by the last chunk's left-over; a coupling has none.
+    # Real-time chunking guides a sampler by the rest of the last chunk; a coupling has none.
     config.rtc_config = None
     teacher.config = teacher.model.config = config
     teacher.rtc_processor = teacher.model.rtc_processor = None
     teacher.eval()
     teacher.reset()
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenTeacher:
-    """A source of couplings: noise, and the end of its path along a teacher's flow.
-
-    Attributes:
-        policy: the teacher; it moves to the student's device by itself.
-        solver: of the teacher's ODE.
-        space: the maps into the teacher's normalised space and back, if that is not the student's.
-        rename_map: from a dataset's own names to the teacher's, for batches that have none of the teacher's cameras.
-    """
-
-    policy: SmolVLAPolicy
-    solver: Solver
-    space: SpaceMaps | None = None
-    rename_map: Mapping[str, str] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        observation: Observation,
-        *,
-        frames: Tensor | None,
-        noise: Tensor | None,
-        per_frame: int,
-        prefix: Prefix | None = None,
-    ) -> Coupling:
-        """See `CouplingSource`. Runs under whatever autocast is active, as the teacher's stock sampler would.
-
-        The whole width `max_action_dim` is solved and returned: the dimensions beyond the robot's own are part
-        of the flow's state, and the student's sampler will see them too.
-
-        Args:
-            prefix: of the observation, where the student has encoded it as the teacher would.
-
-        Raises:
-            ReflowError: the student has begun to train what it shares with the teacher, or the solver fails.
-        """
-        config = self.policy.config
-        if noise is None:
-            shape = (len(observation.state) * per_frame, config.chunk_size, config.max_action_dim)
-            noise = self.policy.model.sample_noise(shape, observation.state.device)
-        velocity = self.velocity(observation, prefix).repeated(per_frame)
-        actions = self.solver.integrate(velocity, noise, config.num_steps)
-        return Coupling(noise, actions if self.space is None else self.space.actions(actions))
-
-    def velocity(self, observation: Observation, prefix: Prefix | None = None) -> Velocity:
-        """The teacher's v(x, t) for the student's observations, in the teacher's own normalised space.
-
-        Args:
-            observation, prefix: as above.
-
-        Raises:
-            ReflowError: the student has begun to train what it shares with the teacher.
-        """
-        follow(self.policy, observation.state.device)
-        if prefix is None:
-            with torch.no_grad():
-                prefix = encode(self.policy.model, self.sees(observation))
-        return Velocity(self.policy.model, prefix)
-
-    def observe(self, batch: Mapping[str, Any], student: SmolVLAPolicy, seen: Observation) -> Observation:
-        """A batch as stock inference of the teacher's checkpoint sees it, still in the student's normalised space.
-
-        Args:
-            batch: as it came to the policy; empty where the model was called without its policy.
-            student: whose batch it is.
-            seen: what the student sees of it. The same is returned unless the two list other cameras in their configs,
-                or in another order.
-
-        Raises:
-            ReflowError: they do, and which images the student was given is not known.
-        """
-        teachers, students = self.policy.config, student.config
-        names = batch or {*teachers.image_features, *students.image_features}
-        renames = {} if any(cameras_seen(teachers, names)) else self.rename_map
-        by_teacher = {renames.get(name, name): name for name in names}
-        images = tuple(by_teacher.get(name, name) for name in cameras_seen(teachers, by_teacher))
-        if images == cameras_seen(students, names):
-            return seen
-        if not batch:
-            raise ReflowError(
-                "Teacher and student list other cameras in their configs, or in another order, so that images without "
-                "names cannot serve both; call policy.forward(batch)."
-            )
-        return observe(self.policy, {renamed: batch[name] for renamed, name in by_teacher.items()})
-
-    def sees(self, observation: Observation) -> Observation:
-        """The student's observation in the teacher's normalised space."""
-        if self.space is None or self.space.state is None:
-            return observation
-        return observation._replace(state=self.space.state(observation.state))
-
-
-@torch.no_grad()
-def solve(policy: SmolVLAPolicy, observation: Observation, noise: Tensor, solver: Solver) -> Tensor:
-    """Carry `noise` along the policy's flow; returns actions in the shape of `noise`, at full width.
-
-    Args:
-        policy: in eval mode, its `config.num_steps` holding where `solver.num_steps` is None.
-        observation: prepared tensors on the policy's device.
-        noise: (B * K, chunk_size, max_action_dim) float32, K in a row for each observation, which is encoded once.
-        solver: `euler` with the config's own number of steps does what the stock sampler does.
-
-    Raises:
-        ReflowError: the solver fails.
-    """
-    velocity = velocity_of(policy.model, observation).repeated(len(noise) // len(observation.state))
-    return solver.integrate(velocity, noise, policy.config.num_steps)
-
-
-def frozen_source(
-    teacher: str | Path | Checkpoint | SmolVLAPolicy | None,
-    student: nn.Module,
-    solver: Solver,
-    dataset_stats: Statistics | None,
-) -> FrozenTeacher:
-    """Build the frozen teacher of a student that has none attached; arguments and errors as of `attach`."""
-    origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
-    space, rename_map = None, _own_names(origin)
-    if dataset_stats is not None:
-        if not isinstance(origin, Checkpoint):
-            raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
-        space = space_maps(origin, dataset_stats)
-    policy = frozen_teacher(student, origin, solver.num_steps)
-    return FrozenTeacher(policy, solver.of_couplings(policy.config.num_steps), space, rename_map)
-
-
-def _own_names(origin: TeacherSource) -> dict[str, str]:
-    """The rename map saved with the teacher, for batches whose names are a dataset's own."""
-    if isinstance(origin, Checkpoint) and (origin.folder / PREPROCESSOR_NAME).is_file():
-        return saved_rename_map(origin)
-    return {}
-
-
-def follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
-    """Move the teacher's own parameters to the student's device, where those that they share are already.
-
-    Raises:
-        ReflowError: a parameter that they share has become trainable.
-    """
-    elsewhere = False
-    for parameter in teacher.parameters():
-        elsewhere |= parameter.device != device
-        if parameter.requires_grad:
-            raise ReflowError(
-                "A parameter that the teacher shares with the student was unfrozen after attach, so that "
-                "training would change the teacher; detach, unfreeze it, and attach again."
-            )
-    if elsewhere or any(buffer.device != device for buffer in teacher.buffers()):
-        teacher.to(device)

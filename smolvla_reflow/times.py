@@ -1,4 +1,4 @@
-"""Distributions of t: at which points of a coupling's line the student learns the velocity.
+"""Distributions of t: the points of a coupling's line at which the student learns the velocity.
 
 A sampler of few steps looks at the velocity only near t = 1, where LeRobot puts the noise: with one step, nowhere
 else. So where t is drawn decides which number of steps the student is best at.
@@ -45,12 +45,12 @@ class TimeSampling:
 
     @property
     def visits_one(self) -> bool:
-        """Whether t = 1 is among the times, as it is on every grid. (A draw of `beta` may only round to it.)"""
+        """True if t = 1 is among the times, as on every grid. (A draw of `beta` reaches 1 only by rounding.)"""
         return self.terms != (STOCK,) * len(self.terms)
 
     @property
     def tenths(self) -> frozenset[int]:
-        """Where the times can be: the k of those [k/10, (k+1)/10), the last of which includes 1."""
+        """The tenths k that the times can fall into, [k/10, (k+1)/10); the last tenth includes 1."""
         if STOCK in self.terms:
             return frozenset(range(10))
         grids = [_grid_steps(term) for term in self.terms]

@@ -13,7 +13,9 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import utils as dataset_utils
 from lerobot.scripts import lerobot_train
+from torch import nn
 
+from smolvla_reflow import Attachment, Recipe, attach
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.dataset import load_batches, open_dataset
@@ -47,6 +49,18 @@ def make_batch(size: int, seed: int = 2) -> dict[str, torch.Tensor]:
         "action": torch.randn(size, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": is_pad,
     }
+
+
+def plain(**changes: Any) -> Recipe:
+    """The papers' own loss, without weights."""
+    return Recipe(**{"weighting": "none", "padding_weight": 1.0, **changes})
+
+
+def attach_plain(policy: nn.Module, *source: Any, recipe: Recipe | None = None, **options: Any) -> Attachment:
+    """`attach` without weights (which recorded actions never have), unless a recipe is given."""
+    if recipe is None and options.get("strategy") != "standard":
+        recipe = plain()
+    return attach(policy, *source, recipe=recipe, **options)
 
 
 def lerobot_train_main(flags: Sequence[str]) -> None:

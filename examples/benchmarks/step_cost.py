@@ -58,7 +58,7 @@ class Attached:
         attached = attach(
             student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj
         )
-        assert (attached.own_prefix is None) is not self.train_state_proj  # what is measured
+        assert (attached.sharing.why_not_shared is None) is not self.train_state_proj  # what is measured
         return attached
 
 

@@ -1,7 +1,7 @@
 """Bind attributes onto one module instance, and take them off again without residue.
 
-The slot is the one LeRobot itself uses when it compiles a policy (`self.forward = ...`): the instance's `vars()`,
-past `nn.Module.__setattr__`, which would turn a module among the attributes into a submodule.
+LeRobot uses the same slot when it compiles a policy (`self.forward = ...`): the instance's `vars()`. `bind` goes past
+`nn.Module.__setattr__`, which would turn a module among the attributes into a submodule.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Binding:
-    """What `bind` changed on one module.
+    """A change that `bind` made on one module.
 
     Attributes:
         module: the instance.

@@ -1,4 +1,4 @@
-"""What SmolVLA's flow is conditioned on, prepared as the policy's own forward prepares it.
+"""SmolVLA's observation, the condition of its flow, prepared as the policy's own forward prepares it.
 
 observe(policy, batch) -> Observation        recorded_actions(policy, batch) -> Tensor
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Observation(NamedTuple):
-    """What the flow is conditioned on, in the order SmolVLA's forward takes it. `B` is the batch size."""
+    """The condition of the flow, in the order of SmolVLA's forward. `B` is the batch size."""
 
     images: list[Tensor]  # per camera (B, 3, H, W) in [-1, 1], float32 or the vision encoder's dtype
     img_masks: list[Tensor]  # per camera (B,) bool, False where the camera is missing
@@ -20,21 +20,14 @@ class Observation(NamedTuple):
     lang_masks: Tensor  # (B, L) bool
     state: Tensor  # (B, max_state_dim) float32, normalised
 
-    def after(self, frames: int) -> "Observation":
-        """Without the first `frames` observations; the tensors are views, or the very same ones if that is 0."""
-        if not frames:
-            return self
-        return Observation(
-            images=[image[frames:] for image in self.images],
-            img_masks=[mask[frames:] for mask in self.img_masks],
-            lang_tokens=self.lang_tokens[frames:],
-            lang_masks=self.lang_masks[frames:],
-            state=self.state[frames:],
-        )
+    def rows(self, part: slice) -> "Observation":
+        """Some of the observations; the tensors are views."""
+        images, masks = ([tensor[part] for tensor in each] for each in (self.images, self.img_masks))
+        return Observation(images, masks, self.lang_tokens[part], self.lang_masks[part], self.state[part])
 
 
 def with_one_state(policy: SmolVLAPolicy, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch, in which Aloha's state has no axis of time, (B, D); LeRobot's conversion stumbles over (B, 1, D)."""
+    """The batch with Aloha's state as (B, D); LeRobot's conversion fails on (B, 1, D)."""
     if policy.config.adapt_to_pi_aloha and batch[OBS_STATE].ndim > 2:
         return {**batch, OBS_STATE: batch[OBS_STATE][:, -1]}
     return dict(batch)

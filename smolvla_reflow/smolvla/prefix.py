@@ -5,7 +5,7 @@
 The prefix never attends to the actions. So the training forward and the sampler's `denoise_step` on an encoded prefix
 are one function of (x, t), with the same gradients for everything behind the prefix. And where a teacher and its
 student agree in all that encodes it, one encoding serves both: in a fine-tuned checkpoint the vision-language model is
-frozen, and the one trained part is `state_proj`, which straightening paths need not change.
+frozen, and only `state_proj` is trained, which straighter paths need not change.
 """
 
 import copy
@@ -39,16 +39,12 @@ class Prefix:
         """Each observation `times` in a row: B become B * times."""
         return self if times == 1 else Prefix(copy_prefix(self.given, lambda x: x.repeat_interleave(times, dim=0)))
 
-    def after(self, frames: int) -> "Prefix":
-        """Without the first `frames` observations; the tensors are views."""
-        return self if not frames else Prefix(copy_prefix(self.given, lambda x: x[frames:]))
-
 
 def encode(model: VLAFlowMatching, observation: Observation) -> Prefix:
     """Encode the prefix once, with gradient where gradients are enabled and something in it is trained.
 
-    How a prefix is encoded is LeRobot's to know and differs between its versions. So the stock sampler does it: it runs
-    for one step, unguided, with a `denoise_step` that keeps what it is given and stands still.
+    LeRobot's versions encode a prefix differently. So the stock sampler does it: it runs for one step, unguided, with a
+    `denoise_step` that keeps its arguments and stands still.
     """
     given: dict[str, Any] = {}
 
@@ -68,19 +64,19 @@ def encode(model: VLAFlowMatching, observation: Observation) -> Prefix:
 
 
 def trained_part(policy: SmolVLAPolicy) -> str | None:
-    """What of the modules that encode the prefix is trained, in words; None if all of them are frozen."""
+    """The trained part of the modules that encode the prefix, in words; None if all are frozen."""
     if is_trained(policy.model.vlm_with_expert.vlm):
         return "part of the vision-language model"
     return "state_proj" if is_trained(policy.model.state_proj) else None
 
 
 def is_trained(module: nn.Module) -> bool:
-    """Whether any of a module's parameters is."""
+    """True if any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def different_part(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> str | None:
-    """In what of the modules that encode the prefix two policies differ, in words; None if they agree in all."""
+    """The part of the modules that encode the prefix in which two policies differ, in words; None if there is none."""
     for name in ("vlm_with_expert.vlm", "state_proj"):
         of_student, of_teacher = (
             dict(policy.model.get_submodule(name).named_parameters()) for policy in (student, teacher)

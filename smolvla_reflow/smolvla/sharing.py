@@ -1,53 +1,45 @@
-"""What student and teacher share of a training step: the whole prefix if they can, or else each image's features.
+"""The part of a training step that student and teacher share: the whole prefix if they can, or else image features.
 
-The prefix is images, language and state. In a fine-tuned SmolVLA all that encodes it is frozen but `state_proj`. If
-that is the teacher's, it is frozen too as long as both are attached, and one encoding, without gradient, serves both.
+The prefix is images, language and state. In a fine-tuned SmolVLA everything that encodes it is frozen except
+`state_proj`. If the student's `state_proj` is the teacher's, it is frozen too while both are attached, and one
+encoding, without gradient, serves both.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
 from dataclasses import dataclass
 
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import nn
 
-from smolvla_reflow.coupling import CouplingSource
-from smolvla_reflow.losses import LossStrategy
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.prefix import different_part, trained_part
 from smolvla_reflow.smolvla.vision import SharedFeatures, share_features
-from smolvla_reflow.teacher import FrozenTeacher
 
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """What is shared, until `undo`.
+    """The shared part, until `undo`.
 
     Attributes:
-        own_prefix: why the student encodes the prefix for itself, with gradient, in words; None if it does not.
+        why_not_shared: the reason why the student encodes the prefix for itself, with gradient; None if it does not.
         features: of the images; None if the vision encoder is trained or differs.
         frozen: the parameters that were trained before.
     """
 
-    own_prefix: str | None
+    why_not_shared: str | None
     features: SharedFeatures | None
     frozen: tuple[nn.Parameter, ...]
 
-    @contextmanager
-    def once(self) -> Iterator[None]:
-        """Encode each image once until the end of this block."""
-        if self.features is None:
-            yield
-        else:
-            with self.features.once():
-                yield
+    def once(self) -> contextlib.AbstractContextManager[None]:
+        """Encode each image once within the block."""
+        return contextlib.nullcontext() if self.features is None else self.features.once()
 
     def in_encoder_dtype(self, observation: Observation) -> Observation:
-        """The observation, with images that can be recognised in the encoder."""
+        """The observation, with images that the encoder takes as they are, so that it recognises them."""
         return observation if self.features is None else self.features.in_dtype(observation)
 
     def undo(self) -> None:
-        """Thaw what was frozen, and take the vision encoders apart."""
+        """Thaw the frozen parameters, and unbind the vision encoders."""
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         if self.features is not None:
@@ -55,63 +47,49 @@ class Sharing:
                 binding.undo()
 
     def described(self, student: SmolVLAPolicy, teacher: SmolVLAPolicy | None) -> str:
-        """What is shared and what is not, and why, in sentences."""
+        """Sentences for the log: the shared parameters, and who encodes the prefix and why."""
         sentences = []
         if teacher is not None:
             of_student = {id(parameter) for parameter in student.parameters()}
             shared = sum(p.numel() for p in teacher.parameters() if id(p) in of_student)
             total = sum(p.numel() for p in teacher.parameters())
             sentences.append(f"Teacher shares {shared} of its {total} parameters with the student.")
-        if self.own_prefix is not None:
+        if self.why_not_shared is not None:
             sentences.append(
-                f"The student encodes the prefix (images, language, state) for itself, because {self.own_prefix}."
+                f"The student encodes the prefix (images, language, state) for itself, because {self.why_not_shared}."
             )
         else:
             whom = "for the student" if teacher is None else "for teacher and student"
-            sentences.append(
-                f"The prefix (images, language, state) is encoded once {whom}, and state_proj stays as it is."
-            )
+            sentences.append(f"The prefix (images, language, state) is encoded once {whom}, and state_proj is frozen.")
         return " ".join(sentences)
 
 
 def share(
-    student: SmolVLAPolicy, source: CouplingSource, loss: LossStrategy, *, per_frame: int, train_state_proj: bool
+    student: SmolVLAPolicy, teacher: SmolVLAPolicy | None, *, several: bool = False, why_not: str | None = None
 ) -> Sharing:
-    """Let a student share what it can with its teacher, or among a frame's couplings.
+    """Let a student share with its teacher, or among a frame's couplings.
 
     Args:
         student: with its weights.
-        source: of couplings, a frozen teacher or stored pairs.
-        loss: that it is attached with.
-        per_frame: couplings for each frame.
-        train_state_proj: whether the user wants that trained.
+        teacher: None if the couplings come from elsewhere.
+        several: True if a frame has several couplings.
+        why_not: a reason against one prefix that the policies do not show; None if there is none.
     """
-    if isinstance(source, FrozenTeacher):
-        features = share_features(student, source.policy)
-    else:
-        features = share_features(student) if per_frame > 1 else None
-    own_prefix = _why_own_prefix(student, source, loss, train_state_proj)
-    frozen = () if own_prefix else tuple(p for p in student.model.state_proj.parameters() if p.requires_grad)
+    features = None
+    if teacher is not None or several:
+        features = share_features(*(policy for policy in (student, teacher) if policy is not None))
+    why_not_shared = why_not or _why_not_shared(student, teacher)
+    frozen = () if why_not_shared else tuple(p for p in student.model.state_proj.parameters() if p.requires_grad)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    return Sharing(own_prefix, features, frozen)
+    return Sharing(why_not_shared, features, frozen)
 
 
-def _why_own_prefix(
-    student: SmolVLAPolicy, source: CouplingSource, loss: LossStrategy, train_state_proj: bool
-) -> str | None:
-    if loss.joint_forward:
-        return f"strategy={loss.name} trains it with the rest"
-    if train_state_proj:
-        return "train_state_proj=true"
+def _why_not_shared(student: SmolVLAPolicy, teacher: SmolVLAPolicy | None) -> str | None:
     if not student.config.use_cache:
         return "the policy's use_cache=false"
     trained = trained_part(student)
     if trained not in (None, "state_proj"):
         return f"the student trains {trained}"
-    if not isinstance(source, FrozenTeacher):
-        return None
-    if source.space is not None and source.space.state is not None:
-        return "the state is normalised otherwise than the teacher's"
-    different = different_part(student, source.policy)
+    different = None if teacher is None else different_part(student, teacher)
     return None if different is None else f"the student's {different} is not the teacher's"

@@ -56,7 +56,7 @@ def velocity_of(model: VLAFlowMatching, observation: Observation) -> Velocity:
 
 
 def compile_velocity(*models: VLAFlowMatching) -> tuple[Binding, ...]:
-    """Compile the one `denoise_step` of these models, in the mode that the first one's config names."""
+    """Compile the `denoise_step` that these models share, in the mode of the first model's config."""
     compiled = torch.compile(type(models[0]).denoise_step, mode=models[0].config.compile_mode)
 
     def denoise_step(self: VLAFlowMatching, **given: Any) -> Tensor:

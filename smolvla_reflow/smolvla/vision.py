@@ -1,8 +1,8 @@
-"""Encode each image once: teacher and student share what a frozen vision encoder makes of it.
+"""Encode each image once: teacher and student share the features of a frozen vision encoder.
 
 The encoder is most of a training step's cost, and the teacher looks at the student's images. Within
-`SharedFeatures.once()` the first to encode an image does so for both, and for all of a frame's couplings. This is what
-two that cannot share the whole prefix (`prefix.py`) have left in common.
+`SharedFeatures.once()` an image is encoded once for both policies, and for all couplings of a frame. Policies that
+cannot share the whole prefix (`prefix.py`) still share these features.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from smolvla_reflow.smolvla.observation import Observation
 
 @dataclass(eq=False)
 class SharedFeatures:
-    """What the encoder made of the images of the present step.
+    """The encoder's features of the images of the present step.
 
     Attributes:
         dtype: of the encoder; images in this dtype reach it as the very tensors that were passed in.

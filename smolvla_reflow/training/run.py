@@ -146,7 +146,7 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         attachments.append(attached)
         if measured_by is not None:
             measurings.append(measured_by(attached, step=first_step(cfg)))
-            attached.reports.append(measurings[-1])
+            attached.step_metrics.reports.append(measurings[-1])
         if sharded and attached.teacher is not None:
             keep_whole(attached.teacher)
             logging.info("Reflow: the student is sharded; each process holds the teacher whole.")
@@ -159,7 +159,7 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
             inputs.pairs.check(PartialState())  # now that the processes know of each other, and before any writes
             on_loader = partial(read_in_loader, pairs=inputs.pairs, per_frame=cfg.reflow.recipe().couplings_per_frame)
         check = loss_check(cfg, arguments, accelerator)
-        line = ConsoleLine(first_step(cfg), cfg.log_freq, lambda: attachments[-1].monitor.reported)
+        line = ConsoleLine(first_step(cfg), cfg.log_freq, lambda: attachments[-1].step_metrics.reported)
 
         def on_loss(loss: float) -> None:
             check(loss)
@@ -205,7 +205,7 @@ def measure_with(
             attached.policy,
             source,
             preprocessor,
-            attached.monitor.deviations,
+            attached.step_metrics.deviations,
             num_steps=inputs.teacher.config.num_steps,
             step=step,
         )

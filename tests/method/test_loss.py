@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, make_batch
+from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, make_batch, plain
 from oracle import Flow, reflow_losses
 
-from smolvla_reflow import Coupling, Recipe, Solver, attach
+from smolvla_reflow import Coupling, Solver
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -14,7 +14,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.mark.parametrize("solver", ["midpoint", "euler"])
 def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, solver, num_steps):
     noise, time = noise_and_time
-    attach(policy, teacher, solver=Solver(solver, num_steps=num_steps))
+    attach_plain(policy, teacher, solver=Solver(solver, num_steps=num_steps))
     policy.train()
 
     loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
@@ -35,7 +35,7 @@ def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batc
 
 def test_reduction_none_gives_one_loss_per_sample(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    attach(policy, teacher, solver="midpoint")
+    attach_plain(policy, teacher, solver="midpoint")
     policy.train()
     losses, _ = policy.forward(dict(batch), noise=noise, time=time, reduction="none")
     expected = reflow_losses(policy, teacher, batch, noise, time, 10).mean(dim=(1, 2))
@@ -45,7 +45,7 @@ def test_reduction_none_gives_one_loss_per_sample(policy, teacher, batch, noise_
 def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_time):
     """LeRobot 0.6 drops padded steps and dimensions of recorded actions; a teacher's actions exist there too."""
     noise, time = noise_and_time
-    attach(policy, teacher, solver="midpoint")
+    attach_plain(policy, teacher, solver="midpoint")
     policy.train()
     padded, _ = policy.forward(dict(batch), noise=noise, time=time)
     unpadded, _ = policy.forward({**batch, "action_is_pad": torch.zeros(4, CHUNK, dtype=torch.bool)}, noise, time)
@@ -57,7 +57,7 @@ def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_t
 
 def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeypatch):
     """Student and teacher see the same tensors, not equal ones prepared twice; which one encoding serves, if it can."""
-    attachment = attach(policy, teacher, solver="euler")
+    attachment = attach_plain(policy, teacher, solver="euler")
     prepared, seen = [], []
     prepare = policy.prepare_images
     monkeypatch.setitem(vars(policy), "prepare_images", lambda b: prepared.append(prepare(b)) or prepared[-1])
@@ -71,7 +71,7 @@ def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeyp
     policy.train().forward(dict(batch))
     assert len(prepared) == 1
     assert all(one[0][0] is prepared[0][0][0] for one in seen)
-    if attachment.own_prefix is None:
+    if attachment.sharing.why_not_shared is None:
         assert len(seen) == 1
     else:
         by_teacher, by_student = seen
@@ -80,7 +80,7 @@ def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeyp
 
 def test_recorded_actions_have_no_influence(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
-    attach(policy, teacher, solver="midpoint")
+    attach_plain(policy, teacher, solver="midpoint")
     policy.train()
     loss, _ = policy.forward(dict(batch), noise=noise, time=time)
     other, _ = policy.forward({**batch, "action": batch["action"] + 100.0}, noise=noise, time=time)
@@ -92,7 +92,7 @@ def test_eval_mode_is_the_stock_loss(policy, teacher, batch, noise_and_time, str
     noise, time = noise_and_time
     stock_train, _ = policy.train().forward(dict(batch), noise=noise, time=time)
     stock, stock_metrics = policy.eval().forward(dict(batch), noise=noise, time=time)
-    attach(policy, teacher, strategy=strategy)
+    attach_plain(policy, teacher, strategy=strategy)
     loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
     assert torch.equal(loss, stock)
     assert metrics == stock_metrics
@@ -102,7 +102,7 @@ def test_eval_mode_is_the_stock_loss(policy, teacher, batch, noise_and_time, str
 
 def test_coupling_is_the_teachers_stock_sampler_at_full_width(policy, teacher, batch):
     """Noise drawn, and actions used, at max_action_dim: neither cut to the robot's width nor zero-padded."""
-    attach(policy, teacher, solver="euler")
+    attach_plain(policy, teacher, solver="euler")
     observation = (
         *policy.prepare_images(batch),
         batch["observation.language.tokens"],
@@ -128,7 +128,7 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     torch.manual_seed(7)
     noise = policy.model.sample_noise((4, CHUNK, WIDTH), "cpu")
     time = policy.model.sample_time(4, "cpu")
-    attach(policy, teacher, recipe=Recipe(time_sampling="beta"), solver="midpoint")
+    attach_plain(policy, teacher, recipe=plain(time_sampling="beta"), solver="midpoint")
     policy.train()
     torch.manual_seed(7)
     loss, _ = policy.forward(dict(batch))
@@ -148,7 +148,7 @@ def test_direction_of_time(make_policy):
         noise = student.model.sample_noise((len(observation.state) * per_frame, CHUNK, WIDTH), "cpu")
         return Coupling(noise, scale * noise + shift)
 
-    attach(student, pairs=linear_flow)
+    attach_plain(student, pairs=linear_flow)
     batch = make_batch(16)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)

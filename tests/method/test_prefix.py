@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import CHUNK, WIDTH, reflow_run, reflow_train_main, refused
+from helpers import CHUNK, WIDTH, attach_plain, plain, reflow_run, reflow_train_main, refused
 from oracle import Flow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smolvla_reflow import Coupling, Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
+from smolvla_reflow import Coupling, ReflowError, Solver, detach, register_loss_strategy
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.prefix import encode
@@ -57,8 +57,8 @@ def bfloat16():
 @pytest.mark.parametrize("per_frame", [1, 3])
 @pytest.mark.parametrize("strategy", ["reflow", "distill"])
 def test_loss_and_gradients_are_those_of_the_stock_forward(policy, teacher, batch, asked, strategy, per_frame):
-    with attach(policy, teacher, strategy=strategy, recipe=Recipe(couplings_per_frame=per_frame)) as attachment:
-        assert attachment.own_prefix is None
+    with attach_plain(policy, teacher, strategy=strategy, recipe=plain(couplings_per_frame=per_frame)) as attachment:
+        assert attachment.sharing.why_not_shared is None
         loss, _ = policy.train().forward(dict(batch))
         found = gradients(policy, loss)
     expected, wanted = stock(policy, batch, asked[0])
@@ -71,9 +71,9 @@ def test_loss_and_gradients_are_those_of_the_stock_forward(policy, teacher, batc
 
 @pytest.mark.parametrize("per_frame", [1, 2])
 def test_so_are_they_where_state_proj_is_trained(policy, teacher, batch, asked, per_frame):
-    recipe = Recipe(couplings_per_frame=per_frame)
-    with attach(policy, teacher, recipe=recipe, train_state_proj=True) as attachment:
-        assert attachment.own_prefix == "train_state_proj=true"
+    recipe = plain(couplings_per_frame=per_frame)
+    with attach_plain(policy, teacher, recipe=recipe, train_state_proj=True) as attachment:
+        assert attachment.sharing.why_not_shared == "train_state_proj=true"
         loss, _ = policy.train().forward(dict(batch))
         found = gradients(policy, loss)
     expected, wanted = stock(policy, batch, asked[0])
@@ -84,7 +84,7 @@ def test_so_are_they_where_state_proj_is_trained(policy, teacher, batch, asked, 
 
 
 def test_couplings_on_the_shared_prefix_are_the_teachers_own(policy, teacher, batch, asked):
-    attach(policy, teacher, recipe=Recipe(couplings_per_frame=3), solver=Solver("midpoint", num_steps=4))
+    attach_plain(policy, teacher, recipe=plain(couplings_per_frame=3), solver=Solver("midpoint", num_steps=4))
     policy.train().forward(dict(batch))
     ((actions, noise, _),) = asked
     repeated = {name: value.repeat_interleave(3, dim=0) for name, value in batch.items()}
@@ -93,7 +93,7 @@ def test_couplings_on_the_shared_prefix_are_the_teachers_own(policy, teacher, ba
 
 
 def test_under_autocast_it_is_as_close_to_stock_as_rounding_allows(policy, teacher, batch, asked):
-    with attach(policy, teacher), bfloat16():
+    with attach_plain(policy, teacher), bfloat16():
         loss, _ = policy.train().forward(dict(batch))
     found = gradients(policy, loss)
     lines = asked[0]
@@ -119,7 +119,7 @@ def test_a_look_without_gradient_takes_none_from_the_loss_under_autocast(policy,
 
     found = []
     for strategy in ("reflow", "looking"):
-        with attach(policy, teacher, strategy=strategy), bfloat16():
+        with attach_plain(policy, teacher, strategy=strategy), bfloat16():
             torch.manual_seed(0)
             loss, _ = policy.train().forward(dict(batch))
         found.append(gradients(policy, loss))
@@ -133,7 +133,7 @@ def test_a_look_without_gradient_takes_none_from_the_loss_under_autocast(policy,
 def test_state_proj_is_frozen_until_detach(policy, teacher, batch):
     before = policy.model.state_proj.weight.clone()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
-    attach(policy, teacher)
+    attach_plain(policy, teacher)
     for _ in range(2):
         policy.train().forward(dict(batch))[0].backward()
         optimizer.step()
@@ -148,11 +148,11 @@ def test_state_proj_is_frozen_until_detach(policy, teacher, batch):
 
 def test_detach_thaws_only_what_attach_froze(make_policy):
     policy = make_policy(seed=0, train_state_proj=False)
-    with attach(policy) as attachment:
-        assert attachment.own_prefix is None
+    with attach_plain(policy) as attachment:
+        assert attachment.sharing.why_not_shared is None
     assert not any(p.requires_grad for p in policy.model.state_proj.parameters())
     policy.model.state_proj.weight.requires_grad_(True)
-    with attach(policy):
+    with attach_plain(policy):
         assert not policy.model.state_proj.weight.requires_grad
     assert policy.model.state_proj.weight.requires_grad
     assert not policy.model.state_proj.bias.requires_grad
@@ -206,8 +206,8 @@ def test_where_it_is_not_shared_the_log_says_why(make_policy, batch, caplog, ove
     student = wrap(policy) if wrap else policy
     trained = [name for name, p in student.named_parameters() if p.requires_grad]
     caplog.set_level(logging.INFO, logger="smolvla_reflow")
-    attachment = attach(student, teacher, **options)
-    assert attachment.own_prefix == why
+    attachment = attach_plain(student, teacher, **options)
+    assert attachment.sharing.why_not_shared == why
     assert f"The student encodes the prefix (images, language, state) for itself, because {why}." in caplog.text
     assert [name for name, p in student.named_parameters() if p.requires_grad] == trained
     if not overrides.get("use_cache", True):
@@ -220,16 +220,16 @@ def test_where_it_is_not_shared_the_log_says_why(make_policy, batch, caplog, ove
 
 def test_where_it_is_shared_the_log_says_so(policy, caplog):
     caplog.set_level(logging.INFO, logger="smolvla_reflow")
-    attach(policy)
+    attach_plain(policy)
     assert "The prefix (images, language, state) is encoded once for teacher and student" in caplog.text
     detach(policy)
-    attach(policy, pairs=lambda *_, **__: None)
+    attach_plain(policy, pairs=lambda *_, **__: None)
     assert "The prefix (images, language, state) is encoded once for the student" in caplog.text
 
 
 def test_what_is_unfrozen_later_is_trained(policy, teacher, batch, asked):
     """By the student's own forward; the teacher has a state_proj of its own."""
-    attach(policy, teacher, solver="midpoint")
+    attach_plain(policy, teacher, solver="midpoint")
     kept = policy.model.teacher.model.state_proj.weight.clone()
     policy.model.state_proj.requires_grad_(True)
     loss, _ = policy.train().forward(dict(batch))
@@ -250,7 +250,7 @@ def test_what_is_unfrozen_later_is_trained(policy, teacher, batch, asked):
 def test_training_what_is_frozen_is_refused(make_policy):
     policy = make_policy(seed=0, train_state_proj=False)
     with pytest.raises(ReflowError, match="train_state_proj has no effect on a policy whose own state_proj is frozen"):
-        attach(policy, train_state_proj=True)
+        attach_plain(policy, train_state_proj=True)
 
 
 def test_a_loss_may_need_the_whole_forward(policy, teacher, batch, registry):
@@ -260,7 +260,7 @@ def test_a_loss_may_need_the_whole_forward(policy, teacher, batch, registry):
     def whole(step):
         return step.losses(step.coupling())
 
-    attach(policy, teacher, strategy="whole")
+    attach_plain(policy, teacher, strategy="whole")
     called, forward = [], policy.model.forward_standard
     policy.model.forward_standard = lambda *inputs: called.append(1) or forward(*inputs)
     policy.train().forward(dict(batch))[0].backward()
@@ -270,7 +270,7 @@ def test_a_loss_may_need_the_whole_forward(policy, teacher, batch, registry):
     policy.forward(dict(batch))
     assert called == [1, 1]  # state_proj is trained now
     detach(policy)
-    attach(policy, teacher)
+    attach_plain(policy, teacher)
     policy.model.forward_standard = lambda *inputs: called.append(2) or forward(*inputs)
     policy.forward(dict(batch))
     policy.model.training_mode = "whole"
@@ -283,7 +283,7 @@ def test_a_loss_may_need_the_whole_forward(policy, teacher, batch, registry):
 
 def test_from_stored_couplings_the_student_encodes_it_without_gradient(policy, batch, asked):
     lines = Coupling(torch.randn(4, CHUNK, WIDTH), torch.randn(4, CHUNK, WIDTH))
-    with attach(policy, pairs=lambda *_, **__: lines):
+    with attach_plain(policy, pairs=lambda *_, **__: lines):
         loss, _ = policy.train().forward(dict(batch))
         found = gradients(policy, loss)
     expected, wanted = stock(policy, batch, asked[0])
@@ -297,16 +297,16 @@ def test_from_stored_couplings_the_student_encodes_it_without_gradient(policy, b
 
 
 def test_several_times_on_each_line_cost_an_expert_pass_each(policy, teacher, batch, registry, monkeypatch):
-    """The prefix is encoded once; the loss is the mean over the times, each with its weight."""
-    times, weights = torch.rand(4, 2), torch.rand(4, 2)
+    """The prefix is encoded once; the losses can be weighed and added up."""
+    times, weights = torch.rand(4, 2), torch.rand(2, 4, 1, 1)
     seen = []
 
     @register_loss_strategy("twice")
     def twice(step):
         seen.append(step.coupling())
-        return step.losses(seen[0], times=times, weights=weights)
+        return sum(w * step.losses(seen[0], times=t) for w, t in zip(weights, times.unbind(dim=1), strict=True))
 
-    attach(policy, teacher, strategy="twice")
+    attach_plain(policy, teacher, strategy="twice")
     prefixes, embed = [], policy.model.embed_prefix
     monkeypatch.setitem(vars(policy.model), "embed_prefix", lambda *a, **k: prefixes.append(1) or embed(*a, **k))
     losses, _ = policy.train().forward(dict(batch), reduction="none")
@@ -314,14 +314,15 @@ def test_several_times_on_each_line_cost_an_expert_pass_each(policy, teacher, ba
     detach(policy)
     inputs = observe(policy, batch), seen[0].actions, seen[0].noise
     by_time = [
-        policy.model.forward(*inputs[0], *inputs[1:], times[:, i]).mean(dim=(1, 2)) * weights[:, i] for i in (0, 1)
+        policy.model.forward(*inputs[0], *inputs[1:], times[:, i]).mean(dim=(1, 2)) * weights[i, :, 0, 0]
+        for i in (0, 1)
     ]
-    torch.testing.assert_close(losses, (by_time[0] + by_time[1]) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses, by_time[0] + by_time[1], rtol=1e-4, atol=1e-5)
 
 
 def test_times_of_another_number_of_lines_are_refused(policy, batch, registry):
     register_loss_strategy("odd")(lambda step: step.losses(step.coupling(), times=torch.rand(3, 2)))
-    attach(policy, strategy="odd")
+    attach_plain(policy, strategy="odd")
     with pytest.raises(ReflowError, match=r"times of shape \(3, 2\) were given for 4 lines"):
         policy.train().forward(dict(batch))
 
@@ -329,8 +330,8 @@ def test_times_of_another_number_of_lines_are_refused(policy, batch, registry):
 @pytest.mark.parametrize(("ratio", "solved"), [(0.0, 4), (0.25, 3), (0.75, 1), (1.0, 0)])
 @pytest.mark.parametrize("train_state_proj", [False, True])
 def test_recorded_rows_are_not_solved(policy, teacher, batch, ratio, solved, train_state_proj):
-    recipe = Recipe(real_data_ratio=ratio, couplings_per_frame=2)
-    attach(policy, teacher, recipe=recipe, solver=Solver("euler", num_steps=3), train_state_proj=train_state_proj)
+    recipe = plain(real_data_ratio=ratio, couplings_per_frame=2)
+    attach_plain(policy, teacher, recipe=recipe, solver=Solver("euler", num_steps=3), train_state_proj=train_state_proj)
     rows, model = [], policy.model.teacher.model
     denoise = model.denoise_step
     vars(model)["denoise_step"] = lambda **given: rows.append(len(given["x_t"])) or denoise(**given)
@@ -380,7 +381,7 @@ def test_reads_are_counted():
     assert reads(lambda: torch.ones(3) + 1) == 0
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "heun3", "rk4"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
 def test_fixed_steps_never_wait_for_the_device(policy, batch, method):
     observation, noise = observe(policy, batch), torch.randn(4, CHUNK, WIDTH)
     velocity = Velocity(policy.model, encode(policy.model, observation))
@@ -393,7 +394,7 @@ def test_fixed_steps_never_wait_for_the_device(policy, batch, method):
 def test_a_step_waits_no_more_often_than_a_standard_one(policy, batch, per_frame):
     """LeRobot reads the loss for its metrics; neither teacher nor student adds to that."""
     standard = reads(lambda: policy.train().forward(dict(batch)))
-    attach(policy, recipe=Recipe(couplings_per_frame=per_frame))
+    attach_plain(policy, recipe=plain(couplings_per_frame=per_frame))
     assert 1 <= reads(lambda: policy.forward(dict(batch))) <= standard
 
 
@@ -409,14 +410,14 @@ def test_the_one_denoise_step_of_both_is_compiled(make_policy, policy, teacher, 
 
     compile_ = torch.compile
     noise, time = noise_and_time
-    with attach(policy, teacher, solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
         loss, _ = policy.train().forward(dict(batch), noise=noise, time=time)
         expected = gradients(policy, loss)
     monkeypatch.setattr(torch, "compile", compile_quickly)
     compiled = make_policy(seed=0, compile_model=True, compile_mode="reduce-overhead")
     compiled.load_state_dict(policy.state_dict())
     modes.clear()
-    attach(compiled, teacher, solver="midpoint")
+    attach_plain(compiled, teacher, solver="midpoint")
     assert modes == [(type(policy.model).denoise_step, "reduce-overhead")]
     found, _ = compiled.train().forward(dict(batch), noise=noise, time=time)
     torch.testing.assert_close(found, loss, rtol=1e-3, atol=1e-4)
@@ -430,7 +431,7 @@ def test_the_one_denoise_step_of_both_is_compiled(make_policy, policy, teacher, 
 
 # --- in the command -------------------------------------------------------------------------------------------------
 
-SHARED = "The prefix (images, language, state) is encoded once for teacher and student, and state_proj stays as it is."
+SHARED = "The prefix (images, language, state) is encoded once for teacher and student, and state_proj is frozen."
 
 
 def state_proj_of(folder):
@@ -471,7 +472,7 @@ def test_a_flag_without_effect_is_refused(workshop, tmp_path, capsys, flags, mes
 
 def test_a_student_of_pairs_that_starts_as_their_teacher_leaves_it_too(workshop, stored, tmp_path, capsys):
     assert not trained(workshop, tmp_path / "run", reflow__pairs_path=stored)
-    assert "is encoded once for the student, and state_proj stays" in " ".join(capsys.readouterr().err.split())
+    assert "is encoded once for the student, and state_proj is frozen" in " ".join(capsys.readouterr().err.split())
     reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=3"])
     assert torch.equal(state_proj_of(tmp_path / "run"), state_proj_of(workshop / "1rf"))
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import lerobot
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH
+from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, plain
 from oracle import Flow, reflow_losses
 from packaging.version import Version
 
-from smolvla_reflow import Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
+from smolvla_reflow import ReflowError, Solver, detach, register_loss_strategy
 from smolvla_reflow.smolvla.vision import vision_encoder
 
 
@@ -22,9 +22,9 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
     """On one scale with the others: from LeRobot 0.5 on, their padded dimensions do not count (test_recorded_share.py)."""
     noise, time = noise_and_time
     stock = per_sample(policy, batch, noise, time)
-    with attach(policy, teacher, solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
         reflow = per_sample(policy, batch, noise, time)
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=ratio), solver="midpoint")
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=ratio), solver="midpoint")
     mixed = per_sample(policy, batch, noise, time)
     counted = ACTION_DIM / WIDTH if Version(lerobot.__version__) >= Version("0.5.0") else 1.0
     scale = 4 / (count * counted + 4 - count)
@@ -40,10 +40,10 @@ def test_recorded_samples_get_the_stock_loss(policy, teacher, batch, noise_and_t
 def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(
     policy, teacher, batch, asked, strategy, time_sampling
 ):
-    attach(policy, teacher, recipe=Recipe(time_sampling=time_sampling, real_data_ratio=0.5))
+    attach_plain(policy, teacher, recipe=plain(time_sampling=time_sampling, real_data_ratio=0.5))
     policy.model.training_mode = strategy
     policy.train().forward(dict(batch))
-    ((actions, noise, time),) = asked
+    actions, noise, time = (torch.cat(calls) for calls in zip(*asked, strict=True))
     recorded = policy.prepare_action(batch)
     assert torch.equal(actions[:2], recorded[:2])
     assert not torch.isclose(actions[2:], recorded[2:]).all(dim=(1, 2)).any()
@@ -54,7 +54,7 @@ def test_recorded_samples_draw_noise_of_their_own_and_smolvlas_times(
 
 def test_a_fractional_share_holds_on_average():
     torch.manual_seed(0)
-    recipe = Recipe(real_data_ratio=0.3)
+    recipe = plain(real_data_ratio=0.3)
     counts = [recipe.recorded_frames(4) for _ in range(2000)]
     assert set(counts) == {1, 2}
     assert sum(counts) / len(counts) == pytest.approx(1.2, abs=0.04)  # 4 standard errors
@@ -63,7 +63,7 @@ def test_a_fractional_share_holds_on_average():
 def test_validation_and_other_strategies_are_left_alone(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
     stock, _ = policy.eval().forward(dict(batch), noise=noise, time=time)
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5))
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.5))
     policy.model.training_mode = "standard"
     assert torch.equal(policy.eval().forward(dict(batch), noise=noise, time=time)[0], stock)
     assert torch.equal(policy.train().forward(dict(batch), noise=noise, time=time)[0], stock)
@@ -72,7 +72,7 @@ def test_validation_and_other_strategies_are_left_alone(policy, teacher, batch, 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_a_share_is_from_0_to_1(ratio):
     with pytest.raises(ReflowError, match=r"real_data_ratio=.* is no share; give a number from 0 to 1"):
-        Recipe(real_data_ratio=ratio)
+        plain(real_data_ratio=ratio)
 
 
 # --- several couplings for each frame ---------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def repeated(batch):
 @pytest.mark.parametrize("solver", ["euler", "midpoint"])
 def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, asked, solver):
     """Against the loss of a batch in which each frame stands three times, with the same noise and times."""
-    recipe = Recipe(time_sampling="beta", couplings_per_frame=PER_FRAME)
-    attach(policy, teacher, solver=Solver(solver, num_steps=5), recipe=recipe)
+    recipe = plain(time_sampling="beta", couplings_per_frame=PER_FRAME)
+    attach_plain(policy, teacher, solver=Solver(solver, num_steps=5), recipe=recipe)
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     losses.mean().backward()
     gradient = policy.model.action_out_proj.weight.grad.clone()
@@ -99,7 +99,7 @@ def test_a_frames_loss_is_the_mean_over_its_couplings(policy, teacher, batch, as
 
     policy.zero_grad()
     detach(policy)
-    attach(policy, teacher, solver=Solver(solver, num_steps=5))
+    attach_plain(policy, teacher, solver=Solver(solver, num_steps=5))
     expected, _ = policy.train().forward(repeated(batch), noise=noise, time=time, reduction="none")
     expected.mean().backward()
     torch.testing.assert_close(actions, asked[1][0], rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_a_frame_is_looked_at_once_for_all_of_its_couplings(policy, batch, train
     """The whole prefix is encoded once for both; if the student trains it, by the teacher once, and each image once."""
     counts, prefixes = [], {"student": [], "teacher": []}
     vision_encoder(policy).encoder.register_forward_hook(lambda _, __, output: counts.append(len(output[0])))
-    attach(policy, recipe=Recipe(couplings_per_frame=PER_FRAME), train_state_proj=train_state_proj)
+    attach_plain(policy, recipe=plain(couplings_per_frame=PER_FRAME), train_state_proj=train_state_proj)
     for name, model in (("student", policy.model), ("teacher", policy.model.teacher.model)):
         embed = model.embed_prefix
         vars(model)["embed_prefix"] = lambda images, *a, embed=embed, name=name, **k: (
@@ -128,9 +128,9 @@ def test_a_frame_is_looked_at_once_for_all_of_its_couplings(policy, batch, train
 
 
 def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher, batch, asked):
-    attach(policy, teacher, recipe=Recipe(couplings_per_frame=PER_FRAME, real_data_ratio=0.5))
+    attach_plain(policy, teacher, recipe=plain(couplings_per_frame=PER_FRAME, real_data_ratio=0.5))
     losses, _ = policy.train().forward(dict(batch), reduction="none")
-    ((actions, noise, time),) = asked
+    actions, noise, time = (torch.cat(calls) for calls in zip(*asked, strict=True))
     recorded = policy.prepare_action(repeated(batch))
     assert torch.equal(actions[: 2 * PER_FRAME], recorded[: 2 * PER_FRAME])
     assert not torch.isclose(actions, recorded).all(dim=(1, 2))[2 * PER_FRAME :].any()
@@ -142,8 +142,8 @@ def test_recorded_frames_are_recorded_in_all_of_their_couplings(policy, teacher,
 def test_a_noise_that_is_given_is_the_only_one(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
     losses = []
-    for recipe in (Recipe(), Recipe(couplings_per_frame=PER_FRAME)):
-        with attach(policy, teacher, recipe=recipe, solver="midpoint"):
+    for recipe in (plain(), plain(couplings_per_frame=PER_FRAME)):
+        with attach_plain(policy, teacher, recipe=recipe, solver="midpoint"):
             losses.append(per_sample(policy, batch, noise, time))
     assert torch.equal(*losses)
 
@@ -157,7 +157,7 @@ def test_a_strategy_need_not_know_of_it(policy, teacher, batch, asked, registry)
         assert len(coupling.noise) == len(coupling.actions) == PER_FRAME * len(step.actions)
         return step.losses(coupling, times=torch.full((len(coupling.noise),), 0.9))
 
-    attach(policy, teacher, strategy="late", recipe=Recipe(couplings_per_frame=PER_FRAME), solver="midpoint")
+    attach_plain(policy, teacher, strategy="late", recipe=plain(couplings_per_frame=PER_FRAME), solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((_, noise, time),) = asked
     assert (time == 0.9).all()
@@ -178,7 +178,7 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, a
         found.append(dark.coupling())
         return dark.losses(found[0])
 
-    attach(policy, teacher, strategy="darkened", recipe=Recipe(couplings_per_frame=per_frame), solver="midpoint")
+    attach_plain(policy, teacher, strategy="darkened", recipe=plain(couplings_per_frame=per_frame), solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     name = "observation.images.top"
     dark = {n: v.repeat_interleave(per_frame, dim=0) for n, v in {**batch, name: batch[name] - 0.25}.items()}
@@ -193,7 +193,7 @@ def test_the_teacher_is_shown_what_a_strategy_shows_it(policy, teacher, batch, a
 @pytest.mark.parametrize("count", [0, -1])
 def test_at_least_one_coupling(count):
     with pytest.raises(ReflowError, match=f"couplings_per_frame={count}: at least 1 is needed"):
-        Recipe(couplings_per_frame=count)
+        plain(couplings_per_frame=count)
 
 
 # --- weighing ---------------------------------------------------------------------------------------------------
@@ -209,21 +209,21 @@ def gradient_of(loss, policy):
 def test_huber_is_the_pseudo_huber_of_whole_chunks(policy, teacher, batch, noise_and_time, strategy):
     """Its gradient is that of `2 / sqrt(d) (sqrt(S + k^2) - k)`, S of a chunk, k = 0.00054 d, written out here."""
     noise, time = noise_and_time
-    with attach(policy, teacher, solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
         squares, _ = policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")
         d = CHUNK * WIDTH
         k = 0.00054 * d
         expected = gradient_of((2 / d**0.5 * ((squares * d + k * k).sqrt() - k)).mean(), policy)
-        plain = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
-    attach(policy, teacher, solver="midpoint", strategy=strategy, recipe=Recipe(weighting="huber"))
+        unweighed = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
+    attach_plain(policy, teacher, solver="midpoint", strategy=strategy, recipe=plain(weighting="huber"))
     found = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(found / found.norm(), plain / plain.norm(), rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(found / found.norm(), unweighed / unweighed.norm(), rtol=1e-2, atol=1e-3)
 
 
 def test_huber_weighs_each_coupling_by_its_own_error(policy, teacher, batch, asked):
     """Several couplings of a frame are weighed one by one, before their mean is taken."""
-    attach(policy, teacher, recipe=Recipe(couplings_per_frame=PER_FRAME, weighting="huber"))
+    attach_plain(policy, teacher, recipe=plain(couplings_per_frame=PER_FRAME, weighting="huber"))
     losses, metrics = policy.train().forward(dict(batch), reduction="none")
     ((actions, noise, time),) = asked
     detach(policy)
@@ -245,10 +245,10 @@ def per_sample_of_lines(policy, batch, actions, noise, time):
 def test_weighed_by_time(policy, teacher, batch, noise_and_time, strategy):
     """Each squared error counts t fold, so that the gradient is that of errors sqrt(t) times as large."""
     noise, time = noise_and_time
-    with attach(policy, teacher, solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
         squares, _ = policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")
         expected = gradient_of((squares * time).mean(), policy)
-    attach(policy, teacher, solver="midpoint", strategy=strategy, recipe=Recipe(weighting="t"))
+    attach_plain(policy, teacher, solver="midpoint", strategy=strategy, recipe=plain(weighting="t"))
     found = gradient_of(policy.forward(dict(batch), noise=noise, time=time)[0], policy)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -256,54 +256,47 @@ def test_weighed_by_time(policy, teacher, batch, noise_and_time, strategy):
 def test_recorded_actions_are_not_weighed(policy, teacher, batch, noise_and_time):
     """Half of the batch is recorded: beside those, the couplings' losses are what `huber` makes of them."""
     noise, time = noise_and_time
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5), solver="midpoint")
-    plain = per_sample(policy, batch, noise, time)
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.5), solver="midpoint")
+    unweighed = per_sample(policy, batch, noise, time)
     detach(policy)
-    attach(policy, teacher, recipe=Recipe(real_data_ratio=0.5, weighting="huber"), solver="midpoint")
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.5, weighting="huber"), solver="midpoint")
     weighed = per_sample(policy, batch, noise, time)
-    torch.testing.assert_close(weighed[:2], plain[:2])
-    assert not torch.isclose(weighed[2:], plain[2:]).any()
+    torch.testing.assert_close(weighed[:2], unweighed[:2])
+    assert not torch.isclose(weighed[2:], unweighed[2:]).any()
 
 
 @pytest.mark.parametrize("weighting", ["none", "huber"])
 def test_padded_dimensions_weigh_less(policy, teacher, batch, noise_and_time, weighting):
-    """Only on couplings, and before a line is weighed by its error."""
+    """Before a line is weighed by its error."""
     noise, time = noise_and_time
-    with attach(policy, teacher, solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
         squares = reflow_losses(policy, teacher, batch, noise, time, 10)
     squares = torch.cat([squares[..., :ACTION_DIM], 0.25 * squares[..., ACTION_DIM:]], dim=-1).mean(dim=(1, 2))
     expected = squares if weighting == "none" else squares / (squares + 0.00054**2 * CHUNK * WIDTH).sqrt()
-    found = {}
-    for ratio in (0.0, 0.5):
-        recipe = Recipe(weighting=weighting, padding_weight=0.25, real_data_ratio=ratio)
-        with attach(policy, teacher, recipe=recipe, solver="midpoint"):
-            found[ratio] = per_sample(policy, batch, noise, time)
-    torch.testing.assert_close(found[0.0], expected, rtol=1e-4, atol=1e-5)
-    plain = Recipe(weighting=weighting, real_data_ratio=0.5)
-    attach(policy, teacher, recipe=plain, solver="midpoint")
-    torch.testing.assert_close(found[0.5][:2], per_sample(policy, batch, noise, time)[:2])
+    attach_plain(policy, teacher, recipe=plain(weighting=weighting, padding_weight=0.25), solver="midpoint")
+    torch.testing.assert_close(per_sample(policy, batch, noise, time), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_robots_dimensions_are_those_of_the_batch(policy, teacher, batch, noise_and_time):
     """A config may say those of the base that the policy was fine-tuned from."""
     noise, time = noise_and_time
-    recipe = Recipe(padding_weight=0.25)
-    with attach(policy, teacher, recipe=recipe, solver="midpoint"):
+    recipe = plain(padding_weight=0.25)
+    with attach_plain(policy, teacher, recipe=recipe, solver="midpoint"):
         expected = per_sample(policy, batch, noise, time)
     feature = policy.config.output_features["action"]
     policy.config.output_features["action"] = replace(feature, shape=(ACTION_DIM - 1,))
-    attach(policy, teacher, recipe=recipe, solver="midpoint")
+    attach_plain(policy, teacher, recipe=recipe, solver="midpoint")
     assert torch.equal(per_sample(policy, batch, noise, time), expected)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
 def test_padding_weighs_from_0_to_1(weight):
     with pytest.raises(ReflowError, match=r"padding_weight=.* is no weight; give a number from 0 to 1"):
-        Recipe(padding_weight=weight)
+        plain(padding_weight=weight)
 
 
 def test_an_unknown_weighting_is_refused():
     with pytest.raises(
         ReflowError, match=r"weighting 'hubr' is unknown; known are: none, t, huber. Did you mean 'huber'"
     ):
-        Recipe(weighting="hubr")
+        plain(weighting="hubr")

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from helpers import CHUNK, WIDTH
+from helpers import CHUNK, WIDTH, attach_plain, plain
 from lerobot.scripts import lerobot_train
 from lerobot.utils.logging_utils import MetricsTracker
 from oracle import Flow
 
-from smolvla_reflow import Coupling, Recipe, ReflowError, attach, detach, register_loss_strategy
+from smolvla_reflow import Coupling, Recipe, ReflowError, detach, register_loss_strategy
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -28,7 +28,7 @@ def steps(policy, teacher, batch, registry):
             found.append(function(step))
             return step.losses(step.recorded())
 
-        attach(policy, **({"teacher": teacher} | options), strategy="asking", recipe=recipe)
+        attach_plain(policy, **({"teacher": teacher} | options), strategy="asking", recipe=recipe)
         result = policy.train().forward({**batch})
         detach(policy)
         return (*found, result)
@@ -69,7 +69,7 @@ def test_students_velocity_and_its_gradient_equal_an_independent_derivation(poli
 def test_teachers_velocity(teacher, batch, steps, per_frame):
     x, t = torch.randn(4 * per_frame, CHUNK, WIDTH), torch.rand(4 * per_frame)
     (velocity, coupling), _ = steps(
-        lambda step: (step.teacher_velocity(x, t), step.coupling()), Recipe(couplings_per_frame=per_frame)
+        lambda step: (step.teacher_velocity(x, t), step.coupling()), plain(couplings_per_frame=per_frame)
     )
     repeated = {name: value.repeat_interleave(per_frame, dim=0) for name, value in batch.items()}
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_teachers_velocity(teacher, batch, steps, per_frame):
 @pytest.mark.parametrize("per_frame", [1, 3])
 def test_students_velocity_of_several_lines_for_each_frame(policy, batch, steps, per_frame):
     x, t = torch.randn(4 * per_frame, CHUNK, WIDTH), torch.rand(4 * per_frame)
-    velocity, _ = steps(lambda step: step.student_velocity(x, t), Recipe(couplings_per_frame=per_frame))
+    velocity, _ = steps(lambda step: step.student_velocity(x, t), plain(couplings_per_frame=per_frame))
     repeated = {name: value.repeat_interleave(per_frame, dim=0) for name, value in batch.items()}
     torch.testing.assert_close(velocity, Flow(policy, repeated).velocity(x, t), rtol=1e-4, atol=1e-5)
     assert velocity.requires_grad
@@ -133,7 +133,7 @@ def test_several_numbers_are_no_metric(policy, steps):
 
 
 def test_times_are_the_recipes(steps):
-    times, _ = steps(lambda step: step.times(), Recipe(time_sampling="grid:2", couplings_per_frame=20))
+    times, _ = steps(lambda step: step.times(), plain(time_sampling="grid:2", couplings_per_frame=20))
     assert times.shape == (80,)
     assert set(times.tolist()) == {0.5, 1.0}
 
@@ -143,7 +143,7 @@ def test_times_are_the_recipes(steps):
 def test_what_the_caller_fixes_is_one_for_each_frame(policy, teacher, batch, noise_and_time, strategy, name, asked):
     """Either of the two by itself makes the recipe's number of couplings one."""
     fixed = {"noise": noise_and_time[0], "time": noise_and_time[1]}[name]
-    attach(policy, teacher, strategy=strategy, recipe=Recipe(couplings_per_frame=3))
+    attach_plain(policy, teacher, strategy=strategy, recipe=Recipe(couplings_per_frame=3))
     losses, _ = policy.train().forward(dict(batch), **{name: fixed}, reduction="none")
     ((_, noise, time),) = asked
     assert torch.equal({"noise": noise, "time": time}[name], fixed)
@@ -155,38 +155,38 @@ def test_standard_draws_the_noise_and_the_times_of_stock_training(policy, teache
     policy.train()
     torch.manual_seed(0)
     stock, _ = policy.forward(dict(batch))
-    attach(policy, teacher, strategy="standard")
+    attach_plain(policy, teacher, strategy="standard")
     torch.manual_seed(0)
     assert torch.equal(policy.forward(dict(batch))[0], stock)
 
 
-def test_weights_weigh_couplings_and_leave_recorded_frames_alone(policy, teacher, batch, noise_and_time):
+def test_a_weighted_loss_leaves_recorded_frames_alone(policy, teacher, batch, noise_and_time):
     noise, time = noise_and_time
     weight = torch.linspace(0.0, 3.0, WIDTH)[None, None, :]
 
     @register_loss_strategy("weighed")
     def weighed(step):
-        return step.losses(step.coupling(), weights=weight)
+        return weight * step.losses(step.coupling())
 
     def per_frame(strategy, **recipe):
-        with attach(policy, teacher, strategy=strategy, recipe=Recipe(**recipe), solver="midpoint"):
+        with attach_plain(policy, teacher, strategy=strategy, recipe=plain(**recipe), solver="midpoint"):
             return policy.train().forward(dict(batch), noise=noise, time=time, reduction="none")[0]
 
-    with attach(policy, teacher, solver="midpoint") as attached:
+    with attach_plain(policy, teacher, solver="midpoint") as attached:
         inputs = (*policy.prepare_images(batch), batch["observation.language.tokens"])
         inputs += (batch["observation.language.attention_mask"], policy.prepare_state(batch))
         unreduced = attached.policy.model.forward_reflow(*inputs, policy.prepare_action(batch), noise, time)
-    plain_alone, weighed_alone = per_frame("reflow"), per_frame("weighed")
+    unweighed_alone, weighed_alone = per_frame("reflow"), per_frame("weighed")
     torch.testing.assert_close(weighed_alone, (unreduced * weight).mean(dim=(1, 2)))
-    plain, mixed = (per_frame(strategy, real_data_ratio=0.5) for strategy in ("reflow", "weighed"))
-    torch.testing.assert_close(mixed[2:] / plain[2:], weighed_alone[2:] / plain_alone[2:])
-    torch.testing.assert_close(mixed[:2], plain[:2])
-    assert not torch.isclose(weighed_alone, plain_alone).any()
+    unweighed, mixed = (per_frame(strategy, real_data_ratio=0.5) for strategy in ("reflow", "weighed"))
+    torch.testing.assert_close(mixed[2:] / unweighed[2:], weighed_alone[2:] / unweighed_alone[2:])
+    torch.testing.assert_close(mixed[:2], unweighed[:2])
+    assert not torch.isclose(weighed_alone, unweighed_alone).any()
 
 
 def test_standard_takes_several_noises_for_each_frame(policy, teacher, batch, asked):
     """Against LeRobot's own loss of a batch in which each frame stands three times, with the same noise and times."""
-    attach(policy, teacher, strategy="standard", recipe=Recipe(couplings_per_frame=3))
+    attach_plain(policy, teacher, strategy="standard", recipe=Recipe(couplings_per_frame=3))
     losses, _ = policy.train().forward(dict(batch), reduction="none")
     ((_, noise, time),) = asked
     detach(policy)
@@ -208,7 +208,7 @@ def test_no_teacher_no_velocity(steps):
 def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
     """Any function that couples: the loss is that of the same couplings made online."""
     noise, time = noise_and_time
-    with attach(policy, teacher, solver="midpoint") as attached:
+    with attach_plain(policy, teacher, solver="midpoint") as attached:
         expected, _ = policy.train().forward(dict(batch), noise=noise, time=time)
         online = attached.source
 
@@ -217,7 +217,7 @@ def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
         return online(observation, frames=frames, noise=noise, per_frame=per_frame)
 
     asked = []
-    with attach(policy, pairs=source):
+    with attach_plain(policy, pairs=source):
         loss, _ = policy.train().forward({**batch, "index": torch.arange(4)}, noise=noise, time=time)
         assert policy.model.teacher is None
     ((frames, per_frame),) = asked
@@ -229,16 +229,19 @@ def test_a_source_of_ones_own(policy, teacher, batch, noise_and_time):
 def test_recorded_actions_meet_noise_of_their_own(policy, batch, asked):
     """Not the source's, which may have few for each frame."""
     stored = Coupling(torch.randn(2, CHUNK, WIDTH), torch.randn(2, CHUNK, WIDTH))  # of the frames that need some
-    attach(policy, pairs=lambda observation, **_: stored, recipe=Recipe(real_data_ratio=0.5))
+    attach_plain(policy, pairs=lambda observation, **_: stored, recipe=plain(real_data_ratio=0.5))
     policy.train().forward(dict(batch))
-    ((actions, noise, _),) = asked
-    assert torch.equal(actions, torch.cat([policy.prepare_action(batch)[:2], stored.actions]))
-    assert torch.equal(noise[2:], stored.noise)
-    assert not torch.isclose(noise[:2], stored.noise).all(dim=(1, 2)).any()
+    (recorded, other_noise, _), (actions, noise, _) = asked
+    assert torch.equal(actions, stored.actions)
+    assert torch.equal(noise, stored.noise)
+    assert torch.equal(recorded, policy.prepare_action(batch)[:2])
+    assert not torch.isclose(noise, other_noise).all(dim=(1, 2)).any()
 
 
 def test_a_source_of_another_shape_is_refused(policy, batch):
-    attach(policy, pairs=lambda observation, **_: Coupling(torch.zeros(4, CHUNK, 2), torch.zeros(4, CHUNK, WIDTH)))
+    attach_plain(
+        policy, pairs=lambda observation, **_: Coupling(torch.zeros(4, CHUNK, 2), torch.zeros(4, CHUNK, WIDTH))
+    )
     with pytest.raises(ReflowError, match=r"gave noise of shape \(4, 5, 2\); \(4, 5, 6\) was asked for"):
         policy.train().forward(dict(batch))
 
@@ -254,7 +257,7 @@ def test_a_source_of_another_shape_is_refused(policy, batch):
     ],
 )
 def test_a_source_of_something_else_is_refused(policy, batch, made, message):
-    attach(policy, pairs=lambda observation, **_: made)
+    attach_plain(policy, pairs=lambda observation, **_: made)
     with pytest.raises(ReflowError, match=message):
         policy.train().forward(dict(batch))
 
@@ -271,33 +274,28 @@ def three(coupling):
             r"times of shape \(4,\) were given for 8 lines",
         ),
         (lambda step: step.losses(step.coupling(), times="betta"), "time_sampling 'betta' is unknown"),
-        (
-            lambda step: step.losses(step.coupling(), weights=torch.ones(WIDTH)),
-            r"weights of shape \(6,\) were given for 8",
-        ),
-        (lambda step: step.losses(step.coupling(), weights=torch.ones(8, 5)), "three dimensions"),
         (lambda step: step.losses(three(step.coupling())), "3 lines for 4 frames: each frame needs as many"),
     ],
 )
-def test_times_weights_and_lines_of_another_shape_are_refused(steps, ask, message):
+def test_times_and_lines_of_another_shape_are_refused(steps, ask, message):
     with pytest.raises(ReflowError, match=message):
-        steps(ask, Recipe(couplings_per_frame=2))
+        steps(ask, plain(couplings_per_frame=2))
 
 
-def test_one_time_for_all_and_one_weight_for_each_line(policy, teacher, batch, noise_and_time, registry):
-    """Against the unweighed losses of each line at that time."""
-    weights = torch.tensor([0.0, 1.0, 2.0, 3.0])
+def test_one_time_for_all_and_one_weight_for_each_frame(policy, teacher, batch, noise_and_time, registry):
+    """Against the unweighed losses of each frame at that time."""
+    weights = torch.tensor([0.0, 1.0, 2.0, 3.0])[:, None, None]
 
     @register_loss_strategy("each")
     def each(step):
-        return step.losses(step.coupling(), times=0.75, weights=weights)
+        return weights * step.losses(step.coupling(), times=0.75)
 
     fixed = {"noise": noise_and_time[0], "reduction": "none"}
-    with attach(policy, teacher, solver="midpoint"):
-        plain, _ = policy.train().forward(dict(batch), time=torch.full((4,), 0.75), **fixed)
-    with attach(policy, teacher, strategy="each", solver="midpoint"):
+    with attach_plain(policy, teacher, solver="midpoint"):
+        unweighed, _ = policy.train().forward(dict(batch), time=torch.full((4,), 0.75), **fixed)
+    with attach_plain(policy, teacher, strategy="each", solver="midpoint"):
         weighed, _ = policy.train().forward(dict(batch), **fixed)
-    torch.testing.assert_close(weighed, weights * plain)
+    torch.testing.assert_close(weighed, weights[:, 0, 0] * unweighed)
 
 
 def test_the_teachers_velocity_follows_the_student_and_is_never_trained(
@@ -314,7 +312,7 @@ def test_the_teachers_velocity_follows_the_student_and_is_never_trained(
         assert not step.teacher_velocity(x, t).requires_grad
         return step.losses(step.recorded())
 
-    attach(policy, teacher, strategy="asking")
+    attach_plain(policy, teacher, strategy="asking")
     policy.train().forward(dict(batch))
     policy.requires_grad_(True)
     with pytest.raises(ReflowError, match="unfrozen after attach"):

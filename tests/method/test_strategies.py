@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import reflow_run, reflow_train_main, refused
+from helpers import attach_plain, plain, reflow_run, reflow_train_main, refused
 from oracle import reflow_losses
 
 from smolvla_reflow import (
-    Losses,
-    Recipe,
     ReflowError,
-    attach,
     available_loss_strategies,
     get_loss_strategy,
     register_loss_strategy,
@@ -48,34 +45,34 @@ def test_a_name_is_taken_once():
 def test_a_registered_loss_is_the_one_computed(policy, teacher, batch, noise_and_time):
     noise, _ = noise_and_time
 
-    @register_loss_strategy("at_noise")
+    @register_loss_strategy("at_noise", couples=False)
     def at_noise(step):
         return step.losses(step.recorded(), times=torch.ones(len(step.actions)))
 
     stock, _ = policy.train().forward(dict(batch), noise=noise, time=torch.ones(4))
-    attach(policy, teacher, strategy="at_noise")
+    attach_plain(policy, teacher, strategy="at_noise")
     torch.testing.assert_close(policy.forward(dict(batch), noise=noise)[0], stock)
 
 
 def test_a_loss_that_returns_something_else_is_refused(policy, batch):
-    register_loss_strategy("number")(lambda step: torch.zeros(()))
-    attach(policy, strategy="number")
-    with pytest.raises(ReflowError, match=r"'number' returned a Tensor; return what step.losses\(...\) gives"):
+    register_loss_strategy("number")(lambda step: 0.0)
+    attach_plain(policy, strategy="number")
+    with pytest.raises(ReflowError, match=r"'number' returned a float; return a tensor, such as step.losses\(...\)"):
         policy.train().forward(dict(batch))
 
 
 def test_values_that_are_reduced_already_are_refused(policy, batch):
-    register_loss_strategy("reduced")(lambda step: Losses(step.losses(step.recorded()).values.mean()))
-    attach(policy, strategy="reduced")
-    with pytest.raises(ReflowError, match=r"'reduced' returned values of shape \(\); they have to be unreduced"):
+    register_loss_strategy("reduced")(lambda step: step.losses(step.recorded()).mean())
+    attach_plain(policy, strategy="reduced")
+    with pytest.raises(ReflowError, match=r"'reduced' returned losses of shape \(\); they have to be unreduced"):
         policy.train().forward(dict(batch))
 
 
 def test_values_of_other_frames_than_the_batchs_are_refused(policy, batch):
-    register_loss_strategy("halved")(lambda step: Losses(step.losses(step.recorded()).values[:2]))
-    attach(policy, strategy="halved")
+    register_loss_strategy("halved")(lambda step: step.losses(step.recorded())[:2])
+    attach_plain(policy, strategy="halved")
     with pytest.raises(
-        ReflowError, match=r"'halved' returned values of shape \(2, 5, 6\); .*unreduced, \(4, chunk_size"
+        ReflowError, match=r"'halved' returned losses of shape \(2, 5, 6\); .*unreduced, \(4, chunk_size"
     ):
         policy.train().forward(dict(batch))
 
@@ -88,8 +85,8 @@ def test_what_a_loss_has_no_use_for_is_named_by_fields_of_the_recipe():
 @pytest.mark.parametrize("name", [None, 3])
 def test_a_name_that_is_no_text(policy, batch, name):
     with pytest.raises(ReflowError, match=f"Unknown loss strategy '{name}'"):
-        attach(policy, strategy=name)
-    attach(policy)
+        attach_plain(policy, strategy=name)
+    attach_plain(policy)
     policy.model.training_mode = name
     with pytest.raises(ReflowError, match=f"Unknown loss strategy '{name}'"):
         policy.train().forward(dict(batch))
@@ -99,7 +96,7 @@ def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
     """A real distribution on the path, in a fresh process."""
     (tmp_path / "their_losses.py").write_text(
         "from smolvla_reflow import register_loss_strategy\n"
-        "def doubled(step):\n    return step.losses(step.coupling(), weights=2.0)\n"
+        "def doubled(step):\n    return 2.0 * step.losses(step.coupling())\n"
         "@register_loss_strategy('timeless', unused=('time_sampling',))\n"
         "def timeless(step):\n    return step.losses(step.coupling(), times=1.0)\n"
     )
@@ -134,7 +131,7 @@ def test_an_installed_package_offers_its_strategy_unimported(tmp_path):
 
 def test_example_is_short_and_trains(policy, teacher, batch):
     assert len(EXAMPLE.read_text().splitlines()) < 30
-    attach(policy, teacher, strategy=f"{EXAMPLE}:late")
+    attach_plain(policy, teacher, strategy=f"{EXAMPLE}:late")
     loss, _ = policy.train().forward(dict(batch))
     loss.backward()
     assert torch.isfinite(loss)
@@ -142,10 +139,10 @@ def test_example_is_short_and_trains(policy, teacher, batch):
 
 def test_example_honours_every_option(policy, teacher, batch, asked):
     """Its loss against the oracle, on the noise and times the student was asked about."""
-    recipe = Recipe(time_sampling="grid:2", couplings_per_frame=3, real_data_ratio=0.5)
-    attach(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe, solver="midpoint")
+    recipe = plain(time_sampling="grid:2", couplings_per_frame=3, real_data_ratio=0.5)
+    attach_plain(policy, teacher, strategy=f"{EXAMPLE}:late", recipe=recipe, solver="midpoint")
     losses, _ = policy.train().forward(dict(batch), reduction="none")
-    ((actions, noise, time),) = asked
+    actions, noise, time = (torch.cat(calls) for calls in zip(*asked, strict=True))
     assert len(noise) == 4 * 3
     assert torch.equal(actions[:6], policy.prepare_action(batch).repeat_interleave(3, dim=0)[:6])
     assert {round(t, 4) for t in time[6:].tolist()} == {0.9, 1.0}  # 0.8 + 0.2 t at the times of grid:2
@@ -191,14 +188,14 @@ def test_a_file_may_be_mended_and_tried_again(tmp_path, policy, batch):
         "from __future__ import annotations\nimport torch\nfrom dataclasses import dataclass\n"
         "from smolvla_reflow import register_loss_strategy\n"
         "@register_loss_strategy('mended')\n"
-        "def mended(step):\n    return step.losses(step.coupling(), weights=torch.full((), Weight().value))\n"
+        "def mended(step):\n    return torch.full((), Weight().value) * step.losses(step.coupling())\n"
         "@dataclass\nclass Weight:\n    value: float = 0.0\n"
     )
     file.write_text(text + "raise RuntimeError('not yet')\n")
     with pytest.raises(ReflowError, match=r"cannot be run \(RuntimeError: not yet\)"):
         get_loss_strategy(f"{file}:mended")
     file.write_text(text)
-    attach(policy, strategy=f"{file}:mended")
+    attach_plain(policy, strategy=f"{file}:mended")
     assert policy.train().forward(dict(batch))[0] == 0
 
 

@@ -106,7 +106,7 @@ def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(workshop, t
 
 def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkeypatch):
     """Of each step, as the step's own do; on the console at log_freq."""
-    monitor = importlib.import_module("smolvla_reflow.step_metrics").Monitor
+    monitor = importlib.import_module("smolvla_reflow.step_metrics").StepMetrics
     returned, read = [], monitor.read
     monkeypatch.setattr(monitor, "read", lambda *a: returned.append(read(*a)) or returned[-1])
     every = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD}

@@ -166,7 +166,7 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path, one_prefi
             accelerator = hook(Accelerator(cpu=True, kwargs_handlers=[ddp]), on_policy=attach_to, on_loss=float)
             optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
             wrapped, optimizer = accelerator.prepare(policy, optimizer)
-            assert (attachment_of(policy).own_prefix is None) is {one_prefix}
+            assert (attachment_of(policy).sharing.why_not_shared is None) is {one_prefix}
             assert accelerator.num_processes == int(sys.argv[1])
             drawn, errors = [], Step.squared_errors
             Step.squared_errors = lambda step, line, t: drawn.append((line.noise, t)) or errors(step, line, t)
@@ -298,7 +298,7 @@ def test_fsdp2_computes_the_gradient_of_one(workshop, tmp_path, one_prefix):
                 "action": torch.randn(n, chunk, 2),
             }}
             fixed = {{"noise": torch.randn(n, chunk, width), "time": torch.rand(n)}}
-            assert (attach(policy, checkpoint, solver="midpoint").own_prefix is None) is {one_prefix}
+            assert (attach(policy, checkpoint, solver="midpoint").sharing.why_not_shared is None) is {one_prefix}
             policy.train()
             loss, _ = policy.forward(dict(batch), **fixed)
             loss.backward()

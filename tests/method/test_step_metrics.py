@@ -7,14 +7,14 @@ import re
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, reflow_run, reflow_train_main
+from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, plain, reflow_run, reflow_train_main
 from lerobot.configs.types import NormalizationMode
 from oracle import Flow
 
-from smolvla_reflow import Recipe, ReflowError, Solver, attach, detach, register_loss_strategy
+from smolvla_reflow import ReflowError, Solver, detach, register_loss_strategy
 from smolvla_reflow.compat import prints_metrics
 from smolvla_reflow.smolvla.normalization import action_deviations
-from smolvla_reflow.step_metrics import Monitor
+from smolvla_reflow.step_metrics import StepMetrics
 from smolvla_reflow.times import TimeSampling
 
 attaching = importlib.import_module("smolvla_reflow.attachment")  # which the package hides by the function of that name
@@ -30,7 +30,8 @@ def in_tenth(times, k):
 def errors_of(policy, batch, call):
     """Squared errors of the velocity on the lines that the student was asked about, by the oracle."""
     actions, noise, times = call
-    repeated = {name: value.repeat_interleave(len(times) // 4, dim=0) for name, value in batch.items()}
+    per_frame = len(times) // len(batch["action"])
+    repeated = {name: value.repeat_interleave(per_frame, dim=0) for name, value in batch.items()}
     with torch.no_grad():
         velocity = Flow(policy, repeated).velocity(torch.lerp(actions, noise, times[:, None, None]), times)
     return (velocity - (noise - actions)).square()
@@ -43,8 +44,8 @@ def errors_of(policy, batch, call):
 def test_one_step_error_is_that_of_stock_one_step_actions(policy, teacher, batch, noise_and_time, strategy):
     """Against both policies' own `predict_action_chunk`, the student's in one step, the teacher's in its ten."""
     noise, _ = noise_and_time
-    recipe = Recipe(time_sampling="grid:1") if strategy == "reflow" else None
-    with attach(policy, teacher, strategy=strategy, recipe=recipe, solver="euler"):
+    recipe = plain(time_sampling="grid:1") if strategy == "reflow" else None
+    with attach_plain(policy, teacher, strategy=strategy, recipe=recipe, solver="euler"):
         loss, metrics = policy.train().forward(dict(batch), noise=noise)
     policy.eval()
     policy.config.num_steps = 1
@@ -59,8 +60,8 @@ def test_one_step_error_is_that_of_stock_one_step_actions(policy, teacher, batch
 
 def test_one_step_error_is_in_standard_deviations_of_the_dimensions_that_move(policy, teacher, batch, noise_and_time):
     noise, _ = noise_and_time
-    with attach(policy, teacher, strategy="distill", solver="euler") as attachment:
-        attachment.monitor.deviations = torch.tensor([3.0, 0.0])
+    with attach_plain(policy, teacher, strategy="distill", solver="euler") as attachment:
+        attachment.step_metrics.deviations = torch.tensor([3.0, 0.0])
         _, metrics = policy.train().forward(dict(batch), noise=noise)
     policy.eval()
     policy.config.num_steps = 1
@@ -95,15 +96,16 @@ def test_the_command_knows_the_statistics(workshop, tmp_path, monkeypatch):
 @pytest.mark.parametrize("ratio", [0.0, 0.25])
 @pytest.mark.parametrize("time_sampling", ["grid:1+beta", "grid:10"])
 def test_losses_by_tenths_are_means_over_the_couplings_lines(policy, teacher, batch, asked, ratio, time_sampling):
-    """Against errors derived anew: weights and recorded rows do not touch them, and all lines stand in where none is."""
+    """Against errors derived anew: recorded rows do not touch them, and all lines stand in for an empty tenth."""
 
-    recipe = Recipe(time_sampling=time_sampling, couplings_per_frame=6, real_data_ratio=ratio)
-    with attach(policy, teacher, recipe=recipe) as attachment:
+    recipe = plain(time_sampling=time_sampling, couplings_per_frame=6, real_data_ratio=ratio)
+    with attach_plain(policy, teacher, recipe=recipe) as attachment:
         torch.manual_seed(1)
         _, metrics = policy.train().forward(dict(batch))
-        assert attachment.monitor.reported == {k: v for k, v in metrics.items() if k != "loss"}
-    recorded = int(ratio * 4) * 6
-    times, errors = asked[0][2][recorded:], errors_of(policy, batch, asked[0])[recorded:]
+        assert attachment.step_metrics.reported == {k: v for k, v in metrics.items() if k != "loss"}
+    couplings = asked[-1]  # the recorded rows come before
+    frames = {name: value[int(ratio * 4) :] for name, value in batch.items()}
+    times, errors = couplings[2], errors_of(policy, frames, couplings)
     expected, empty = {}, 0
     for k, name in enumerate(TENTHS):
         rows = in_tenth(times, k)
@@ -122,7 +124,7 @@ def test_losses_by_tenths_are_means_over_the_couplings_lines(policy, teacher, ba
 def test_weights_do_not_touch_them(policy, teacher, batch, noise_and_time, registry):
     @register_loss_strategy("weighed")
     def weighed(step):
-        return step.losses(step.coupling(), times="grid:2", weights=100.0)
+        return 100.0 * step.losses(step.coupling(), times="grid:2")
 
     @register_loss_strategy("plain")
     def plain(step):
@@ -130,7 +132,7 @@ def test_weights_do_not_touch_them(policy, teacher, batch, noise_and_time, regis
 
     found = {}
     for name in ("weighed", "plain"):
-        with attach(policy, teacher, strategy=name, solver="euler"):
+        with attach_plain(policy, teacher, strategy=name, solver="euler"):
             torch.manual_seed(0)
             found[name] = policy.train().forward(dict(batch), noise=noise_and_time[0])[1]
     assert found["weighed"].pop("loss") == pytest.approx(100 * found["plain"].pop("loss"))
@@ -141,7 +143,7 @@ def test_weights_do_not_touch_them(policy, teacher, batch, noise_and_time, regis
 def test_they_are_running_means(policy, teacher, batch, asked):
     """Of all lines until now, each step's weighing 2 % less with each step."""
     sums, count = torch.zeros(()), 0.0
-    with attach(policy, teacher, recipe=Recipe(time_sampling="grid:1+beta", couplings_per_frame=4)):
+    with attach_plain(policy, teacher, recipe=plain(time_sampling="grid:1+beta", couplings_per_frame=4)):
         for seed in range(3):
             torch.manual_seed(seed)
             _, metrics = policy.train().forward(dict(batch))
@@ -154,9 +156,9 @@ def test_they_are_running_means(policy, teacher, batch, asked):
 def test_a_step_that_is_not_finite_is_forgotten(policy, teacher, batch):
     """In fp16 some are, and are skipped."""
     noise = torch.randn(4, CHUNK, WIDTH)
-    with attach(policy, teacher, strategy="distill", solver="euler"):
+    with attach_plain(policy, teacher, strategy="distill", solver="euler"):
         _, expected = policy.train().forward(dict(batch), noise=noise)
-    with attach(policy, teacher, strategy="distill", solver="euler"):
+    with attach_plain(policy, teacher, strategy="distill", solver="euler"):
         _, broken = policy.forward(dict(batch), noise=torch.full_like(noise, torch.nan))
         _, metrics = policy.forward(dict(batch), noise=noise)
     assert math.isnan(broken["loss"])
@@ -178,7 +180,7 @@ def test_the_same_names_in_every_step(make_policy, batch, sampling, names):
     policy = make_policy(seed=0).train()
     small = {name: value[:2] for name, value in batch.items()}
     found = set()
-    with attach(policy, recipe=Recipe(time_sampling=sampling, real_data_ratio=0.75)):
+    with attach_plain(policy, recipe=plain(time_sampling=sampling, real_data_ratio=0.75)):
         for seed in range(20):
             torch.manual_seed(seed)
             found.add(tuple(policy.forward(dict(small))[1]))
@@ -199,7 +201,7 @@ def test_times_of_a_losss_own(policy, teacher, batch, registry):
     def late(step):
         return step.losses(step.coupling(), times=0.8 + 0.1 * step.times())
 
-    attach(policy, teacher, strategy="late", recipe=Recipe(time_sampling="grid:2"))
+    attach_plain(policy, teacher, strategy="late", recipe=plain(time_sampling="grid:2"))
     torch.manual_seed(0)
     metrics = [policy.train().forward(dict(batch))[1] for _ in range(8)][-1]
     known = {name for name, value in metrics.items() if not math.isnan(value)}
@@ -208,8 +210,8 @@ def test_times_of_a_losss_own(policy, teacher, batch, registry):
 
 
 def test_standard_training_has_none_of_them(policy, teacher, batch):
-    for settings in ({"strategy": "standard"}, {"recipe": Recipe(real_data_ratio=1.0)}):
-        with attach(policy, teacher, **settings):
+    for settings in ({"strategy": "standard"}, {"recipe": plain(real_data_ratio=1.0)}):
+        with attach_plain(policy, teacher, **settings):
             assert not {"one_step_error", *TENTHS} & policy.train().forward(dict(batch))[1].keys()
 
 
@@ -222,7 +224,7 @@ def test_a_metric_of_ones_own_has_another_name(policy, registry, batch):
         step.log("mine", torch.tensor(2.5))
         return step.losses(step.coupling())
 
-    attach(policy, strategy="logging", solver=Solver("euler", num_steps=1))
+    attach_plain(policy, strategy="logging", solver=Solver("euler", num_steps=1))
     assert policy.train().forward(dict(batch))[1]["mine"] == 2.5
     detach(policy)
 
@@ -232,8 +234,8 @@ def test_a_metric_of_ones_own_has_another_name(policy, registry, batch):
 
 def test_they_stand_on_the_console_once_at_log_freq(workshop, tmp_path, capsys, monkeypatch):
     """Before 0.6 in a line of our own, with the last step's; from then on in LeRobot's, which averages."""
-    returned, read = [], Monitor.read
-    monkeypatch.setattr(Monitor, "read", lambda *a: returned.append(read(*a)) or returned[-1])
+    returned, read = [], StepMetrics.read
+    monkeypatch.setattr(StepMetrics, "read", lambda *a: returned.append(read(*a)) or returned[-1])
     reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=4, log_freq=2))
     lines = [line for line in capsys.readouterr().err.splitlines() if "one_step_error:" in line]
     assert len(lines) == 2
