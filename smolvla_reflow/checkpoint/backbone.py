@@ -5,7 +5,7 @@ from typing import Any
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from smolvla_reflow.errors import doing
+from smolvla_reflow.errors import ReflowError, doing
 
 
 def check_backbone(config: SmolVLAConfig) -> None:
@@ -15,6 +15,15 @@ def check_backbone(config: SmolVLAConfig) -> None:
             part.from_pretrained(config.vlm_model_name, trust_remote_code=False)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of this folder or hub id. Raises OSError or ValueError if there is none."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+def load_tokenizer(name: object) -> Any:
+    """Load the tokenizer of this folder or hub id without code that it brings along. Raises ReflowError."""
+    with doing(f"loading the tokenizer {name} (--policy.vlm_model_name names another)"):
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+
+
+def tokenizer_or_none(name: object) -> Any:
+    """The tokenizer of this folder or hub id, None if it cannot be loaded."""
+    try:
+        return load_tokenizer(name)
+    except ReflowError:
+        return None

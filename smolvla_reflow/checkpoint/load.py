@@ -24,9 +24,9 @@ from smolvla_reflow.errors import ReflowError, doing
 
 
 def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
-    """Load a checkpoint's policy for inference on `device`, neither compiled nor with real-time chunking.
+    """Load a checkpoint's policy for inference on `device`, uncompiled and without real-time chunking.
 
-    The policy of an adapter is its base with the adapter merged into it.
+    An adapter is merged into its base.
 
     Raises:
         ReflowError: the policy cannot be loaded, or its weights do not fit its configuration or are not finite.
@@ -48,12 +48,6 @@ def weights_of(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     if checkpoint.base is None:
         return StoredTensors(checkpoint.weights_file)
     return load_policy(checkpoint, "cpu").state_dict()
-
-
-def misfit(error: Exception) -> str | None:
-    """The first tensor that does not fit, if PyTorch raised this error on loading weights; else None."""
-    lines = str(error).splitlines()
-    return lines[1].strip() if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict") else None
 
 
 def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
@@ -96,32 +90,10 @@ def load_processors(checkpoint: Checkpoint, device: str, rename_map: dict[str, s
     overrides: dict[str, Any] = {"device_processor": {"device": device}}
     if rename_map:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    return _load(checkpoint, overrides, {})
-
-
-def check_processors(checkpoint: Checkpoint) -> None:
-    """Raise ReflowError unless LeRobot's `train()`, which replaces four of their steps, can load the processors."""
-    before: dict[str, Any] = {"normalizer_processor": {}, "rename_observations_processor": {}}
-    _load(checkpoint, {**before, "device_processor": {"device": "cpu"}}, {"unnormalizer_processor": {}})
-
-
-def _load(checkpoint: Checkpoint, before: dict[str, Any], after: dict[str, Any]) -> Processors:
-    """Load both pipelines, with these arguments in place of the saved ones, by the step's name."""
     for processor in (PREPROCESSOR_NAME, POSTPROCESSOR_NAME):
         checkpoint.processor_steps(processor)
-    name = checkpoint.tokenizer
+    name, config, folder = checkpoint.tokenizer, checkpoint.config, str(checkpoint.folder)
     if name is not None:
-        with doing(f"loading the tokenizer {name} of {checkpoint.source} (--policy.vlm_model_name names another)"):
-            before = {**before, TOKENIZER_STEP: {"tokenizer": load_tokenizer(name)}}
+        overrides[TOKENIZER_STEP] = {"tokenizer": load_tokenizer(name)}
     with doing(f"loading the processors of {checkpoint.source}"):
-        return Processors(
-            *make_pre_post_processors(
-                checkpoint.config, str(checkpoint.folder), preprocessor_overrides=before, postprocessor_overrides=after
-            )
-        )
-
-
-def check_device(device: str) -> None:
-    """Raise ReflowError if PyTorch cannot use this device."""
-    with doing(f"using --policy.device={device}"):
-        torch.empty(0, device=device)
+        return Processors(*make_pre_post_processors(config, folder, preprocessor_overrides=overrides))

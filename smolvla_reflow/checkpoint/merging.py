@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub.constants import CONFIG_NAME
 
 from smolvla_reflow.checkpoint.load import load_policy
-from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, Checkpoint, read_json, write_json
+from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, Checkpoint, read_json
 from smolvla_reflow.checkpoint.saved_steps import named_files
+from smolvla_reflow.errors import write_json
 
 
 def write_merged(adapter: Checkpoint, folder: Path) -> None:

@@ -25,7 +25,7 @@ from smolvla_reflow.checkpoint.adapter import (
     check_adapter,
     merge_command,
 )
-from smolvla_reflow.checkpoint.backbone import load_tokenizer
+from smolvla_reflow.checkpoint.backbone import tokenizer_or_none
 from smolvla_reflow.checkpoint.fork.marks import refuse_forked
 from smolvla_reflow.checkpoint.saved_steps import SavedStep, named_files, saved_steps
 from smolvla_reflow.errors import ReflowError, doing, sha256
@@ -204,11 +204,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with the indentation of LeRobot's own files."""
-    path.write_text(json.dumps(content, indent=4) + "\n")
-
-
 def read_config(folder: Path) -> SmolVLAConfig:
     """The config as the installed LeRobot reads it. Raises ReflowError if LeRobot cannot, or it is not SmolVLA's."""
     with doing(f"reading {folder / CONFIG_NAME} with LeRobot {lerobot.__version__}"):
@@ -275,16 +270,8 @@ def _tokenizer(steps: Sequence[SavedStep], saved_backbone: str, backbone: str | 
             name = step.artifacts.get("tokenizer_name") or step.config.get("tokenizer_name")
             if backbone is None or "tokenizer_name" in step.artifacts:
                 return name
-            return backbone if name == saved_backbone or not _is_tokenizer(name) else name
+            return backbone if name == saved_backbone or tokenizer_or_none(name) is None else name
     return None
-
-
-def _is_tokenizer(name: object) -> bool:
-    try:
-        load_tokenizer(str(name))
-    except Exception:  # transformers lets through whatever a damaged file leads to
-        return False
-    return True
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -6,7 +6,6 @@ from pathlib import Path
 from accelerate import PartialState
 from lerobot.configs.default import DatasetConfig
 
-from smolvla_reflow.checkpoint.load import check_device
 from smolvla_reflow.dataset import TOLERANCE_S, check_as_recorded, in_home
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.pairs.manifest import DTYPES
@@ -41,8 +40,6 @@ class DeviceConfig:
         Raises:
             ReflowError: there is no such device.
         """
-        if self.device is not None:
-            check_device(self.device)
         if self.device not in (None, process.device.type):
             return str(self.device)
         return "cpu" if process.device.type == "cpu" else str(process.device)

@@ -1,9 +1,8 @@
 """Maps between the normalised spaces of teacher and student, for different statistics.
 
-A SmolVLA sees state and gives actions in units of the statistics saved with its checkpoint. `train()` normalises
-batches by the present dataset's. If the two differ (more episodes were recorded, another dataset), the teacher is asked
-in its own space: its state is mapped from the dataset's space, and its actions are mapped back. Every mode of LeRobot's
-normaliser is affine in each dimension, and so are both maps.
+A SmolVLA's state and actions are in units of the statistics saved with its checkpoint. `train()` normalises batches by
+the present dataset's. If the two differ (more episodes, another dataset), the state is mapped into the teacher's space,
+and its actions are mapped back. Every mode of LeRobot's normaliser is affine in each dimension, and so are both maps.
 """
 
 import logging
@@ -90,8 +89,8 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
     _check(teacher.source, config, saved, current)
     state, actions = (_map(_Space(name, config, current), _Space(name, config, saved)) for name in (OBS_STATE, ACTION))
     changes = {OBS_STATE: state.change(), ACTION: actions.change()}
-    largest = max(changes, key=lambda name: changes[name].max().item())
-    if changes[largest].max() <= NEGLIGIBLE:
+    most = max(changes, key=lambda name: changes[name].max().item())
+    if changes[most].max() <= NEGLIGIBLE:
         return None
     if config.adapt_to_pi_aloha:
         raise ReflowError(
@@ -99,11 +98,8 @@ def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
             "they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
         )
     logging.getLogger(__name__).info(
-        "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
-        "state and actions are mapped to the teacher's space and back.",
-        largest,
-        int(changes[largest].argmax()),
-        changes[largest].max().item(),
+        f"The dataset's statistics are not the teacher's (most in '{most}' dimension {int(changes[most].argmax())}, by "
+        f"{changes[most].max():.3g} in normalised units): state and actions are mapped to the teacher's space and back."
     )
     state = state.padded(config.max_state_dim)
     return SpaceMaps(state if state.change().max() > NEGLIGIBLE else None, actions.padded(config.max_action_dim))
@@ -233,17 +229,12 @@ def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Stati
     would be trained unnormalised.
     """
     for feature, statistic in ((name, statistic) for name in TYPES for statistic in in_use(config, name)):
-        name = f"{feature}.{statistic}"
-        of_dataset, of_teacher = (stats.get(feature, {}).get(statistic) for stats in (current, saved))
-        if of_teacher is None:
+        of_teacher, of_dataset = (stats.get(feature, {}).get(statistic) for stats in (saved, current))
+        if of_teacher is None or of_dataset is None:
             raise ReflowError(
-                f"The checkpoint {source} has no saved statistics '{name}', so the space of its {feature} is unknown. "
-                "Use a checkpoint saved by lerobot-train."
-            )
-        if of_dataset is None:
-            raise ReflowError(
-                f"The dataset has no statistics '{name}', and they normalise the teacher's {feature}. A dataset with "
-                "another name for this feature has to be converted; --rename_map is not enough."
+                f"{f'The checkpoint {source}' if of_teacher is None else 'The dataset'} has no saved statistics "
+                f"'{feature}.{statistic}', and they normalise the teacher's {feature}. Use a checkpoint that "
+                "lerobot-train saved. If the dataset has this feature under another name, it has to be converted."
             )
         if of_dataset.shape != of_teacher.shape:
             raise ReflowError(

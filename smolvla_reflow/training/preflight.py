@@ -9,7 +9,6 @@ from pathlib import Path
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from smolvla_reflow.checkpoint.backbone import check_backbone
-from smolvla_reflow.checkpoint.load import check_processors
 from smolvla_reflow.checkpoint.read import Checkpoint, read_checkpoint
 from smolvla_reflow.checkpoint.words import check_words
 from smolvla_reflow.compat import (
@@ -165,9 +164,7 @@ def check_student(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, start: Ch
     assert isinstance(cfg.policy, SmolVLAConfig)
     check_agreement(cfg.policy, teacher.config)
     check_backbone(cfg.policy)
-    begins_with = start or read_checkpoint(str(cfg.policy.pretrained_path))
-    check_processors(begins_with)
-    check_words(begins_with, teacher)
+    check_words(start or read_checkpoint(str(cfg.policy.pretrained_path)), teacher)
 
 
 def check_frames(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -> None:

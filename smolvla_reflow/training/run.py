@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from smolvla_reflow.attachment import Attachment, attach
-from smolvla_reflow.checkpoint.load import misfit, weights_of
+from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import gradient_accumulation, prints_metrics
 from smolvla_reflow.compat import train as lerobot_train
@@ -180,11 +180,6 @@ def train(cfg: ReflowTrainPipelineConfig, inputs: Inputs, stats: Statistics, arg
         if not cannot_write(error):
             raise
         raise ReflowError(f"--output_dir={cfg.output_dir or '.'}: {error}. {how_to_continue(cfg, arguments)}") from None
-    except RuntimeError as error:
-        problem = misfit(error)
-        if problem is None:
-            raise
-        raise ReflowError(f"The student's weights do not fit its --policy.* configuration: {problem}") from None
 
 
 def measure_with(

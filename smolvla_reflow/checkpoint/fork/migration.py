@@ -22,9 +22,8 @@ from smolvla_reflow.checkpoint.read import (
     read_checkpoint,
     read_config,
     read_json,
-    write_json,
 )
-from smolvla_reflow.errors import ReflowError, check_new_folder, doing, whole_folder
+from smolvla_reflow.errors import ReflowError, check_new_folder, doing, whole_folder, write_json
 
 # Kinds of files to copy, also from folders such as a tokenizer's. Other files can be executed, or may be pickles.
 COPIED = (".json", ".safetensors", ".md", ".txt", ".jinja")
