@@ -6,16 +6,16 @@ from pathlib import Path
 from huggingface_hub.constants import CONFIG_NAME
 
 from smolvla_reflow.checkpoint.load import load_policy
-from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, Checkpoint, read_json
+from smolvla_reflow.checkpoint.read import PROCESSORS, TRAIN_CONFIG_NAME, Checkpoint, read_json
 from smolvla_reflow.checkpoint.saved_steps import named_files
 from smolvla_reflow.errors import write_json
 
+# Kinds of files that processors read. Files of other kinds can be executed, or may be pickles.
+COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
+
 
 def write_merged(adapter: Checkpoint, folder: Path) -> None:
-    """Write the stock checkpoint of an adapter into an empty folder.
-
-    The processors are copied with the files that they name. Both configurations change in `use_peft` alone. The
-    adapter's model card is left out, since it names another base and library.
+    """Write the stock checkpoint of an adapter into an empty folder; both configurations change in `use_peft` alone.
 
     Raises:
         ReflowError: the adapter cannot be merged.
@@ -29,10 +29,19 @@ def write_merged(adapter: Checkpoint, folder: Path) -> None:
         if isinstance(content.get("policy"), dict):
             content["policy"]["use_peft"] = False
         write_json(folder / TRAIN_CONFIG_NAME, content)
-    for processor in adapter.processors:
-        files, folders = named_files(read_json(adapter.folder / processor))
-        for name in (processor, *files):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(adapter.folder / name, folder / name)
-        for name in folders:
-            shutil.copytree(adapter.folder / name, folder / name, dirs_exist_ok=True)
+    copy_processors(adapter.folder, folder)
+
+
+def copy_processors(old: Path, new: Path) -> None:
+    """Copy a checkpoint's processors and the files that they name, without links to files outside the checkpoint."""
+    # A snapshot in the hub's cache consists of links to files in the repository's folder.
+    home = (old.parent.parent if old.parent.name == "snapshots" else old).resolve()
+    for processor in PROCESSORS:
+        if (old / processor).is_file():
+            files, folders = named_files(read_json(old / processor))
+            inner = [path for name in folders for path in (old / name).rglob("*") if path.is_file()]
+            for path in (old / processor, *(old / name for name in files), *inner):
+                if path.suffix in COPIED and path.resolve().is_relative_to(home):
+                    copy = new / path.relative_to(old)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)

@@ -35,7 +35,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         with doing(f"writing {args.new}"), whole_folder(args.new) as folder:
             write_merged(adapter, folder)
         print(f"Written: {args.new}, a stock SmolVLA checkpoint: {adapter.cited()} merged into {adapter.base.source}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -23,30 +23,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = old_and_new(PROGRAM, __doc__, argv, FLAGS)
         migration = plan(args.old)
         check_new_folder(args.new, migration.old)
-        print("\n".join(in_words(migration)))
+        print(in_words(migration))
         if not migration.changes:
             print(f"{migration.old} is a stock checkpoint already; there is nothing to migrate.")
         elif args.write:
             write(migration, args.new)
-            print(f"Written: {args.new}, a stock SmolVLA checkpoint.")
+            print(f"Written: {args.new}, a stock SmolVLA checkpoint with the files that LeRobot reads.")
         else:
             print(f"Nothing was written. To write {args.new}, add --write.")
 
 
-def in_words(migration: Migration) -> list[str]:
-    """The planned changes, by file."""
-    lines = [
-        f"{file}: without {name} (which is {value!r})"
-        for file, fields in migration.fields.items()
-        for name, value in fields.items()
+def in_words(migration: Migration) -> str:
+    """The planned changes, a line for each."""
+    removed = [
+        (file, f"{name} (which is {value!r})") for file, of in migration.fields.items() for name, value in of.items()
     ]
     if migration.tensors:
-        first, count = migration.tensors[0], len(migration.tensors)
-        lines.append(f"{SAFETENSORS_SINGLE_FILE}: without the teacher's {count} tensors ({first}, ...)")
-    return (
-        lines + [f"{name}: copied" for name in migration.copied] + [f"{name}: left out" for name in migration.left_out]
-    )
-
-
-if __name__ == "__main__":
-    main()
+        teachers = f"the teacher's {len(migration.tensors)} tensors ({migration.tensors[0]}, ...)"
+        removed.append((SAFETENSORS_SINGLE_FILE, teachers))
+    return "\n".join(f"{file}: without {what}" for file, what in removed)

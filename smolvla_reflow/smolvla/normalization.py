@@ -232,9 +232,9 @@ def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Stati
         of_teacher, of_dataset = (stats.get(feature, {}).get(statistic) for stats in (saved, current))
         if of_teacher is None or of_dataset is None:
             raise ReflowError(
-                f"{f'The checkpoint {source}' if of_teacher is None else 'The dataset'} has no saved statistics "
+                f"{f'The checkpoint {source} has no saved' if of_teacher is None else 'The dataset has no'} statistics "
                 f"'{feature}.{statistic}', and they normalise the teacher's {feature}. Use a checkpoint that "
-                "lerobot-train saved. If the dataset has this feature under another name, it has to be converted."
+                "lerobot-train saved. A dataset with another name for this feature has to be converted."
             )
         if of_dataset.shape != of_teacher.shape:
             raise ReflowError(

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smolvla_reflow.checkpoint.fork.marks import FORK_FIELDS, TEACHER_PREFIX
+from smolvla_reflow.checkpoint.merging import copy_processors
 from smolvla_reflow.checkpoint.read import (
     PREPROCESSOR_NAME,
     TRAIN_CONFIG_NAME,
@@ -25,8 +26,6 @@ from smolvla_reflow.checkpoint.read import (
 )
 from smolvla_reflow.errors import ReflowError, check_new_folder, doing, whole_folder, write_json
 
-# Kinds of files to copy, also from folders such as a tokenizer's. Other files can be executed, or may be pickles.
-COPIED = (".json", ".safetensors", ".md", ".txt", ".jinja")
 FORK_FLAGS = {
     "policy.training_mode": "reflow.strategy",
     "policy.use_reflow": "reflow.strategy",
@@ -49,14 +48,12 @@ def rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Migration:
-    """The way from a checkpoint of the fork to its stock checkpoint."""
+    """The difference between a checkpoint of the fork and its stock checkpoint."""
 
     old: Path
     contents: dict[str, dict[str, Any]]  # of the JSON files, by name, without the fork's fields
     fields: dict[str, dict[str, Any]]  # removed from these files
     tensors: list[str]  # removed from `model.safetensors`
-    copied: list[str]
-    left_out: list[str]  # of a kind that no LeRobot needs, or links to files outside the checkpoint
 
     @property
     def changes(self) -> bool:
@@ -78,36 +75,23 @@ def plan(old: str | Path) -> Migration:
         policy = content if name == CONFIG_NAME else content.get("policy")
         policy = policy if isinstance(policy, dict) else {}
         fields[name] = {field: policy.pop(field) for field in FORK_FIELDS if field in policy}
-    # A snapshot in the hub's cache consists of links to files in the repository's folder.
-    home = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    kept = {name for name, path in files.items() if name.endswith(COPIED) and path.resolve().is_relative_to(home)}
-    written = {*contents, SAFETENSORS_SINGLE_FILE}
     weights = StoredTensors(folder / SAFETENSORS_SINGLE_FILE)
-    migration = Migration(
-        old=folder,
-        contents=contents,
-        fields=fields,
-        tensors=sorted(name for name in weights if name.startswith(TEACHER_PREFIX)),
-        copied=sorted(kept - written),
-        left_out=sorted(files.keys() - kept - written),
-    )
+    tensors = sorted(name for name in weights if name.startswith(TEACHER_PREFIX))
+    migration = Migration(folder, contents, fields, tensors)
     if not migration.changes:
         read_checkpoint(old).processor_steps(PREPROCESSOR_NAME)
     return migration
 
 
 def write(migration: Migration, new: Path) -> None:
-    """Write the stock checkpoint into the new folder, completely or not at all.
+    """Write the stock checkpoint, with the files that LeRobot reads, into the new folder completely or not at all.
 
     Raises:
         ReflowError: `new` exists, lies within the old folder, cannot be written, or LeRobot cannot read its config.
     """
     check_new_folder(new, migration.old)
     with doing(f"writing {new}"), whole_folder(new) as folder:
-        for name in migration.copied:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(migration.old / name, folder / name)
+        copy_processors(migration.old, folder)
         for name, content in migration.contents.items():
             write_json(folder / name, content)
         read_config(folder)
