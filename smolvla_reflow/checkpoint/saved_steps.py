@@ -43,7 +43,7 @@ def saved_steps(file: Path, content: Mapping[str, Any]) -> list[SavedStep]:
     """Read the steps of the saved processor in this JSON file.
 
     Raises:
-        ReflowError: a step is malformed or unknown, would run code, or names a file outside the checkpoint.
+        ReflowError: a step is malformed or unknown, would run code, or names a file that is not in the checkpoint.
     """
     with doing(f"reading the steps of {file}"):
         return [_read(file, entry) for entry in content["steps"]]
@@ -76,7 +76,7 @@ def _read(file: Path, entry: Mapping[str, Any]) -> SavedStep:
             "needs no such step; take it out."
         )
     for path in (*([state_file] if state_file else []), *artifacts.values()):
-        if not _lies_within(path):
+        if not _lies_within(path) or not (file.parent / path).exists():
             raise ReflowError(f"{file}: the step '{name}' names '{path}', which is not in the checkpoint.")
     return SavedStep(
         name=name if registered else kind.__name__,
