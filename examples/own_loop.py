@@ -4,8 +4,7 @@
         --repo_id=me/my_dataset --output_dir=outputs/my_student
 
 `smolvla-reflow-train` does the same in LeRobot's loop, with a learning-rate schedule, logging, checkpoints and several
-GPUs. This is the loop to start from if you need another one. The student is saved with its processors, as LeRobot
-saves a checkpoint.
+GPUs. If you need another loop, start from this file. It saves the student with its processors, as a LeRobot checkpoint.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tqdm import tqdm
 
-from smolvla_reflow import Recipe, attach
+from smolvla_reflow import attach
+from smolvla_reflow.training.config import LEARNING_RATE, ReflowTrainPipelineConfig
 
 
 @dataclass
@@ -28,13 +28,13 @@ class LoopConfig:
     repo_id: str
     output_dir: Path
     root: Path | None = None
-    steps: int = 20_000
-    batch_size: int = 32
-    lr: float = 2e-5
+    steps: int = ReflowTrainPipelineConfig.steps
+    batch_size: int = ReflowTrainPipelineConfig.batch_size
+    lr: float = LEARNING_RATE
 
 
 def train(cfg: LoopConfig) -> None:
-    """Train a student of this teacher and save it."""
+    """Train a student of `cfg.teacher` and save it."""
     policy = SmolVLAPolicy.from_pretrained(cfg.teacher)  # the student starts as the teacher
     preprocessor, postprocessor = make_pre_post_processors(policy.config, cfg.teacher)
 
@@ -45,7 +45,7 @@ def train(cfg: LoopConfig) -> None:
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=cfg.lr)
 
     policy.train()
-    with attach(policy, teacher=cfg.teacher, recipe=Recipe(weighting="t", padding_weight=0.1)):
+    with attach(policy, teacher=cfg.teacher):
         batches = islice(chain.from_iterable(repeat(loader)), cfg.steps)  # shuffled anew in each epoch
         for batch in (bar := tqdm(batches, total=cfg.steps)):
             loss, _ = policy.forward(preprocessor(batch))
@@ -55,7 +55,7 @@ def train(cfg: LoopConfig) -> None:
             optimizer.zero_grad()
             bar.set_postfix(loss=loss.item())
 
-    # At the end of the block the teacher was detached, so this is a stock policy.
+    # The end of the block detached the teacher, so the policy is a stock policy again.
     for part in (policy, preprocessor, postprocessor):
         part.save_pretrained(cfg.output_dir)
 

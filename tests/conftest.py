@@ -78,12 +78,15 @@ def policy(make_policy: Callable[..., SmolVLAPolicy]) -> SmolVLAPolicy:
     return make_policy(seed=0)
 
 
-@pytest.fixture(params=["one prefix", "own prefix"])
-def teacher(
-    request: pytest.FixtureRequest, make_policy: Callable[..., SmolVLAPolicy], policy: SmolVLAPolicy
-) -> SmolVLAPolicy:
-    """A policy like `policy` whose trainable weights differ, those of the prefix (`state_proj`) too or not."""
-    own_prefix = request.param == "own prefix"
+@pytest.fixture
+def own_prefix() -> bool:
+    """True if `teacher` encodes the prefix otherwise than `policy`. Files that need both override this fixture."""
+    return False
+
+
+@pytest.fixture
+def teacher(make_policy: Callable[..., SmolVLAPolicy], policy: SmolVLAPolicy, own_prefix: bool) -> SmolVLAPolicy:
+    """A policy like `policy` whose trainable weights differ, those of the prefix (`state_proj`) only if `own_prefix`."""
     other = make_policy(seed=1)
     other.load_state_dict(policy.state_dict())
     torch.manual_seed(1)

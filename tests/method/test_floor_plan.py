@@ -1,7 +1,10 @@
-"""Which module may import which: everything points one way, from the commands down to solver, times and noise."""
+"""Which module may import which: everything points one way, and LeRobot's version is asked in one place."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[2] / "smolvla_reflow"
 
@@ -10,19 +13,37 @@ PACKAGE = Path(__file__).parents[2] / "smolvla_reflow"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("training", "evaluation", "demo"),
-    ("attach",),
-    ("sharing",),
-    ("losses", "reduction", "pairs", "dataset"),
+    ("attachment",),
+    ("reduction", "pairs"),
+    ("losses", "dataset"),
     ("step",),
-    ("coupling", "recipe", "monitor"),
+    ("teacher", "distance"),
+    ("coupling", "recipe", "step_metrics"),
     ("smolvla",),
-    ("solver", "times", "noise", "metrics"),
-    ("compat", "files"),
+    ("checkpoint",),
+    ("solver", "times", "noise"),
+    ("compat",),
     ("errors",),
 )
-ALLOWED_BESIDE = {
-    ("pairs", "dataset"): "the frames to make pairs of",
-}
+
+
+def name_of(file: Path) -> str:
+    return ".".join(("smolvla_reflow", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of this package that a file imports, also within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from smolvla_reflow.wing import x` may name a module as x.
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {module for module in found if module in MODULES and module != name_of(file)}
 
 
 def room(module: str) -> str:
@@ -30,49 +51,73 @@ def room(module: str) -> str:
     return module.split(".")[1]
 
 
-def imports(file: Path) -> set[str]:
-    """Modules of this package that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("smolvla_reflow"):
-            # `from smolvla_reflow import x` and `from smolvla_reflow.wing import x` may name a module as x.
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("smolvla_reflow.")}
-    return found
-
-
-def files() -> dict[str, list[Path]]:
-    """All files by room."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        if file != PACKAGE / "__init__.py":
-            found.setdefault(file.relative_to(PACKAGE).with_suffix("").parts[0], []).append(file)
-    return found
+IN_ROOMS = {module: file for module, file in MODULES.items() if module != "smolvla_reflow"}
 
 
 def test_every_room_has_a_floor():
-    assert set(files()) == {name for floor in FLOORS for name in floor}
+    assert {room(module) for module in IN_ROOMS} == {name for floor in FLOORS for name in floor}
 
 
 def test_imports_are_found():
-    assert {"smolvla_reflow.losses.get_loss_strategy", "smolvla_reflow.step.Step"} <= imports(PACKAGE / "attach.py")
+    assert {"smolvla_reflow.losses", "smolvla_reflow.step"} <= imports(PACKAGE / "attachment.py")
+    assert "smolvla_reflow.checkpoint.read" in imports(PACKAGE / "checkpoint" / "load.py")
 
 
 def test_imports_point_one_way():
-    height = {name: len(FLOORS) - i for i, floor in enumerate(FLOORS) for name in floor}
-    wrong = []
-    for here, its_files in files().items():
-        for file in its_files:
-            for module in imports(file):
-                there = room(module)
-                beside = height[there] == height[here] and (here, there) not in ALLOWED_BESIDE
-                if there != here and (height[there] > height[here] or beside):
-                    wrong.append(f"{file.relative_to(PACKAGE)} imports {module}")
+    height = {name: -i for i, floor in enumerate(FLOORS) for name in floor}
+    wrong = [
+        f"{module} imports {imported}"
+        for module, file in IN_ROOMS.items()
+        for imported in imports(file) - {"smolvla_reflow"}
+        if room(imported) != room(module) and height[room(imported)] >= height[room(module)]
+    ]
     assert not wrong, wrong
+
+
+def test_no_circle_of_imports_also_within_a_room():
+    below: dict[str, set[str]] = {}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in below:
+            for imported in imports(MODULES[module]):
+                visit(imported, (*path, module))
+            below[module] = imports(MODULES[module])
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_a_command_only_parses_and_calls():
+    for file in set((PACKAGE / "commands").glob("*.py")) - {PACKAGE / "commands" / "console.py"}:
+        assert len(file.read_text().splitlines()) <= 130, file
 
 
 def test_the_method_stands_flat_on_top():
     flat = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
-    assert {"coupling", "times", "solver", "noise", "recipe", "step", "losses", "attach"} <= flat
+    assert {"coupling", "teacher", "times", "solver", "noise", "recipe", "step", "losses", "attachment"} <= flat
     assert len(flat) <= 15
+
+
+# Where a missing attribute is no question about LeRobot's version.
+NO_VERSION = {
+    "base_policy": "a PEFT wrapper, or DDP",
+    "_copy_sharing_parameters": "modules of any kind",
+    "detach": "a function or another callable",
+}
+ASKS_VERSION = re.compile(r"lerobot\.__version__|\bVersion\(")
+
+
+@pytest.mark.parametrize("module", [name for name in IN_ROOMS if name != "smolvla_reflow.compat"])
+def test_lerobots_version_is_asked_in_compat_alone(module):
+    """A `getattr` with a default, or a `hasattr`, on one of LeRobot's objects is a version check in disguise."""
+    text = IN_ROOMS[module].read_text()
+    assert not ASKS_VERSION.search(text)
+    asks = []
+    for function in ast.walk(ast.parse(text)):
+        if isinstance(function, ast.FunctionDef) and function.name not in NO_VERSION:
+            for node in ast.walk(function):
+                name = getattr(getattr(node, "func", None), "id", "")
+                if name == "hasattr" or (name == "getattr" and len(node.args) == 3):
+                    asks.append(f"{function.name}: {ast.unparse(node)}")
+    assert not asks, asks

@@ -10,6 +10,11 @@ from smolvla_reflow import Coupling, Solver
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
+@pytest.fixture(params=[False, True], ids=["one prefix", "own prefix"])
+def own_prefix(request):
+    return request.param
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
 @pytest.mark.parametrize("solver", ["midpoint", "euler"])
 def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, solver, num_steps):

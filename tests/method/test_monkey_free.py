@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from helpers import reflow_run
 
 
+@pytest.mark.slow
 def test_every_attribute_is_the_object_it_was(workshop, tmp_path):
     """In a fresh process: record before importing this package; compare in a training step, and after detach."""
     flags = reflow_run(workshop, tmp_path / "run", steps=2, reflow__strategy="looking", reflow__num_steps=2)

@@ -387,7 +387,13 @@ def test_fixed_steps_never_wait_for_the_device(policy, batch, method):
     velocity = Velocity(policy.model, encode(policy.model, observation))
     with torch.no_grad():
         assert reads(lambda: Solver(method, num_steps=10).integrate(velocity, noise)) == 0
-        assert reads(lambda: Solver("dopri5").integrate(velocity, noise)) > 10
+
+
+def test_an_adaptive_solver_does(policy, batch):
+    velocity = Velocity(policy.model, encode(policy.model, observe(policy, batch)))
+    with torch.no_grad():
+        solver = Solver("dopri5", rtol=0.1, atol=0.1)
+        assert reads(lambda: solver.integrate(velocity, torch.randn(4, CHUNK, WIDTH))) > 10
 
 
 @pytest.mark.parametrize("per_frame", [1, 4])

@@ -15,6 +15,11 @@ from smolvla_reflow import Coupling, Recipe, ReflowError, detach, register_loss_
 pytestmark = pytest.mark.usefixtures("registry")
 
 
+@pytest.fixture(params=[False, True], ids=["one prefix", "own prefix"])
+def own_prefix(request):
+    return request.param
+
+
 @pytest.fixture
 def steps(policy, teacher, batch, registry):
     """Call a function with the step of one forward pass; returns what it returns."""
