@@ -19,6 +19,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
+from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import PREPROCESSOR_NAME, STATISTICS_AMONG_WEIGHTS, Checkpoint, open_checkpoint
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
@@ -194,7 +195,7 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
         weights = dict(base.named_parameters(remove_duplicate=False))
     else:
         structure, config = student, source.config
-        weights = source.weights() if isinstance(source, Checkpoint) else source.state_dict()
+        weights = weights_of(source) if isinstance(source, Checkpoint) else source.state_dict()
 
     teacher = _copy_sharing_parameters(structure)
     check_agreement(teacher.config, config)

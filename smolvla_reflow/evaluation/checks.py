@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from smolvla_reflow.checkpoint.load import check_device
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
 from smolvla_reflow.dataset import check_as_recorded
@@ -40,7 +39,6 @@ def check_values(cfg: EvalConfig) -> None:
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():
         raise ReflowError("--write_num_steps needs --policy.path to be a folder, whose config.json it writes.")
     check_as_recorded(cfg.dataset, "policies are measured on")
-    check_device(cfg.policy.device)
 
 
 def fit_to_dataset(

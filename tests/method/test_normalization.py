@@ -175,7 +175,7 @@ def test_a_dimension_that_never_moves_in_either_is_left_alone(make_config):
 def test_a_dimension_that_moves_in_one_alone_is_refused(make_config, feature, side, moves_by):
     own, other = draw_stats(), draw_stats()
     {"dataset": other, "teacher": own}[side][feature]["std"][1] = moves_by
-    with pytest.raises(ReflowError, match=f"'{feature}' dimension 1 is .nearly. constant in the one"):
+    with pytest.raises(ReflowError, match=f"'{feature}' dimension 1 is .nearly. constant in one"):
         space_maps(fake_checkpoint(make_config, NormalizationMode.MEAN_STD, own), other)
 
 
@@ -186,7 +186,9 @@ def test_what_lacks_statistics_is_refused(make_config):
     with pytest.raises(ReflowError, match="The dataset has no statistics 'observation.state.mean'.*converted"):
         space_maps(teacher, renamed)
     wide = {**own, "action": {name: np.append(v, 1.0) for name, v in own["action"].items()}}
-    with pytest.raises(ReflowError, match="'action' has 3 dimensions in the dataset and 2 in the teacher T"):
+    with pytest.raises(
+        ReflowError, match="'action' has 3 dimensions in the dataset and 2 in the statistics of the teacher T"
+    ):
         space_maps(teacher, wide)
     without = fake_checkpoint(make_config, NormalizationMode.QUANTILES, {"action": own["action"]})
     with pytest.raises(ReflowError, match="The checkpoint T has no saved statistics 'observation.state.q01'"):
