@@ -5,10 +5,6 @@
     detach(policy)
 
 In train mode a batch takes this way:  policy.forward -> Step -> loss strategy -> losses (reduction.py) -> loss.
-step_metrics.py has the metrics beside the loss.
-
-Teacher and student share the prefix (images, language, state) if they can: `attach` freezes the student's `state_proj`,
-the only part of the prefix that a fine-tuned SmolVLA trains, and `detach` thaws it.
 
 No class is subclassed or changed. `attach` binds the functions of the two mixins below onto this instance, in the slot
 that LeRobot uses when it compiles a policy (`self.forward = ...`). The teacher goes where `nn.Module` does not look for
@@ -26,7 +22,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
 from torch import Tensor, nn
 
-from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
@@ -90,11 +86,8 @@ class Attachment:
         batch = batch or {}
         seen = self.sharing.in_encoder_dtype(observation)
         by_teacher = self.source.observe(batch, self.policy, seen) if isinstance(self.source, FrozenTeacher) else seen
-        joint = bool(
-            self.sharing.why_not_shared
-            or get_loss_strategy(strategy).joint_forward
-            or trained_part(self.policy) is not None
-        )
+        own_prefix = self.sharing.why_not_shared or trained_part(self.policy)
+        joint = own_prefix is not None or get_loss_strategy(strategy).joint_forward
         return Step(
             model=self.policy.model,
             forward=self.policy.model.forward_standard,
@@ -237,16 +230,8 @@ def attach(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise ReflowError(f"recipe is a {type(recipe).__name__}; give a Recipe.")
-    if revision is not None:
-        if not isinstance(teacher, str):
-            raise ReflowError("revision has no effect on a teacher that is not named by its hub id; leave it out.")
-        teacher = open_checkpoint(teacher, revision)
     loss = get_loss_strategy(strategy)
-    loss.check_effect(recipe, solver=solver, pairs=pairs)
-    if pairs is not None and teacher is not None:
-        raise ReflowError("Attach either a teacher or the pairs it made, not both.")
-    if pairs is not None and solver is not None:
-        raise ReflowError("solver has no effect beside pairs, whose ODE was solved when they were made; leave it out.")
+    loss.check_effect(recipe, teacher=teacher, pairs=pairs, solver=solver)
     if train_state_proj and not is_trained(base.model.state_proj):
         raise ReflowError("train_state_proj has no effect on a policy whose own state_proj is frozen; leave it out.")
     source: CouplingSource
@@ -254,7 +239,7 @@ def attach(
         source = _stored(pairs, base, dataset_stats)
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
-        source = frozen_source(teacher, policy, ode, dataset_stats)
+        source = frozen_source(teacher, policy, ode, dataset_stats, revision)
     frozen = source.policy if isinstance(source, FrozenTeacher) else None
     reasons = {
         f"strategy={loss.name} trains it with the rest": loss.joint_forward,
@@ -286,7 +271,7 @@ def detach(policy: nn.Module) -> None:
                 "(for accelerate: accelerator.unwrap_model(policy, keep_fp32_wrapper=False))."
             )
     attachment: Attachment = vars(base)[_STATE]
-    _take_back_teacher(base.model, attachment)
+    _undo_assigned_teacher(attachment)
     for binding in attachment.bindings:
         binding.undo()
     attachment.sharing.undo()
@@ -306,8 +291,7 @@ def attachment_of(module: object) -> Attachment:
         ReflowError: somebody assigned `model.teacher`. The assignment is undone.
     """
     attachment: Attachment = vars(module)[_STATE]
-    if vars(attachment.policy.model).get("teacher", attachment) is not attachment.teacher:
-        _take_back_teacher(attachment.policy.model, attachment)
+    if _undo_assigned_teacher(attachment):
         raise ReflowError(
             "Do not assign policy.model.teacher: the new teacher would be trained and saved with the student. Call "
             "detach(policy), then attach(policy, teacher=...). The assignment was undone."
@@ -315,11 +299,13 @@ def attachment_of(module: object) -> Attachment:
     return attachment
 
 
-def _take_back_teacher(model: nn.Module, attachment: Attachment) -> None:
-    """Undo an assignment of `model.teacher`."""
-    if "teacher" in dict(model.named_children()):
-        del model.teacher
+def _undo_assigned_teacher(attachment: Attachment) -> bool:
+    """Undo an assignment of `model.teacher`; returns True if there was one."""
+    model = attachment.policy.model
+    assigned = vars(model).get("teacher", attachment) is not attachment.teacher
+    model._modules.pop("teacher", None)
     vars(model)["teacher"] = attachment.teacher
+    return assigned
 
 
 def _stored(

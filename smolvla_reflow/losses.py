@@ -67,8 +67,8 @@ class LossStrategy:
             )
         return losses
 
-    def check_effect(self, recipe: Recipe, *, solver: object = None, pairs: object = None) -> None:
-        """Raise ReflowError if the recipe, or a solver or pairs that are given, have no effect on this loss."""
+    def check_effect(self, recipe: Recipe, *, teacher: object, pairs: object, solver: object) -> None:
+        """Raise ReflowError if an argument of `attach` has no effect on this loss, or beside another argument."""
         for name in self.unused:
             if getattr(recipe, name) != getattr(Recipe, name):
                 raise ReflowError(
@@ -79,6 +79,12 @@ class LossStrategy:
                 raise ReflowError(
                     f"{name} has no effect with strategy={self.name}, which asks for no couplings; leave it out."
                 )
+        if pairs is not None and teacher is not None:
+            raise ReflowError("Attach either a teacher or the pairs it made, not both.")
+        if pairs is not None and solver is not None:
+            raise ReflowError(
+                "solver has no effect beside pairs, whose ODE was solved when they were made; leave it out."
+            )
 
 
 _registry: dict[str, LossStrategy] = {}

@@ -151,8 +151,13 @@ def frozen_source(
     student: nn.Module,
     solver: Solver,
     dataset_stats: Statistics | None,
+    revision: str | None = None,
 ) -> FrozenTeacher:
     """Build the frozen teacher of a student that has none attached; arguments and errors as of `attach`."""
+    if revision is not None:
+        if not isinstance(teacher, str):
+            raise ReflowError("revision has no effect on a teacher that is not named by its hub id; leave it out.")
+        teacher = open_checkpoint(teacher, revision)
     origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
     space, rename_map = None, _own_names(origin)
     if dataset_stats is not None:
