@@ -238,3 +238,8 @@ def is_bucket(dataset: DatasetConfig) -> bool:
 def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
     """The depth cameras of a dataset, which exist from 0.6.0 on."""
     return list(getattr(metadata, "depth_keys", ()))
+
+
+def can_hold_out(dataset: DatasetConfig) -> bool:
+    """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
+    return hasattr(dataset, "eval_split")
