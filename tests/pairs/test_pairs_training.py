@@ -236,7 +236,7 @@ def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(worksh
     policy, _ = observed(workshop)
     stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
     source = lambda observation, **asked: None  # noqa: E731
-    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on a function that couples"):
         attach(policy, pairs=source, dataset_stats=stats)
     with pytest.raises(ReflowError, match="solver has no effect"):
         attach(policy, pairs=source, solver="euler")
