@@ -179,10 +179,7 @@ def _own_names(origin: TeacherSource) -> dict[str, str]:
 def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
     """Build the teacher of `student` (a SmolVLAPolicy, or one wrapped by PEFT), in eval mode and without gradients.
 
-    Args:
-        student: the policy, whose parameters are shared if they are frozen and equal.
-        source: a checkpoint, a policy, or None for the student as it is now.
-        num_steps: steps of the teacher's ODE; None for its own `config.num_steps`.
+    `source` is a checkpoint, a policy, or None for the student as it is now.
 
     Raises:
         ReflowError: the configuration or weights of `source` do not fit the student.

@@ -45,16 +45,9 @@ from smolvla_reflow.smolvla.velocity import velocity_of
 
 
 def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
-    """Make the missing ones of the configured pairs, and return a sentence about them.
+    """Make the missing ones of the configured pairs, shared by all processes, and return a sentence about them.
 
-    Args:
-        cfg: its values checked.
-        process: this one; several share the work.
-
-    Raises:
-        ReflowError: the teacher or the dataset cannot be used, the folder holds something else or damaged pairs,
-            cannot be written or is not the same for all processes, or actions are not finite. Finished files stay.
-        KeyboardInterrupt: with how to go on.
+    Finished files stay whatever happens; a KeyboardInterrupt says how to go on.
     """
     assert cfg.output_dir is not None
     folder = cfg.output_dir.expanduser()
