@@ -116,7 +116,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_shard(folder: Path, shard: int, actions: Tensor, dtype: str) -> str:
-    """Write (frames, couplings_per_frame, chunk_size, max_action_dim), complete or not at all, and return a checksum."""
+    """Write (frames, couplings_per_frame, chunk_size, max_action_dim), complete or not at all; returns a checksum."""
     content = save({TENSOR_NAME: actions.to(DTYPES[dtype]).contiguous()})
     with writing(folder):
         write_whole(shard_path(folder, shard), content)
