@@ -12,7 +12,7 @@ from smolvla_reflow.dataset import TOLERANCE_S, in_home
 from smolvla_reflow.distance import FINE_STEPS
 
 
-# The strings below the fields are their --help texts; draccus drops a text with a colon.
+# The strings below the fields are their --help texts. argparse adds each default; draccus drops a text with a colon.
 @dataclass
 class PolicyConfig:
     path: str | None = None
@@ -30,37 +30,37 @@ class EvalConfig:
     dataset: DatasetConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     teacher_path: str | None = None
-    """Checkpoint of the teacher, a folder or hub id (default none, which compares the policy with its own fine
+    """Checkpoint of the teacher, a folder or hub id (without a teacher, the policy is compared with its own fine
     solution)."""
     teacher_revision: str | None = None
     """Branch, tag or commit of a teacher on the hub (default main)."""
     earlier_rounds: list[str] = field(default_factory=list)
-    """Checkpoints of the rounds between the teacher and the policy, oldest first (default none)."""
+    """Checkpoints of the rounds between the teacher and the policy, oldest first."""
     output_dir: Path | None = None
     """Folder for report.json, report.md and report.png (required). It is new, empty, or of the same command, which
     then goes on."""
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
-    """Numbers of Euler steps to measure (default [1,2,3,5,10]), besides the policies' own."""
+    """Numbers of Euler steps to measure, besides the policies' own."""
     num_frames: int = 256
-    """Number of frames to measure on, evenly spaced over the dataset, at least 2 (default 256)."""
+    """Number of frames to measure on, evenly spaced over the dataset, at least 2."""
     num_noises: int = 4
-    """Noises for each frame, at least 2 (default 4)."""
+    """Noises for each frame, at least 2."""
     bar_num_steps: int | None = None
     """Number of steps of the bar, the teacher or the policy alone (default num_steps in its config.json)."""
     reference_steps: int = FINE_STEPS
-    """Steps of rk4 for the fine solutions that errors are measured against, at least 2 (default 32). The report says
+    """Steps of rk4 for the fine solutions that errors are measured against, at least 2. The report says
     how accurate they are."""
     success_margin: float = 0.05
-    """A policy that succeeds less often than the teacher by less than this share is as good (default 0.05)."""
+    """A policy that succeeds less often than the teacher by less than this share is as good."""
     energy_margin: float = 0.003
     """A policy whose energy distance is above the teacher's by at most this many standard deviations is as good
-    (default 0.003). It decides without an environment."""
+   . It decides without an environment."""
     batch_size: int = 16
-    """Frames at once, each with all its noises (default 16)."""
+    """Frames at once, each with all its noises."""
     seed: int = 0
-    """Seed of the noise, and of the first episode in the simulator (default 0)."""
+    """Seed of the noise, and of the first episode in the simulator."""
     env: EnvConfig | None = None
-    """Simulated environment to count successes in, as for lerobot-eval (default none)."""
+    """Simulated environment to count successes in, as for lerobot-eval."""
     env_task: str | None = None
     """Sentence for the policies (default the environment's own)."""
     eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
@@ -68,7 +68,7 @@ class EvalConfig:
     rename_map: dict[str, str] = field(default_factory=dict)
     """Map from the dataset's names to the policy's, as for lerobot-train (default as in the checkpoint)."""
     tolerance_s: float = TOLERANCE_S
-    """Largest error of a video frame's time in seconds, as for lerobot-train (default 0.0001)."""
+    """Largest error of a video frame's time in seconds, as for lerobot-train."""
     write_num_steps: bool = False
     """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed (default
     false)."""
