@@ -21,9 +21,12 @@ def hook(
     on_loss: Callable[[float], object],
     on_loader: Callable[[DataLoader], object] = lambda loader: None,
 ) -> Accelerator:
-    """Call these with policy and training data before they are prepared, and with each loss before its backward pass.
+    """Call these with the policy and its data before they are prepared, and with each loss before its backward pass.
 
-    `on_policy` and `on_loader` may change their argument in place; `on_loss` may raise to stop the run.
+    Args:
+        on_policy: may change the module in place.
+        on_loss: is given the loss's value, and may raise to stop the run before the gradient is taken.
+        on_loader: may change the training data's loader in place. LeRobot hands it over before that of held-out data.
     """
     prepare, backward = accelerator.prepare, accelerator.backward
 
