@@ -12,17 +12,17 @@ from smolvla_reflow.dataset import TOLERANCE_S, in_home
 from smolvla_reflow.distance import FINE_STEPS
 
 
-# The strings below the fields are their --help texts. argparse adds each default; draccus drops a text with a colon.
+# The strings below the fields are their --help texts; draccus drops a text with a colon, and adds the default's value.
 @dataclass
 class PolicyConfig:
     path: str | None = None
     """Checkpoint to evaluate, a folder or hub id (required)."""
     pretrained_revision: str | None = None
-    """Branch, tag or commit of a checkpoint on the hub (default main)."""
+    """Branch, tag or commit of a checkpoint on the hub (None is main)."""
     vlm_model_name: str | None = None
-    """Folder or hub id of the vision-language backbone of all policies (default as in their config.json)."""
+    """Folder or hub id of the vision-language backbone of all policies (None is the one in their config.json)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device of all policies (default cuda, or cpu without a GPU)."""
+    """Device of all policies."""
 
 
 @dataclass
@@ -30,10 +30,9 @@ class EvalConfig:
     dataset: DatasetConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     teacher_path: str | None = None
-    """Checkpoint of the teacher, a folder or hub id (without a teacher, the policy is compared with its own fine
-    solution)."""
+    """Checkpoint of the teacher, a folder or hub id (None compares the policy with its own fine solution)."""
     teacher_revision: str | None = None
-    """Branch, tag or commit of a teacher on the hub (default main)."""
+    """Branch, tag or commit of a teacher on the hub (None is main)."""
     earlier_rounds: list[str] = field(default_factory=list)
     """Checkpoints of the rounds between the teacher and the policy, oldest first."""
     output_dir: Path | None = None
@@ -46,32 +45,31 @@ class EvalConfig:
     num_noises: int = 4
     """Noises for each frame, at least 2."""
     bar_num_steps: int | None = None
-    """Number of steps of the bar, the teacher or the policy alone (default num_steps in its config.json)."""
+    """Number of steps of the bar, the teacher or the policy alone (None is num_steps in its config.json)."""
     reference_steps: int = FINE_STEPS
-    """Steps of rk4 for the fine solutions that errors are measured against, at least 2. The report says
-    how accurate they are."""
+    """Steps of rk4 for the fine solutions that errors are measured against, at least 2. The report says how accurate
+    they are."""
     success_margin: float = 0.05
     """A policy that succeeds less often than the teacher by less than this share is as good."""
     energy_margin: float = 0.003
-    """A policy whose energy distance is above the teacher's by at most this many standard deviations is as good
-   . It decides without an environment."""
+    """A policy whose energy distance is above the teacher's by at most this many standard deviations is as good. This
+    decides without an environment."""
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0
     """Seed of the noise, and of the first episode in the simulator."""
     env: EnvConfig | None = None
-    """Simulated environment to count successes in, as for lerobot-eval."""
+    """Simulated environment to count successes in, as for lerobot-eval (None is no environment)."""
     env_task: str | None = None
-    """Sentence for the policies (default the environment's own)."""
+    """Sentence for the policies (None is the environment's own)."""
     eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
     """Number of episodes of each task, and how many run at once, as for lerobot-eval."""
     rename_map: dict[str, str] = field(default_factory=dict)
-    """Map from the dataset's names to the policy's, as for lerobot-train (default as in the checkpoint)."""
+    """Map from the dataset's names to the policy's, as for lerobot-train (an empty map is the checkpoint's own)."""
     tolerance_s: float = TOLERANCE_S
     """Largest error of a video frame's time in seconds, as for lerobot-train."""
     write_num_steps: bool = False
-    """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed (default
-    false)."""
+    """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed."""
 
     def __post_init__(self) -> None:
         self.dataset.root = in_home(self.dataset.root)

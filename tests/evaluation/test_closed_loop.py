@@ -205,5 +205,5 @@ def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys, monkeypat
     monkeypatch.delitem(gym.registry, "gym_pusht/PushT-v0", raising=False)
     rename = '{"observation.image": "observation.images.top"}'
     line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", env__type="pusht", rename_map=rename))
-    assert "--env.type=pusht cannot be started" in line
+    assert "While starting --env.type=pusht: ModuleNotFoundError" in line
     assert not (tmp_path / "r").exists()
