@@ -144,5 +144,5 @@ def test_a_camera_that_lerobot_drops_is_named(make_config, batch_of, tmp_path, c
     assert not caplog.records
     fit(TOP, "front")
     assert "LeRobot drops front of the dataset" in caplog.text
-    with pytest.raises(ReflowError, match="student has the cameras front, and the batches have none of them"):
+    with pytest.raises(ReflowError, match="student has the cameras front, and the batches have no such names"):
         fit("front")
