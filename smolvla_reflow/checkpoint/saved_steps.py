@@ -61,8 +61,8 @@ def _read(file: Path, entry: Mapping[str, Any]) -> SavedStep:
     kind = _registered(name) if registered else _loaded(name)
     if kind is None or (kind.__module__.startswith("lerobot.") and not kind.__module__.startswith(OWN_MODULES)):
         raise ReflowError(
-            f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}. If the step "
-            "is in a package of yours, load the package with --env.discover_packages_path=PACKAGE."
+            f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}. If a "
+            "package of yours has it, load the package with --env.discover_packages_path=PACKAGE."
         )
     config, artifacts, state_file = entry.get("config") or {}, entry.get("artifacts") or {}, entry.get("state_file")
     trusts = inspect.signature(kind).parameters.get(TRUST)
