@@ -26,10 +26,7 @@ from smolvla_reflow.errors import ReflowError, doing
 def load_policy(checkpoint: Checkpoint, device: str) -> SmolVLAPolicy:
     """Load a checkpoint's policy for inference on `device`, uncompiled and without real-time chunking.
 
-    An adapter is merged into its base.
-
-    Raises:
-        ReflowError: the policy cannot be loaded, or its weights do not fit its configuration or are not finite.
+    An adapter is merged into its base. Raises ReflowError if weights do not fit the configuration or are not finite.
     """
     config = copy.deepcopy(checkpoint.config)
     config.device, config.compile_model, config.rtc_config = device, False, None
@@ -69,7 +66,7 @@ def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
 
 
 def stock_autocast(policy: SmolVLAPolicy) -> contextlib.AbstractContextManager[object]:
-    """The autocast in which LeRobot would run this policy: its device's if `use_amp` is set, else none."""
+    """The autocast that LeRobot would use for this policy: its device's if `use_amp` is set, else none."""
     config = policy.config
     return torch.autocast(torch.device(config.device).type) if config.use_amp else contextlib.nullcontext()
 
@@ -82,11 +79,7 @@ class Processors(NamedTuple):
 
 
 def load_processors(checkpoint: Checkpoint, device: str, rename_map: dict[str, str]) -> Processors:
-    """Load a checkpoint's processors for `device`; `rename_map` goes from the dataset's names to the policy's.
-
-    Raises:
-        ReflowError: a processor is missing or cannot be loaded.
-    """
+    """Load a checkpoint's processors for `device`; `rename_map` goes from the dataset's names to the policy's."""
     overrides: dict[str, Any] = {"device_processor": {"device": device}}
     if rename_map:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}

@@ -17,10 +17,7 @@ COPIED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 def write_merged(adapter: Checkpoint, folder: Path) -> None:
     """Write the stock checkpoint of an adapter into an empty folder; both configurations change in `use_peft` alone.
 
-    Raises:
-        ReflowError: the adapter cannot be merged.
-        OSError: the folder cannot be written.
-        SafetensorError: the disk is full.
+    Raises OSError, or SafetensorError for the weights, if the disk is full.
     """
     load_policy(adapter, "cpu").save_pretrained(folder)
     write_json(folder / CONFIG_NAME, {**read_json(adapter.folder / CONFIG_NAME), "use_peft": False})

@@ -36,8 +36,8 @@ PROCESSORS = (PREPROCESSOR_NAME, POSTPROCESSOR_NAME)
 TRAIN_CONFIG_NAME = "train_config.json"
 TOKENIZER_STEP = "tokenizer_processor"
 # The files at the top of a repository that LeRobot reads. The repository may hold the checkpoints of a whole run.
-POLICY_FILES = (CONFIG_NAME, TRAIN_CONFIG_NAME, SAFETENSORS_SINGLE_FILE, "policy_*processor*")
-FILES_ON_HUB = (*POLICY_FILES, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
+POLICY_FILES = [CONFIG_NAME, TRAIN_CONFIG_NAME, SAFETENSORS_SINGLE_FILE, "policy_*processor*"]
+FILES_ON_HUB = [*POLICY_FILES, ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME]
 # Prefixes of config fields that actions do not depend on; `num_steps` belongs to the solver.
 OF_TRAINING = ("optimizer_", "scheduler_", "freeze_", "train_", "use_peft", "load_vlm_weights")
 OF_PUBLISHING = ("push_to_hub", "repo_id", "private", "tags", "license", "pretrained_path")
@@ -57,25 +57,15 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A SmolVLA checkpoint on this machine.
+    """A SmolVLA checkpoint on this machine."""
 
-    Attributes:
-        source: an absolute path, or a hub id.
-        folder: of its files.
-        config: its `config.json` with this machine's backbone. `use_peft` is false, since adapters are merged.
-        commit: of a checkpoint on the hub.
-        tokenizer: folder or hub id of the tokenizer on this machine; None if its preprocessor has none.
-        base: of an adapter, the checkpoint that it was trained on.
-        processors: the steps of its saved processors, by file name.
-    """
-
-    source: str
+    source: str  # an absolute path, or a hub id
     folder: Path
-    config: SmolVLAConfig
-    commit: str | None = None
-    tokenizer: str | None = None
-    base: Location | None = None
-    processors: Mapping[str, Sequence[SavedStep]] = field(default_factory=dict)
+    config: SmolVLAConfig  # with this machine's backbone; `use_peft` is false, since adapters are merged
+    commit: str | None = None  # on the hub
+    tokenizer: str | None = None  # folder or hub id on this machine; None if the preprocessor has no tokenizer
+    base: Location | None = None  # the checkpoint that an adapter was trained on
+    processors: Mapping[str, Sequence[SavedStep]] = field(default_factory=dict)  # the steps, by file name
 
     @property
     def weights_file(self) -> Path:
@@ -117,11 +107,7 @@ class Checkpoint:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for.
-
-    Raises:
-        ReflowError: the file is missing, cut off, or no safetensors file.
-    """
+    """The tensors of a safetensors file, each read when it is asked for. Raises ReflowError if the file is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -167,11 +153,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def locate(source: str | Path, revision: str | None = None) -> Location:
-    """Find a checkpoint's folder on this machine, or download it from the hub.
-
-    Raises:
-        ReflowError: there is no such folder or repository, or it has no `config.json`.
-    """
+    """Find a checkpoint's folder on this machine, or download it from the hub. Raises ReflowError if there is none."""
     path = Path(source).expanduser()
     if os.path.exists(path):  # unlike `Path.exists`, false for a name that is too long or has a null character
         if revision is not None:
@@ -278,7 +260,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     """Download a checkpoint from the hub; returns its folder, whose name is the commit."""
     at = f" (revision {revision})" if revision else ""
     with doing(f"downloading {repo_id}{at} from the hub, since there is no such folder"):
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES_ON_HUB)))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES_ON_HUB))
         found = [folder / name for name in PROCESSORS if (folder / name).is_file()]
         inner = [f"{escape(name)}/*" for file in found for name in named_files(read_json(file))[1]]
         if inner:

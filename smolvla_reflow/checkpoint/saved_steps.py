@@ -40,11 +40,7 @@ class SavedStep:
 
 
 def saved_steps(file: Path, content: Mapping[str, Any]) -> list[SavedStep]:
-    """Read the steps of the saved processor in this JSON file.
-
-    Raises:
-        ReflowError: a step is malformed or unknown, would run code, or names a file that is not in the checkpoint.
-    """
+    """Read the steps of the processor saved in `file`; `content` is its JSON. Raises ReflowError for an unsafe step."""
     with doing(f"reading the steps of {file}"):
         return [_read(file, entry) for entry in content["steps"]]
 
@@ -65,8 +61,8 @@ def _read(file: Path, entry: Mapping[str, Any]) -> SavedStep:
     kind = _registered(name) if registered else _loaded(name)
     if kind is None or (kind.__module__.startswith("lerobot.") and not kind.__module__.startswith(OWN_MODULES)):
         raise ReflowError(
-            f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}, nor of a "
-            "package that is loaded. If it is in a package of yours, load it with --env.discover_packages_path=PACKAGE."
+            f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}. If a "
+            "package of yours has it, load the package with --env.discover_packages_path=PACKAGE."
         )
     config, artifacts, state_file = entry.get("config") or {}, entry.get("artifacts") or {}, entry.get("state_file")
     trusts = inspect.signature(kind).parameters.get(TRUST)

@@ -1,7 +1,7 @@
 """The features that a policy takes from a dataset or an environment, chosen as LeRobot chooses them.
 
-LeRobot takes any dataset that has some of the cameras in a policy's `config.json`, or all of them and more. It never
-reads the widths in `config.json`; they may be those of the base that the policy was fine-tuned from.
+LeRobot takes any dataset with some of the cameras in a policy's `config.json`, or with all and more. It never reads the
+widths in `config.json`, and they may still be the widths of the base that the policy was fine-tuned from.
 """
 
 import copy
@@ -25,7 +25,7 @@ EMPTY_CAMERA = f"{OBS_IMAGES}.empty_camera_"
 def cameras_seen(config: SmolVLAConfig, names: Collection[str]) -> tuple[str, ...]:
     """The images that a policy makes of a batch with these names, in its own order; empty images have no name.
 
-    Missing cameras become empty images, at most `config.empty_cameras` of them.
+    At most `config.empty_cameras` missing cameras become empty images.
     """
     known = list(config.image_features)
     missing = sum(name not in names for name in known)
@@ -33,11 +33,7 @@ def cameras_seen(config: SmolVLAConfig, names: Collection[str]) -> tuple[str, ..
 
 
 def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
-    """The map from a dataset's names to the policy's that is saved in the preprocessor; empty if nothing was renamed.
-
-    Raises:
-        ReflowError: the checkpoint has no preprocessor.
-    """
+    """The map from a dataset's names to the policy's in the saved preprocessor; empty if nothing was renamed."""
     for step in checkpoint.processor_steps(PREPROCESSOR_NAME):
         if issubclass(step.type, RenameObservationsProcessorStep):
             return dict(step.config.get("rename_map") or {})
@@ -45,7 +41,7 @@ def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def rename_map_in_use(checkpoint: Checkpoint, given: dict[str, str], names: Collection[str]) -> dict[str, str]:
-    """The given map, or the checkpoint's own if that is empty, for those of a dataset's names that it changes."""
+    """The part of the given map, or of the checkpoint's own if that is empty, that changes a dataset's names."""
     rename_map = given or saved_rename_map(checkpoint)
     return {name: rename_map[name] for name in names if rename_map.get(name, name) != name}
 
@@ -58,11 +54,8 @@ def fitted(
 ) -> Checkpoint:
     """The checkpoint, with the features in its config that LeRobot would run it with.
 
-    `features` are those of a dataset or an environment, which the message calls `where`. If `rename_map` is empty, the
-    checkpoint's own map holds.
-
-    Raises:
-        ReflowError: the policy cannot use these features.
+    `features` belong to a dataset or an environment, called `where` in messages. If `rename_map` is empty, the
+    checkpoint's own map holds. Raises ReflowError if the policy cannot use these features.
     """
     source, rename_map = checkpoint.source, rename_map or saved_rename_map(checkpoint)
     given = {rename_map.get(name, name): feature for name, feature in features.items()}
@@ -95,7 +88,7 @@ def check_students_cameras(
     known = _cameras(config.input_features or features)
     if not {rename_map.get(name, name) for name in features if name.startswith(OBS_PREFIX)}.intersection(known):
         raise ReflowError(
-            f"The student has the cameras {', '.join(known)}, and the batches have none of them"
+            f"The student has the cameras {', '.join(known)}, and the batches have no such names"
             + (f" after --rename_map={rename_map}" if rename_map else "")
             + "; leave --policy.input_features out."
         )

@@ -69,14 +69,9 @@ class SpaceMaps(NamedTuple):
 
 
 def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
-    """The maps for batches normalised by `stats`; None if these are the teacher's own statistics.
+    """The maps for batches normalised by the dataset's `stats`; None if these are the teacher's own statistics.
 
-    Args:
-        teacher: a checkpoint with saved statistics.
-        stats: the dataset's, by feature and statistic.
-
-    Raises:
-        ReflowError: a statistic in use is missing, or no map fits the difference.
+    Raises ReflowError if a statistic in use is missing, or if no map fits the difference.
     """
     config, saved = teacher.config, saved_statistics(teacher)
     cameras = [name for name, spec in (config.input_features or {}).items() if spec.type is FeatureType.VISUAL]
@@ -109,9 +104,6 @@ def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
     """The map from a checkpoint's normalised actions to the robot's own units, at the robot's width.
 
     `policy` is the checkpoint's; it converts Aloha's normalised units once more (`adapt_to_pi_aloha`).
-
-    Raises:
-        ReflowError: the checkpoint has no saved statistics for its actions.
     """
     saved = saved_statistics(checkpoint)
     _check(checkpoint.source, checkpoint.config, saved, saved)
@@ -180,7 +172,7 @@ class _Space:
 
 
 def _map(dataset: _Space, teacher: _Space) -> Affine:
-    """The map of a state into the teacher's space, or of actions out of it, at the robot's width.
+    """The map of a state into the teacher's space, or of actions back, at the robot's width.
 
     A state is unnormalised by the inverse of the dataset's normaliser, since the policy has seen it normalised. The
     teacher's actions are unnormalised as for the robot, and normalised by the inverse of the dataset's unnormaliser.

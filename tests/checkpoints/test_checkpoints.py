@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from smolvla_reflow import ReflowError, attach
 from smolvla_reflow.checkpoint import read as checkpoint_module
-from smolvla_reflow.checkpoint.load import load_policy, load_processors
+from smolvla_reflow.checkpoint.load import load_policy, load_processors, weights_of
 from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.commands import pairs as pairs_command
@@ -129,10 +129,16 @@ def another_machines(folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_used(teacher, break_it, message):
-    load(teacher)
     break_it(teacher)
     with pytest.raises(ReflowError, match=message):
         load(teacher)
+
+
+def test_what_is_loaded_is_what_is_stored(teacher):
+    opened = open_checkpoint(teacher)
+    weights, stored = load_policy(opened, "cpu").state_dict(), load_file(teacher / WEIGHTS)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
+    assert all(torch.equal(weights_of(opened)[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize(
@@ -236,37 +242,29 @@ def test_a_backbone_that_is_somewhere_else_here(workshop, teacher, tmp_path, mon
     assert (tmp_path / "run/checkpoints/000003").is_dir()
     report = evaluate(workshop, student, tmp_path / "r", teacher_path=teacher, policy__vlm_model_name=here)
     assert report["made_with"]["teacher"] == str(teacher)
-
-
-@pytest.mark.parametrize(("config_says", "step_says"), [(ELSEWHERE, None), (None, ELSEWHERE), (ELSEWHERE, ELSEWHERE)])
-def test_either_of_two_names_may_be_another_machines(workshop, teacher, config_says, step_says):
-    here = str(workshop / "backbone")
-    edit_json(teacher / CONFIG, vlm_model_name=config_says or here)
-    edit_step(teacher, "tokenizer_processor", tokenizer_at(step_says or here))
-    opened = open_checkpoint(teacher, backbone=here)
-    assert (opened.tokenizer, opened.config.vlm_model_name) == (here, here)
-
-
-def test_a_tokenizer_of_its_own_is_kept(workshop, teacher, tmp_path):
-    """Of a base from the hub that was fine-tuned with a backbone from a folder, say."""
-    own = tmp_path / "own"
-    AutoTokenizer.from_pretrained(workshop / "backbone").save_pretrained(own)
-    edit_step(teacher, "tokenizer_processor", tokenizer_at(str(own)))
-    moved = Path(shutil.copytree(workshop / "backbone", tmp_path / "moved"))
-    assert open_checkpoint(teacher, backbone=str(moved)).tokenizer == str(own)
-
-
-def test_pairs_of_a_backbone_that_is_somewhere_else_here(workshop, teacher, tmp_path):
-    another_machines(teacher)
-    opened = open_checkpoint(teacher, backbone=str(workshop / "backbone"))
-    load_processors(opened, "cpu", {})
-    assert opened.fingerprint() == open_checkpoint(teacher).fingerprint()
-    weights = load_policy(opened, "cpu").state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in load_file(teacher / WEIGHTS).items())
-    backbone = {"policy__vlm_model_name": workshop / "backbone"}
-    few = {"dataset__episodes": "[0]", "couplings_per_frame": 1}
-    pairs_command.main(pairs_flags(workshop, tmp_path / "pairs", reflow__teacher_path=teacher, **backbone, **few))
+    few = {"dataset__episodes": "[0]", "couplings_per_frame": 1, "policy__vlm_model_name": here}
+    pairs_command.main(pairs_flags(workshop, tmp_path / "pairs", reflow__teacher_path=teacher, **few))
     assert (tmp_path / "pairs/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config_says", "step_says", "found"),
+    [
+        (ELSEWHERE, "{here}", "{here}"),
+        ("{here}", ELSEWHERE, "{here}"),
+        (ELSEWHERE, ELSEWHERE, "{here}"),
+        (ELSEWHERE, "{own}", "{own}"),  # of a base from the hub that was fine-tuned with a backbone from a folder, say
+    ],
+)
+def test_either_of_two_names_may_be_another_machines(workshop, teacher, tmp_path, config_says, step_says, found):
+    where = {"here": workshop / "backbone", "own": tmp_path / "own"}
+    AutoTokenizer.from_pretrained(where["here"]).save_pretrained(where["own"])
+    edit_json(teacher / CONFIG, vlm_model_name=config_says.format(**where))
+    edit_step(teacher, "tokenizer_processor", tokenizer_at(step_says.format(**where)))
+    opened = open_checkpoint(teacher, backbone=str(where["here"]))
+    assert (opened.tokenizer, opened.config.vlm_model_name) == (found.format(**where), str(where["here"]))
+    assert opened.fingerprint() == open_checkpoint(teacher).fingerprint()
+    load_processors(opened, "cpu", {})
 
 
 def test_a_path_from_the_home_folder(workshop, teacher, tmp_path, monkeypatch):

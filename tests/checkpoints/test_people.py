@@ -126,7 +126,7 @@ def test_input_features_of_the_dataset_as_lerobots_guide_to_peft_has_it(people, 
 
     renamed = reflow_flags(people, tmp_path / "no", steps=1, **null, rename_map=json.dumps(RENAME_MAP))
     line = refused(capsys, reflow_train_main, renamed)
-    assert "observation.images.front, observation.images.wrist, and the batches have none of them" in line
+    assert "observation.images.front, observation.images.wrist, and the batches have no such names" in line
     reflow_train_main(reflow_flags(people, tmp_path / "own_names", steps=1, **null))  # its teacher renames for itself
 
 

@@ -1,4 +1,4 @@
-"""The earlier fork's marks in a checkpoint: fields of its own in `config.json`, and sometimes the teacher's tensors."""
+"""The earlier fork's marks in a checkpoint: additional fields in `config.json`, and sometimes the teacher's tensors."""
 
 from collections.abc import Collection
 
@@ -9,7 +9,7 @@ TEACHER_PREFIX = "model.teacher."
 
 
 def refuse_forked(source: str, fields: Collection[str], tensors: Collection[str]) -> None:
-    """Raise ReflowError if these names of config fields and tensors are those of a checkpoint of the fork."""
+    """Raise ReflowError if the names of config fields and tensors show a checkpoint of the fork."""
     marks = [name for name in FORK_FIELDS if name in fields]
     marks += [f"tensors {TEACHER_PREFIX}*"] * any(name.startswith(TEACHER_PREFIX) for name in tensors)
     if marks:

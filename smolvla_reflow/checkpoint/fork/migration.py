@@ -1,6 +1,6 @@
 """The earlier fork's flags by their present names, and stock checkpoints of the fork's checkpoints.
 
-The fork wrote fields of its own into `config.json`, and sometimes the whole teacher into `model.safetensors`. `plan`
+The fork wrote additional fields into `config.json`, and sometimes the whole teacher into `model.safetensors`. `plan`
 says what has to go, and `write` makes a stock checkpoint in a new folder. Only JSON and safetensors are read.
 """
 
@@ -34,7 +34,7 @@ FORK_FLAGS = {
 
 
 def rename_fork_flags(given: dict[str, Any]) -> dict[str, Any]:
-    """The flags, with the fork's under their present names. Raises ReflowError if two of them contradict each other."""
+    """The flags, with the fork's under their present names. Raises ReflowError if two flags contradict each other."""
     renamed = dict(given)
     for old, new in FORK_FLAGS.items():
         if old in renamed:
@@ -63,8 +63,7 @@ class Migration:
 def plan(old: str | Path) -> Migration:
     """Read a checkpoint of the fork and find what has to change.
 
-    Raises:
-        ReflowError: there is no such checkpoint, or it has neither marks of the fork nor processors, as LeRobot 0.3's.
+    Raises ReflowError for a checkpoint without marks of the fork and without processors, such as LeRobot 0.3's.
     """
     folder = locate(old).folder
     if not (folder / SAFETENSORS_SINGLE_FILE).is_file():
@@ -84,11 +83,7 @@ def plan(old: str | Path) -> Migration:
 
 
 def write(migration: Migration, new: Path) -> None:
-    """Write the stock checkpoint, with the files that LeRobot reads, into the new folder completely or not at all.
-
-    Raises:
-        ReflowError: `new` exists, lies within the old folder, cannot be written, or LeRobot cannot read its config.
-    """
+    """Write the stock checkpoint, with the files that LeRobot reads, into the new folder completely or not at all."""
     check_new_folder(new, migration.old)
     with doing(f"writing {new}"), whole_folder(new) as folder:
         copy_processors(migration.old, folder)
