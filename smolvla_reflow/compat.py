@@ -94,12 +94,6 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
     return arguments
 
 
-def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
-    """Backward passes for each optimizer step; LeRobot accumulates gradients from 0.6.2 on."""
-    settings = getattr(getattr(cfg, "accelerator", None), "gradient_accumulation", None)
-    return getattr(settings, "steps", 1)
-
-
 def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Copy the sampler's arguments for `denoise_step`, a mask and the key-value cache, with each tensor changed.
 
@@ -238,3 +232,8 @@ def is_bucket(dataset: DatasetConfig) -> bool:
 def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
     """The depth cameras of a dataset, which exist from 0.6.0 on."""
     return list(getattr(metadata, "depth_keys", ()))
+
+
+def can_hold_out(dataset: DatasetConfig) -> bool:
+    """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
+    return hasattr(dataset, "eval_split")

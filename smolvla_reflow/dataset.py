@@ -47,11 +47,7 @@ TOLERANCE_S = TrainPipelineConfig.tolerance_s
 
 
 def open_metadata(dataset: DatasetConfig, policy: SmolVLAConfig | None = None) -> LeRobotDatasetMetadata:
-    """The metadata of a dataset, from its folder or from the hub.
-
-    Args:
-        dataset: its place, and the wanted episodes.
-        policy: its state and actions are normalised by the dataset's statistics; by default a stock SmolVLA.
+    """The metadata of a dataset, from its folder or the hub; `policy` (default a stock SmolVLA) needs its statistics.
 
     Raises:
         ReflowError: LeRobot cannot open the dataset or reads another format, an episode does not exist, no frame is
@@ -256,14 +252,7 @@ def open_dataset(
 ) -> LeRobotDataset:
     """The frames of the chosen episodes as `lerobot-train` would see them, each with the chunk recorded from it on.
 
-    Args:
-        dataset: the wanted episodes; `open_metadata` has checked them.
-        chunk_size: actions in a chunk.
-        tolerance_s: seconds that a video's frame may be off its time.
-        held_out: True for the episodes that training holds out (`--dataset.eval_split`), if there are any.
-
-    Raises:
-        ReflowError: LeRobot cannot open them.
+    `open_metadata` has checked the episodes. `held_out` chooses those that training holds out, if there are any.
     """
     policy = SmolVLAConfig(device="cpu", chunk_size=chunk_size, n_action_steps=chunk_size)
     return open_configured(TrainPipelineConfig(dataset=dataset, policy=policy, tolerance_s=tolerance_s), held_out)
@@ -281,16 +270,7 @@ def open_configured(cfg: TrainPipelineConfig, held_out: bool = False) -> LeRobot
 def load_batches(
     dataset: LeRobotDataset, batches: Sequence[Sequence[int]], num_workers: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Load batches of frames, collated and converted as LeRobot's training loop does it.
-
-    Args:
-        dataset: with the frames.
-        batches: the frames of each batch, by their positions in the dataset.
-        num_workers: processes that load frames.
-
-    Raises:
-        ReflowError: a frame cannot be read.
-    """
+    """Load batches, collated and converted as in LeRobot's training; `batches` are positions in the dataset."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do

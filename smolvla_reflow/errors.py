@@ -1,8 +1,10 @@
 """The error that this package raises on purpose, the wording of its messages, and files that are never half-written."""
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -29,6 +31,8 @@ def first_line(error: BaseException) -> str:
     if in_another_process:
         return in_another_process[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # as in "Error(s) in loading state_dict for SmolVLAPolicy:"
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 
@@ -88,3 +92,8 @@ def sha256(path: Path) -> "hashlib._Hash":
         while block := file.read(1 << 20):
             digest.update(block)
     return digest
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole; dataclasses become objects."""
+    write_whole(path, (json.dumps(content, indent=4, default=dataclasses.asdict) + "\n").encode())

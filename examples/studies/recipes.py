@@ -15,13 +15,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import draccus
+import pandas as pd
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tables import differences, table
@@ -30,7 +31,8 @@ from tqdm import tqdm
 
 from smolvla_reflow import Coupling, Recipe, Solver, Step, attach, get_loss_strategy, register_loss_strategy
 from smolvla_reflow.coupling import CouplingSource
-from smolvla_reflow.evaluation.measure import Settings, evaluate
+from smolvla_reflow.distance import FINE_STEPS
+from smolvla_reflow.evaluation.measure import Cell, Settings, measure_batch, summary
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import SolverFlags
@@ -267,11 +269,12 @@ def measured(
         if policy is not teacher:
             policies.append(task.on_frames("student", policy))
         deviations = torch.ones(task.unseen["action"].shape[-1])
-        settings = Settings(deviations, num_steps=task.num_steps, num_noises=4, reference_steps=None, seed=seed)
-        rows = evaluate(policies, [select(task.unseen, which) for which in chosen.split(32)], settings).rows()
-        found = {row.num_steps: asdict(row) for row in rows if row.policy == policies[-1].name}
+        settings = Settings(deviations, num_steps=task.num_steps, num_noises=4, reference_steps=FINE_STEPS, seed=seed)
+        tables = [measure_batch(policies, select(task.unseen, which), settings) for which in chosen.split(32)]
+        rows = summary(pd.concat(tables), bar=Cell("teacher", teacher.config.num_steps))
+        found = {row["num_steps"]: row for row in rows if row["policy"] == policies[-1].name}
         for row in found.values():
-            row["energy_distance"] = row["energy_distance"]["value"]
+            row["energy_distance"] = row["energy_distance"].value
         for n in task.num_steps:
             driven = task.drive(policy, n, cfg.episodes, seed)
             found[n]["success"] = driven and driven.successes

@@ -115,7 +115,7 @@ def load_plugins(argv: Sequence[str]) -> list[str]:
 
 def with_values(argv: Sequence[str], switch: str) -> list[str]:
     """Let `--switch` alone mean `--switch=true`."""
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [
         f"--{switch}=true" if word == f"--{switch}" and after.startswith("--") else word
         for word, after in zip(argv, following, strict=True)

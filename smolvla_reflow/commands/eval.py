@@ -1,14 +1,14 @@
-"""`smolvla-reflow-eval`: with how many steps can this policy run, and how much faster is it then?
+"""`smolvla-reflow-eval`: the smallest number of steps that is enough for a policy, and the policy's speed.
 
     smolvla-reflow-eval --policy.path=STUDENT --teacher_path=TEACHER --dataset.repo_id=... --output_dir=DIR
 
-Teacher and student are measured on the same frames, from the same noise. Recommended is the smallest number of steps
-at which the student is shown to be as good as the teacher with its own. With --env.type=... the policies run in that
-simulated environment, as in lerobot-eval, and how often they succeed decides; otherwise it is how far the distribution
-of their actions is from the teacher's. Without --teacher_path the report is about one policy alone and says whether it
-needs reflow. After several rounds of reflow, --earlier_rounds='[2RF,3RF]' puts all of them into one report.
+Teacher and student are measured on the same frames, from the same noise. The command recommends the smallest number of
+steps that makes the student as good as the teacher is with its own number. With --env.type=... the policies run in that
+simulated environment, as in lerobot-eval, and their success decides. Otherwise the distance between the distributions
+of their actions decides. Without --teacher_path the report is about one policy alone and says if it needs reflow.
+--earlier_rounds='[2RF,3RF]' adds the earlier rounds of reflow to the report.
 
-If the command is broken off, the same command goes on where it was.
+If the command is interrupted, the same command goes on.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""How many ODE steps are enough: measure policies on recorded frames and in a simulator, and report."""
+"""The number of ODE steps that is enough: measure policies on recorded frames and in a simulator, and report."""

@@ -15,7 +15,7 @@ from lerobot.scripts.lerobot_eval import eval_policy_all
 from lerobot.utils.random_utils import set_seed
 
 from smolvla_reflow.checkpoint.read import Checkpoint
-from smolvla_reflow.errors import ReflowError, first_line
+from smolvla_reflow.errors import doing
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.evaluation.task_sentence import shown_sentences, with_sentence
@@ -23,17 +23,11 @@ from smolvla_reflow.smolvla.features import fitted
 
 
 def check_env(env: EnvConfig, checkpoints: Sequence[Checkpoint], rename_map: dict[str, str], seed: int) -> list[str]:
-    """Start an environment for these policies; returns the sentences that it shows (`task_sentence.py`).
-
-    Raises:
-        ReflowError: it is not installed, cannot be started, or lacks the observations and actions of these policies.
-    """
+    """Start an environment for these policies; returns the sentences that it shows (`task_sentence.py`)."""
     for checkpoint in checkpoints:
         fitted(checkpoint, env_to_policy_features(env), rename_map, where=f"--env.type={env.type}")
-    try:
+    with doing(f"starting --env.type={env.type}"):
         return shown_sentences(env, seed)
-    except Exception as error:  # each simulator has errors of its own
-        raise ReflowError(f"--env.type={env.type} cannot be started ({first_line(error).rstrip('.')}).") from error
 
 
 def drive(
@@ -44,17 +38,11 @@ def drive(
     seed: int,
     task: str | None = None,
 ) -> dict[str, Episodes]:
-    """Run `settings.n_episodes` episodes of each task, those of `lerobot-eval --seed`; returns them by task.
+    """Run the episodes of `lerobot-eval --seed`, the same for every policy; returns them by task.
 
-    Args:
-        policy: to run.
-        env: in which to run it.
-        settings: how many episodes, and how many at once.
-        num_steps: Euler steps of the stock sampler.
-        seed: of the noise and of the first episode; the same seed gives every policy the same episodes.
-        task: the sentence to show the policy; by default the environment's own.
+    `task` is the sentence to show the policy, None for the environment's own.
     """
-    # New environments each time, so that no episode depends on those that another policy ran before.
+    # New environments each time, so that no episode depends on earlier episodes of another policy.
     envs = make_env(env, n_envs=settings.batch_size, use_async_envs=settings.use_async_envs)
     before, after = make_env_pre_post_processors(env, policy.policy.config)
     before = before if task is None else with_sentence(before, task)
@@ -84,6 +72,6 @@ def drive(
 
 
 def env_settings(env: EnvConfig) -> dict[str, Any]:
-    """What the user can set of an environment; its features are left out, since they follow from its type."""
+    """An environment's settings, without its features, which follow from its type."""
     settings = draccus.encode(env)
     return {"type": env.type, **{name: settings[name] for name in settings if not name.startswith("features")}}

@@ -9,19 +9,20 @@ from lerobot.configs.default import EvalConfig as ClosedLoopConfig
 from lerobot.envs.configs import EnvConfig
 
 from smolvla_reflow.dataset import TOLERANCE_S, in_home
+from smolvla_reflow.distance import FINE_STEPS
 
 
-# The strings below the fields are their --help texts; draccus drops those that have a colon in them.
+# The strings below the fields are their --help texts; draccus drops a text with a colon, and adds the default's value.
 @dataclass
 class PolicyConfig:
     path: str | None = None
-    """Checkpoint to evaluate, a folder or hub id."""
+    """Checkpoint to evaluate, a folder or hub id (required)."""
     pretrained_revision: str | None = None
-    """Branch, tag or commit of a checkpoint on the hub."""
+    """Branch, tag or commit of a checkpoint on the hub (None is main)."""
     vlm_model_name: str | None = None
-    """Folder or hub id of the vision-language backbone of all policies, if it is not where they say."""
+    """Folder or hub id of the vision-language backbone of all policies (None is the one in their config.json)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Device on which all policies run."""
+    """Device of all policies."""
 
 
 @dataclass
@@ -29,43 +30,44 @@ class EvalConfig:
     dataset: DatasetConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     teacher_path: str | None = None
-    """Checkpoint of the teacher, a folder or hub id. Without it the policy is compared with its own fine solution."""
+    """Checkpoint of the teacher, a folder or hub id (None compares the policy with its own fine solution)."""
     teacher_revision: str | None = None
-    """Branch, tag or commit of a teacher on the hub."""
+    """Branch, tag or commit of a teacher on the hub (None is main)."""
     earlier_rounds: list[str] = field(default_factory=list)
-    """Checkpoints of the rounds between the teacher and the policy, oldest first, to be measured as well."""
+    """Checkpoints of the rounds between the teacher and the policy, oldest first."""
     output_dir: Path | None = None
-    """Folder for report.json, report.md and report.png. Must not exist yet, unless the same command was broken off."""
+    """Folder for report.json, report.md and report.png (required). It is new, empty, or of the same command, which
+    then goes on."""
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
-    """Numbers of Euler steps to measure; the policies' own defaults are measured as well."""
+    """Numbers of Euler steps to measure, besides the policies' own."""
     num_frames: int = 256
-    """Number of frames to measure on, evenly spaced over the dataset."""
+    """Number of frames to measure on, evenly spaced over the dataset, at least 2."""
     num_noises: int = 4
     """Noises for each frame, at least 2."""
     bar_num_steps: int | None = None
-    """Number of steps of the teacher, or of the policy that is measured alone, with which the others are compared. By
-    default that of its config.json."""
-    reference_steps: int | None = None
-    """Steps of rk4 for the fine solutions that errors are measured against. By default as many as it takes."""
+    """Number of steps of the bar, the teacher or the policy alone (None is num_steps in its config.json)."""
+    reference_steps: int = FINE_STEPS
+    """Steps of rk4 for the fine solutions that errors are measured against, at least 2. The report says how accurate
+    they are."""
     success_margin: float = 0.05
-    """By how much less often than the teacher a policy may succeed and still be recommended, as a share."""
+    """A policy that succeeds less often than the teacher by less than this share is as good."""
     energy_margin: float = 0.003
-    """By how much its energy distance may be above the teacher's, in standard deviations, where no environment is
-    driven."""
+    """A policy whose energy distance is above the teacher's by at most this many standard deviations is as good. This
+    decides without an environment."""
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0
     """Seed of the noise, and of the first episode in the simulator."""
     env: EnvConfig | None = None
-    """Simulated environment in which to count successes, as for lerobot-eval."""
+    """Simulated environment to count successes in, as for lerobot-eval (None is no environment)."""
     env_task: str | None = None
-    """Sentence for the policies in place of the environment's own."""
+    """Sentence for the policies (None is the environment's own)."""
     eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)
-    """How many episodes of each task, and how many at once, as for lerobot-eval."""
+    """Number of episodes of each task, and how many run at once, as for lerobot-eval."""
     rename_map: dict[str, str] = field(default_factory=dict)
-    """Map from the dataset's names to the policy's, as for lerobot-train."""
+    """Map from the dataset's names to the policy's, as for lerobot-train (an empty map is the checkpoint's own)."""
     tolerance_s: float = TOLERANCE_S
-    """Seconds by which a video's frame may be off its time, as for lerobot-train."""
+    """Largest error of a video frame's time in seconds, as for lerobot-train."""
     write_num_steps: bool = False
     """Store the recommended number in the policy's config.json, so that plain LeRobot runs at that speed."""
 

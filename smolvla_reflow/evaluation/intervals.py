@@ -21,17 +21,12 @@ class Interval:
 
 def over_frames(values: Sequence[float] | np.ndarray, seed: int) -> Interval:
     """The mean of one number for each frame, with its bootstrap interval (BCa: Efron, "Better Bootstrap Confidence
-    Intervals", JASA 82 (1987)).
-
-    Args:
-        values: one for each frame; of a single one nothing is known but itself, so that the interval is unbounded.
-        seed: of the resampling; the same values and seed give the same interval.
-    """
+    Intervals", JASA 82 (1987)); the interval of a single frame is unbounded."""
     numbers = np.asarray(values, dtype=float)
     mean = float(numbers.mean())
     if len(numbers) < 2:
         return Interval(mean, -np.inf, np.inf)
-    if np.allclose(numbers, mean, rtol=1e-9, atol=1e-12):  # where the method divides by the spread
+    if np.allclose(numbers, mean, rtol=1e-9, atol=1e-12):  # BCa divides by the spread
         return Interval(mean, mean, mean)
     found = bootstrap((numbers,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, random_state=seed)
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))

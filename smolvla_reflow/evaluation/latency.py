@@ -1,8 +1,8 @@
-"""How long a control loop waits for one chunk of actions, and which part of that the ODE steps are."""
+"""The time that a control loop waits for one chunk of actions, and the share of the ODE steps in it."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,45 +14,12 @@ from smolvla_reflow.smolvla.observation import observe, with_one_state
 from smolvla_reflow.smolvla.velocity import velocity_of
 
 WARM_UP, REPEATS = 3, 30
-# Where a chunk takes long, fewer will do.
+# Fewer repeats are enough if a chunk takes long.
 SECONDS, FEWEST_REPEATS = 5.0, 5
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one `predict_action_chunk` at batch size 1: the median, and the 95th percentile."""
-
-    p50: float
-    p95: float
-
-
-@dataclass(frozen=True)
-class ChunkParts:
-    """What a chunk's time is made of, medians in milliseconds at batch size 1.
-
-    Attributes:
-        prefix: encoding images, language and state, once for a chunk.
-        step: one ODE step.
-    """
-
-    prefix: float
-    step: float
-
-    def left_to_gain(self, num_steps: int) -> str:
-        """What fewer steps than these could still save, in a sentence."""
-        chunk = self.prefix + num_steps * self.step
-        made_of = (
-            f"A chunk at num_steps={num_steps} takes {chunk:.1f} ms: {self.prefix:.1f} ms for images, language and "
-            f"state, which are encoded once, and {self.step:.1f} ms for each ODE step"
-        )
-        if num_steps == 1:
-            return f"{made_of}. Nothing more can be gained by fewer steps."
-        saved = (num_steps - 1) * self.step
-        return f"{made_of}; one step instead would save another {saved:.1f} ms ({saved / chunk:.0%})."
-
-
 def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
-    """What a policy's speed depends on, of its configuration: two that agree in it are equally fast."""
+    """The configuration that a policy's speed depends on: two policies with the same pace are equally fast."""
     config = policy.policy.config
     return tuple(
         f"{field.name}={getattr(config, field.name)}"
@@ -61,23 +28,36 @@ def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
     )
 
 
-def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: int) -> Latency:
-    """Time `predict_action_chunk` on one frame, a raw batch of size 1, with `num_steps` Euler steps."""
+def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: int) -> dict[str, float]:
+    """Median "p50" and 95th percentile "p95" of one `predict_action_chunk` on a raw batch of size 1, in ms."""
     observation = prepared(policy, frame)
     with policy.inference(num_steps):
         timed = milliseconds(lambda: policy.policy.predict_action_chunk(dict(observation)), policy)
-    return Latency(p50=float(np.median(timed)), p95=float(np.percentile(timed, 95)))
+    return {"p50": float(np.median(timed)), "p95": float(np.percentile(timed, 95))}
 
 
-def measure_parts(policy: MeasuredPolicy, frame: dict[str, Any]) -> ChunkParts:
-    """Time the two parts of a chunk on one frame, a raw batch of size 1."""
+def measure_parts(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, float]:
+    """Medians in ms on a raw batch of size 1: "prefix" encodes images, language and state, "step" is one ODE step."""
     observation, model, config = prepared(policy, frame), policy.policy.model, policy.policy.config
     with policy.inference(policy.num_steps):
         prefix = milliseconds(lambda: velocity_of(model, observe(policy.policy, dict(observation))), policy)
         velocity = velocity_of(model, observe(policy.policy, dict(observation)))
         noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=config.device)
         step = milliseconds(lambda: velocity(noise, 1.0), policy)
-    return ChunkParts(float(np.median(prefix)), float(np.median(step)))
+    return {"prefix": float(np.median(prefix)), "step": float(np.median(step))}
+
+
+def left_to_gain(prefix: float, step: float, num_steps: int) -> str:
+    """The time that fewer than `num_steps` steps could still save, in a sentence."""
+    chunk = prefix + num_steps * step
+    parts = (
+        f"A chunk at num_steps={num_steps} takes {chunk:.1f} ms: {prefix:.1f} ms for images, language and state, which "
+        f"are encoded once, and {step:.1f} ms for each ODE step"
+    )
+    if num_steps == 1:
+        return f"{parts}. Nothing more can be gained by fewer steps."
+    saved = (num_steps - 1) * step
+    return f"{parts}; one step instead would save another {saved:.1f} ms ({saved / chunk:.0%})."
 
 
 def prepared(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +67,7 @@ def prepared(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, Any]:
 
 
 def milliseconds(call: Callable[[], object], policy: MeasuredPolicy) -> list[float]:
-    """The times of some calls, one after the other, once it is warm: of 30, or as many as take 5 seconds."""
+    """The times of 30 calls after a warm-up, or of as many as take 5 seconds."""
     on_cuda = torch.device(policy.policy.config.device).type == "cuda"
     times = []
     for _ in range(WARM_UP + REPEATS):

@@ -1,188 +1,56 @@
-"""Measure policies on the same frames, from the same noise: one record per frame, one row per mean of the records.
+"""Measure policies on the same frames, from the same noises.
 
-    batch -> Solutions of each policy -> Record of each frame, policy and number of steps -> mean -> Row
+    measure_batch   a table with a row for each policy, number of steps and frame
+    summary         a row for each policy and number of steps, over all frames, as in report.json
 
 All metrics but the action error are in units of each action dimension's standard deviation in the dataset. Every
 policy's actions are first converted to the robot's units by its own statistics, so that policies which are normalised
-differently can be compared. Of each batch only the records are kept, so memory holds some numbers for each frame.
+differently can be compared.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
-from smolvla_reflow.distance import absolute_error, energy_distance, spread, squared_error
-from smolvla_reflow.evaluation.intervals import Interval, over_frames
-from smolvla_reflow.evaluation.latency import Latency
+from smolvla_reflow.distance import absolute_error, energy_distance, frame_flow, spread, squared_error
+from smolvla_reflow.evaluation.intervals import over_frames
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.reference import Reference, solved_finely
 from smolvla_reflow.evaluation.success import Success
-from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import Solver
 
+Row: TypeAlias = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """A policy, by name, at a number of steps."""
+
+    policy: str
+    num_steps: int
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how finely.
+    """The way policies are measured."""
 
-    Attributes:
-        action_std: (D,) standard deviations of the recorded actions. Dimensions that never move, with 0, count in the
-            action error alone.
-        num_steps: numbers of Euler steps; each policy's own default and the reference policy's are measured as well.
-        num_noises: noises for each frame, at least 2.
-        reference_steps: rk4 steps of the fine solutions, at least 2; chosen on the first batch if None.
-        seed: of the noise.
-    """
-
-    action_std: Tensor
-    num_steps: Sequence[int]
-    num_noises: int
-    reference_steps: int | None
-    seed: int
+    action_std: Tensor  # (D,); dimensions that never move, with 0, count in the action error alone
+    num_steps: Sequence[int]  # of Euler; each policy's own default and the reference policy's are measured as well
+    num_noises: int  # for each frame, at least 2
+    reference_steps: int  # of rk4 for the fine solutions, at least 2
+    seed: int  # of the noise
 
     def in_deviations(self, actions: Tensor) -> Tensor:
         """Actions (..., D) in the robot's units, in standard deviations of the dimensions that move."""
         return (actions / self.action_std)[..., self.action_std > 0]
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One policy at one number of steps on one frame: every metric as a number, averaged over the frame's noises.
-
-    A new metric is a function in `metrics.py`, a field here, and a line in `frame_records`.
-
-    Attributes:
-        energy_distance: to the reference policy's fine solutions, of other noises.
-        flow_error: squared distance to the reference policy's fine solution, of the same noise.
-        own_flow_error: squared distance to the policy's own fine solution.
-        spread: variance over the noises.
-        fine_spread: the same of the fine solution.
-        straightness: of the fine paths.
-        action_error: absolute error of each action dimension, summed over the chunk's recorded steps.
-        action_error_executed: the same, summed over the first `n_action_steps` of them.
-        steps, steps_executed: how many steps these two are sums over.
-    """
-
-    energy_distance: float
-    flow_error: float
-    own_flow_error: float
-    spread: float
-    fine_spread: float
-    straightness: float
-    action_error: list[float]
-    action_error_executed: list[float]
-    steps: float
-    steps_executed: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One policy at one number of steps, over all frames.
-
-    Attributes:
-        policy: its name.
-        num_steps: Euler steps of the stock sampler.
-        energy_distance: between the distribution of its actions and that of the *reference policy's* fine solution, see
-            `smolvla_reflow.distance.energy_distance`, with its interval over frames, in standard deviations. The
-            reference policy is the teacher, or the only policy there is.
-        flow_rmse: root mean square distance to the reference policy's fine solution from the same noise, in standard
-            deviations.
-        own_flow_rmse: the same to the policy's own fine solution: the error that comes from taking few steps, without
-            the error that comes from training.
-        action_mae: mean absolute error against the recorded actions over the chunk, in the robot's units.
-        action_mae_executed: the same over the first of the policy's own `n_action_steps`, those the robot runs before
-            it looks again.
-        action_mae_per_dim: the same over the chunk, for each action dimension.
-        spread_ratio: variance over noises, relative to that of the reference policy's fine solution.
-        straightness: of the policy's paths, in squared standard deviations; 0 for straight ones.
-        latency_ms_p50, latency_ms_p95: of one `predict_action_chunk` at batch size 1, median and 95th percentile; None
-            until it is measured.
-        speedup: over the reference policy at its own default number of steps, by the medians.
-        success: in the simulated environment, where one was named.
-    """
-
-    policy: str
-    num_steps: int
-    energy_distance: Interval
-    flow_rmse: float
-    own_flow_rmse: float
-    action_mae: float
-    action_mae_executed: float
-    action_mae_per_dim: list[float]
-    spread_ratio: float
-    straightness: float
-    latency_ms_p50: float | None = None
-    latency_ms_p95: float | None = None
-    speedup: float | None = None
-    success: Success | None = None
-
-
-class Cell(NamedTuple):
-    """Which policy, by name, at which number of steps."""
-
-    policy: str
-    num_steps: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What has been measured so far.
-
-    Attributes:
-        bar: the reference policy at its own default number of steps, which the others are compared with.
-        records: of each policy and number of steps, one for each frame, in the same order.
-        references: by policy, how its fine solutions were computed.
-        latencies: of each policy and number of steps.
-        successes: of each policy and number of steps, where an environment was named.
-        seed: of the intervals' resampling.
-    """
-
-    bar: Cell
-    records: Mapping[Cell, Sequence[Record]]
-    references: Mapping[str, Reference]
-    latencies: Mapping[Cell, Latency] = field(default_factory=dict)
-    successes: Mapping[Cell, Success] = field(default_factory=dict)
-    seed: int = 0
-
-    def rows(self) -> list[Row]:
-        """The table, by policy, then by number of steps."""
-        fine_spread = mean(self.records[self.bar]).fine_spread
-        return [self._row(cell, fine_spread) for cell in self.records]
-
-    def energy_distances(self, cell: Cell) -> np.ndarray:
-        """One for each frame."""
-        return np.array([record.energy_distance for record in self.records[cell]])
-
-    def _row(self, cell: Cell, fine_spread: float) -> Row:
-        found = mean(self.records[cell])
-        error = np.array(found.action_error) / found.steps
-        here, there = self.latencies.get(cell), self.latencies.get(self.bar)
-        return Row(
-            policy=cell.policy,
-            num_steps=cell.num_steps,
-            energy_distance=over_frames(self.energy_distances(cell), self.seed),
-            flow_rmse=found.flow_error**0.5,
-            own_flow_rmse=found.own_flow_error**0.5,
-            action_mae=float(error.mean()),
-            action_mae_executed=float(np.mean(found.action_error_executed)) / found.steps_executed,
-            action_mae_per_dim=error.tolist(),
-            spread_ratio=found.spread / fine_spread,
-            straightness=found.straightness,
-            latency_ms_p50=here.p50 if here else None,
-            latency_ms_p95=here.p95 if here else None,
-            speedup=there.p50 / here.p50 if here and there else None,
-            success=self.successes.get(cell),
-        )
-
-
 def cells(policies: Sequence[MeasuredPolicy], num_steps: Sequence[int]) -> list[Cell]:
-    """Every policy at every number of steps that is asked for, at its own default, and at the reference policy's."""
+    """Every policy at these numbers of steps, at its own default, and at the reference policy's, which is the first."""
     return [
         Cell(policy.name, n)
         for policy in policies
@@ -190,176 +58,135 @@ def cells(policies: Sequence[MeasuredPolicy], num_steps: Sequence[int]) -> list[
     ]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Some frames, measured: for each policy and number of steps one record a frame; and the references."""
-
-    records: dict[Cell, list[Record]]
-    references: dict[str, Reference]
-
-    def as_json(self) -> dict[str, Any]:
-        """For a JSON file."""
-        records = [[*cell, [asdict(record) for record in found]] for cell, found in self.records.items()]
-        return {"records": records, "references": {name: asdict(each) for name, each in self.references.items()}}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Measured":
-        """From what `as_json` gave."""
-        return cls(
-            {Cell(policy, n): [Record(**record) for record in records] for policy, n, records in found["records"]},
-            {name: Reference(**each) for name, each in found["references"].items()},
-        )
-
-
 def measure_batch(
-    policies: Sequence[MeasuredPolicy],
-    batch: dict[str, Any],
-    settings: Settings,
-    references: Mapping[str, Reference] | None = None,
-) -> Measured:
-    """Measure policies on one batch.
+    policies: Sequence[MeasuredPolicy], batch: Mapping[str, Any], settings: Settings, *, check_fine: bool = False
+) -> pd.DataFrame:
+    """Measure policies, the reference policy first, on a raw batch; a row for each policy, number of steps and frame.
 
-    Args:
-        policies: one or more; the first is the reference policy.
-        batch: of raw frames, each with its "index", its recorded "action" (N, T, D) and "action_is_pad" (N, T).
-        settings: what to measure.
-        references: of an earlier batch; chosen on this one if None.
+    `check_fine` adds `fine_error`, the error of the fine solutions themselves.
     """
-    records: dict[Cell, list[Record]] = {}
-    chosen: dict[str, Reference] = {}
-    target: Tensor | None = None
-    steps_of: dict[str, list[int]] = defaultdict(list)
-    for cell in cells(policies, settings.num_steps):
-        steps_of[cell.policy].append(cell.num_steps)
+    tables, target = [], None
     for policy in policies:
+        its_steps = [cell.num_steps for cell in cells(policies, settings.num_steps) if cell.policy == policy.name]
         with policy.inference(policy.num_steps):
-            reference = (references or {}).get(policy.name)
-            solved = solutions(policy, batch, steps_of[policy.name], settings, target, reference)
-        chosen[policy.name] = solved.reference
+            solved = solve(policy, batch, its_steps, settings, check_fine=check_fine)
         target = solved.fine if target is None else target
-        for n in steps_of[policy.name]:
-            executed = policy.policy.config.n_action_steps
-            records[Cell(policy.name, n)] = frame_records(solved, n, target, batch, executed, settings)
-    return Measured(records, chosen)
+        for n in its_steps:
+            found = frame_metrics(solved, n, target, batch, policy.policy.config.n_action_steps, settings)
+            columns = {"frame": batch["index"].tolist(), **{name: value.tolist() for name, value in found.items()}}
+            tables.append(pd.DataFrame({"policy": policy.name, "num_steps": n, **columns}))
+    return pd.concat(tables, ignore_index=True)
 
 
-@dataclass(frozen=True)
-class Solutions:
-    """The actions to which one policy carries the noises of a batch, and how straight their paths are.
+class Solutions(NamedTuple):
+    """One policy's solutions of a batch."""
 
-    All actions are (N, K, T, D), in the robot's units, on the CPU.
-
-    Attributes:
-        fine: by the reference's number of rk4 steps.
-        euler: by the stock sampler, for each number of steps.
-        straightness: (N, K), of the fine paths, in squared standard deviations.
-        reference: how `fine` was computed.
-    """
-
-    fine: Tensor
-    euler: dict[int, Tensor]
-    straightness: Tensor
-    reference: Reference
+    euler: Mapping[int, Tensor]  # by number of steps (N, K, T, D), in the robot's units, on the CPU
+    fine: Tensor  # the same by many steps of rk4
+    straightness: Tensor  # (N, K), of the fine paths, in squared standard deviations
+    fine_error: Tensor | None = None  # (N, K), squared distance to the solutions by half as many steps of rk4
 
 
-def solutions(
-    policy: MeasuredPolicy,
-    batch: dict[str, Any],
-    num_steps: Sequence[int],
-    settings: Settings,
-    target: Tensor | None = None,
-    reference: Reference | None = None,
+def solve(
+    policy: MeasuredPolicy, batch: Mapping[str, Any], num_steps: Sequence[int], settings: Settings, *, check_fine: bool
 ) -> Solutions:
-    """Solve a policy's ODE for every noise of a batch; each frame's observation is encoded once.
-
-    Args:
-        policy: which.
-        batch: of raw frames.
-        num_steps: of the Euler solutions.
-        settings: what to measure.
-        target: the reference policy's fine solutions; None for itself.
-        reference: how fine the solutions are to be, if that is known.
-    """
-    config, frames, noises = policy.policy.config, batch["index"].tolist(), settings.num_noises
-    observation = observe(policy.policy, policy.preprocessor(dict(batch)))
-    velocity = velocity_of(policy.policy.model, observation).repeated(noises)
-    noise = frames_noise(settings.seed, frames, noises, (config.chunk_size, config.max_action_dim))
-    noise = noise.to(observation.state.device)
-    scale = policy.robot_units.scale
-    moving = settings.action_std > 0
+    """Solve a policy's ODE for every noise of a batch; each frame's observation is encoded once."""
+    velocity = velocity_of(policy.policy.model, observe(policy.policy, policy.preprocessor(dict(batch))))
+    flow = frame_flow(velocity, batch["index"].tolist(), settings.num_noises, settings.seed)
+    scale, moving = policy.robot_units.scale, settings.action_std > 0
 
     def in_deviations(x: Tensor) -> Tensor:
         """Differences in the policy's normalised space, at full width, of the robot's dimensions that move."""
         return x[..., : len(scale)][..., moving] * settings.in_deviations(scale).to(x)
 
     def actions(x: Tensor) -> Tensor:
-        return policy.robot_units(x[..., : len(scale)]).unflatten(0, (len(frames), noises)).cpu()
+        return policy.robot_units(x[..., : len(scale)]).cpu()
 
-    ends = {n: actions(Solver("euler", num_steps=n).integrate(velocity, noise)) for n in num_steps}
-
-    def smallest_error(fine: Tensor) -> float:
-        aim = actions(fine) if target is None else target
-        return min(settings.in_deviations(end - aim).square().mean().sqrt().item() for end in ends.values())
-
-    fine = solved_finely(velocity, noise, in_deviations, smallest_error, reference or settings.reference_steps)
-    return Solutions(
-        fine=actions(fine.actions),
-        euler=ends,
-        straightness=fine.straightness.unflatten(0, (len(frames), noises)).cpu(),
-        reference=fine.reference,
-    )
+    euler = {n: actions(flow.solve(Solver("euler", num_steps=n))) for n in num_steps}
+    fine, bends = flow.solve_finely(settings.reference_steps, in_deviations)
+    fine_error = None
+    if check_fine:
+        half = flow.solve(Solver("rk4", num_steps=settings.reference_steps // 2))
+        fine_error = in_deviations(fine - half).square().mean(dim=(-2, -1)).cpu()
+    return Solutions(euler, actions(fine), bends.cpu(), fine_error)
 
 
-def frame_records(
-    solved: Solutions, num_steps: int, reference: Tensor, batch: dict[str, Any], executed: int, settings: Settings
-) -> list[Record]:
-    """The metrics of one policy at one number of steps, for each frame of a batch.
+def frame_metrics(
+    solved: Solutions, num_steps: int, target: Tensor, batch: Mapping[str, Any], executed: int, settings: Settings
+) -> dict[str, Tensor]:
+    """The metrics of one policy at one number of steps, for each of N frames, averaged over the frame's noises.
 
-    Args:
-        solved: what the policy did.
-        num_steps: which of its Euler solutions is measured.
-        reference: (N, K, T, D), the reference policy's fine solution, in the robot's units.
-        batch: with what was recorded.
-        executed: the policy's `n_action_steps`.
-        settings: with the standard deviations.
+    `target` (N, K, T, D) is the reference policy's fine solution, `executed` the policy's `n_action_steps`. A new
+    metric is a function in `distance.py`, a line here, and a line in `summary`.
     """
     actions, recorded, exists = solved.euler[num_steps], batch["action"], ~batch["action_is_pad"]
-    sampled, fine, target = map(settings.in_deviations, (actions, solved.fine, reference))
-    by_field = {
+    sampled, fine, target = map(settings.in_deviations, (actions, solved.fine, target))
+    metrics = {
         "energy_distance": energy_distance(sampled, target),
         "flow_error": squared_error(sampled, target).mean(dim=1),
         "own_flow_error": squared_error(sampled, fine).mean(dim=1),
         "spread": spread(sampled),
         "fine_spread": spread(fine),
         "straightness": solved.straightness.mean(dim=1),
+        # Sums over the recorded steps of the chunk, and over the part of the chunk that is executed.
         "action_error": absolute_error(actions, recorded, exists),
         "action_error_executed": absolute_error(actions[:, :, :executed], recorded[:, :executed], exists[:, :executed]),
         "steps": exists.sum(dim=1),
         "steps_executed": exists[:, :executed].sum(dim=1),
     }
-    frames = zip(*(values.tolist() for values in by_field.values()), strict=True)
-    return [Record(**dict(zip(by_field, values, strict=True))) for values in frames]
+    return metrics if solved.fine_error is None else {**metrics, "fine_error": solved.fine_error.mean(dim=1)}
 
 
-def evaluate(policies: Sequence[MeasuredPolicy], batches: Iterable[dict[str, Any]], settings: Settings) -> Evaluation:
-    """Measure policies on batches of raw frames, as `measure_batch` does on one; no latency, no success."""
-    parts: list[Measured] = []
-    for batch in batches:
-        parts.append(measure_batch(policies, batch, settings, parts[0].references if parts else None))
-    return evaluation_of(policies, parts, settings.seed)
+def summary(
+    table: pd.DataFrame,
+    bar: Cell,
+    seed: int = 0,
+    latencies: Mapping[Cell, Mapping[str, float]] | None = None,
+    successes: Mapping[Cell, Success] | None = None,
+) -> list[Row]:
+    """A row of the report for each policy and number of steps, over all frames of the table; see the guide `report.md`.
+
+    Latencies ("p50" and "p95" in milliseconds) and successes can be missing.
+    """
+    groups = by_cell(table)
+    fine_spread = _mean(groups[bar], "fine_spread")
+    rows = []
+    for cell, group in groups.items():
+        error = _mean(group, "action_error") / _mean(group, "steps")
+        executed = float(np.mean(_mean(group, "action_error_executed"))) / _mean(group, "steps_executed")
+        latency, bars_latency = ((latencies or {}).get(each, {}) for each in (cell, bar))
+        row = {
+            "policy": cell.policy,
+            "num_steps": cell.num_steps,
+            "energy_distance": over_frames(group["energy_distance"].to_numpy(), seed),
+            "flow_rmse": _mean(group, "flow_error") ** 0.5,
+            "own_flow_rmse": _mean(group, "own_flow_error") ** 0.5,
+            "action_mae": float(error.mean()),
+            "action_mae_executed": executed,
+            "action_mae_per_dim": error.tolist(),
+            "spread_ratio": _mean(group, "spread") / fine_spread,
+            "straightness": _mean(group, "straightness"),
+            "latency_ms_p50": latency.get("p50"),
+            "latency_ms_p95": latency.get("p95"),
+            "speedup": bars_latency["p50"] / latency["p50"] if latency and bars_latency else None,
+            "success": (successes or {}).get(cell),
+        }
+        rows.append(row)
+    return rows
 
 
-def evaluation_of(policies: Sequence[MeasuredPolicy], parts: Sequence[Measured], seed: int) -> Evaluation:
-    """What one or more measured batches say of these policies."""
-    records: dict[Cell, list[Record]] = defaultdict(list)
-    for part in parts:
-        for cell, measured in part.records.items():
-            records[cell] += measured
-    bar = Cell(policies[0].name, policies[0].num_steps)
-    return Evaluation(bar, dict(records), parts[0].references, seed=seed)
+def by_cell(table: pd.DataFrame) -> dict[Cell, pd.DataFrame]:
+    """The rows of each policy and number of steps."""
+    groups = table.groupby(["policy", "num_steps"], sort=False)
+    return {Cell(str(policy), int(n)): group for (policy, n), group in groups}
 
 
-def mean(records: Sequence[Record]) -> Record:
-    """The mean of each field."""
-    by_field = {field.name: [getattr(record, field.name) for record in records] for field in fields(Record)}
-    return Record(**{name: np.mean(values, axis=0).tolist() for name, values in by_field.items()})
+def _mean(group: pd.DataFrame, metric: str) -> Any:
+    """The mean over frames, of each dimension if the metric has several."""
+    mean = np.mean(group[metric].tolist(), axis=0)
+    return mean if mean.ndim else mean.item()
+
+
+def fine_errors(table: pd.DataFrame) -> dict[str, float]:
+    """The RMS error of each policy's fine solutions, estimated from above by halving their steps."""
+    return {str(name): float(group.mean() ** 0.5) for name, group in table.groupby("policy", sort=False)["fine_error"]}

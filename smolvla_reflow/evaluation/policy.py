@@ -1,4 +1,4 @@
-"""A policy to be measured, with its processors, and run as plain LeRobot runs it."""
+"""A policy to be measured, with its processors, run as plain LeRobot runs it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,27 +16,18 @@ from smolvla_reflow.smolvla.normalization import Affine, robot_units
 
 @dataclass(frozen=True)
 class MeasuredPolicy:
-    """A policy and everything needed to run it.
+    """A policy and everything needed to run it."""
 
-    Attributes:
-        name: how the report calls it: "teacher", "round 1", "student", or "policy" where it is the only one.
-        policy: in eval mode.
-        preprocessor: turns a batch of the dataset into the policy's input.
-        postprocessor: turns a normalised action into the robot's units.
-        robot_units: the same conversion for a whole chunk, (..., chunk_size, action_dim).
-        num_steps: the number of Euler steps it takes by default.
-    """
-
-    name: str
-    policy: SmolVLAPolicy
-    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
-    postprocessor: Callable[[Tensor], Tensor]
-    robot_units: Affine
-    num_steps: int
+    name: str  # in the report "teacher", "round 1", "student", or "policy" for a policy alone
+    policy: SmolVLAPolicy  # in eval mode
+    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]  # from a batch of the dataset to the policy's input
+    postprocessor: Callable[[Tensor], Tensor]  # from a normalised action to the robot's units
+    robot_units: Affine  # the same for a whole chunk, (..., chunk_size, action_dim)
+    num_steps: int  # its default number of Euler steps
 
     @contextlib.contextmanager
     def inference(self, num_steps: int) -> Iterator[None]:
-        """Run the policy without gradients, with `num_steps` Euler steps, in the autocast LeRobot would use for it."""
+        """Run the policy without gradients, with `num_steps` Euler steps, in LeRobot's autocast."""
         config = self.policy.config
         config.num_steps, before = num_steps, config.num_steps
         try:
@@ -47,11 +38,7 @@ class MeasuredPolicy:
 
 
 def load_measured_policy(name: str, checkpoint: Checkpoint, device: str, rename_map: dict[str, str]) -> MeasuredPolicy:
-    """Load a checkpoint's policy and processors; `rename_map` goes from the dataset's names to the policy's.
-
-    Raises:
-        ReflowError: the checkpoint cannot be loaded here, or has no saved statistics for its actions.
-    """
+    """Load a checkpoint's policy and processors; `rename_map` goes from the dataset's names to the policy's."""
     processors, policy = load_processors(checkpoint, device, rename_map), load_policy(checkpoint, device)
     units, num_steps = robot_units(checkpoint, policy), checkpoint.config.num_steps
     return MeasuredPolicy(name, policy, processors.before, processors.after, units, num_steps)

@@ -1,50 +1,48 @@
 """The report of an evaluation: a table, `report.json`, `report.md` for a model card, `report.png` for a paper."""
 
-import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolvla_reflow.errors import write_whole
+from smolvla_reflow.errors import write_json, write_whole
 from smolvla_reflow.evaluation.decision import Decision
 from smolvla_reflow.evaluation.intervals import Interval
-from smolvla_reflow.evaluation.latency import ChunkParts
+from smolvla_reflow.evaluation.latency import left_to_gain
 from smolvla_reflow.evaluation.measure import Row
 from smolvla_reflow.evaluation.picture import draw
-from smolvla_reflow.evaluation.reference import Reference
 from smolvla_reflow.evaluation.success import Success
 from smolvla_reflow.evaluation.two_errors import TwoErrors
 
-SCHEMA_VERSION = 2
 NAMES = ("report.json", "report.md", "report.png")
+# Fine solutions are called coarse if their own error is above this share of the smallest flow error.
+COARSE = 0.2
 
-WHAT_THE_COLUMNS_SAY = (
+COLUMNS_IN_WORDS = (
     "Energy distance compares the distribution of the actions with that of the reference policy's fine solutions: a "
-    "robot does not care which noise becomes which of the good ways. Flow error compares them noise by noise, spread "
-    "is the variance over noises, relative to the reference's; both explain a gap. Against one recording per frame, a "
-    "policy that averages the ways of doing a task has as small an action error as one that chooses a way."
+    "robot does not care which noise becomes which of the good ways. Flow error compares them noise by noise. Spread "
+    "is the variance over noises, relative to the reference's. Both explain a gap. Action error compares with one "
+    "recording for each frame, so averaging the ways of doing a task gives as small an action error as choosing a way."
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Contents of `report.json`, schema version 2.
+    """The content of `report.json`.
 
     Attributes:
-        rows: one per policy and number of steps; their fields are those of `smolvla_reflow.evaluation.measure.Row`.
+        rows: for each policy and number of steps, see `smolvla_reflow.evaluation.measure.summary`.
         recommended_num_steps: the smallest number that is enough, or None.
         recommendation: the same in some sentences.
-        decision: what it stands on: judged policy, bar, evidence, margin, and the comparisons, one per number of steps;
-            see `smolvla_reflow.evaluation.decision.Decision`.
+        decision: its evidence, see `smolvla_reflow.evaluation.decision.Decision`.
         two_errors: by student, how its flow error depends on the number of steps, see
             `smolvla_reflow.evaluation.two_errors.TwoErrors`; None for fewer than three numbers of steps.
-        advice: what would bring the judged policy's flow error down, None if it need not be, or nothing can be said.
-        references: by policy, how its fine solutions were computed, and their own error.
-        chunk_parts: of the judged policy, milliseconds of the prefix and of one ODE step; None until they are measured.
-        notes: what else has to be known.
+        advice: how to reduce the judged policy's flow error, None if it need not be reduced, or nothing can be said.
+        references: by policy, the rk4 "steps" of its fine solutions and their own error, "rmse".
+        chunk_parts: of the judged policy, milliseconds of the "prefix" and of one ODE "step"; None until measured.
+        notes: warnings.
         made_with: policy and teacher paths, dataset, seed, numbers of frames and noises, margins, versions.
-        complete: whether everything that was asked for is in it.
+        complete: True if everything that was asked for is in it.
         schema_version: of this file.
     """
 
@@ -54,39 +52,43 @@ class Report:
     decision: Decision
     two_errors: dict[str, TwoErrors | None]
     advice: str | None
-    references: dict[str, Reference]
-    chunk_parts: ChunkParts | None
+    references: dict[str, Mapping[str, float]]
+    chunk_parts: Mapping[str, float] | None
     notes: list[str]
     made_with: dict[str, Any]
     complete: bool
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
 
     def write(self, folder: Path) -> None:
         """Write report.json, report.md and report.png into a folder, made if needed. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "report.json", (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_json(folder / "report.json", self)
         write_whole(folder / "report.md", self.markdown().encode())
         draw(self.rows, self.decision, folder / "report.png")
 
     def sentences(self) -> list[str]:
-        """What the report says in words: the recommendation first."""
-        unfinished = [] if self.complete else ["This report is unfinished: the same command goes on with it."]
-        fits = [
-            f"Flow error of the {policy} over the number of steps n: sqrt(r^2 + (c/n)^2) with r = {fit.r:.3f} and "
-            f"c = {fit.c:.3f}, to {fit.residual:.4f}."
-            for policy, fit in self.two_errors.items()
-            if fit is not None and fit.holds
-        ]
-        parts = []
+        """The report in words, the recommendation first."""
+        said = [] if self.complete else ["This report is unfinished: the same command goes on with it."]
+        said.append(self.recommendation)
+        for policy, fit in self.two_errors.items():
+            if fit is not None and fit.holds:
+                said.append(
+                    f"Flow error of the {policy} over the number of steps n: sqrt(r^2 + (c/n)^2) with r = {fit.r:.3f} "
+                    f"and c = {fit.c:.3f}, to {fit.residual:.4f}."
+                )
+        if self.advice is not None:
+            said.append(self.advice)
         if self.chunk_parts is not None:
-            parts = [self.chunk_parts.left_to_gain(self.recommended_num_steps or self.decision.bar.num_steps)]
-        advice = [self.advice] if self.advice else []
-        return [*unfinished, self.recommendation, *fits, *advice, *parts, self._fine_solutions(), *self.notes]
+            num_steps = self.recommended_num_steps or self.decision.bar.num_steps
+            said.append(left_to_gain(**self.chunk_parts, num_steps=num_steps))
+        return [*said, self._fine_solutions(), *self.notes]
 
     def _fine_solutions(self) -> str:
-        steps = ", ".join(f"{found.steps} steps for the {policy}" for policy, found in self.references.items())
-        error = max(found.rmse for found in self.references.values())
-        return f"The fine solutions are by rk4, {steps}; their own error is at most about {error:.1g}."
+        steps, error = (max(each[name] for each in self.references.values()) for name in ("steps", "rmse"))
+        said = f"The fine solutions are by rk4 with {steps} steps; their own error is at most about {error:.1g}."
+        if error <= COARSE * min(row["flow_rmse"] for row in self.rows):
+            return said
+        return f"{said} That is coarse beside the smallest flow error; give --reference_steps={2 * steps}."
 
     def markdown(self) -> str:
         """The report as a section of a model card."""
@@ -95,26 +97,24 @@ class Report:
         return (
             f"## How many ODE steps\n\n{said}\n\n{markdown_table(self.rows)}\n\n"
             f"Distances are in standard deviations of the actions, action error is in the robot's units. "
-            f"{WHAT_THE_COLUMNS_SAY}\n\n{made}\n"
+            f"{COLUMNS_IN_WORDS}\n\n{made}\n"
         )
 
 
 EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("policy", lambda r: r.policy),
-    ("steps", lambda r: str(r.num_steps)),
-    ("energy distance (95 % interval)", lambda r: as_interval(r.energy_distance)),
-    ("flow error", lambda r: f"{r.flow_rmse:.4f}"),
-    ("own flow error", lambda r: f"{r.own_flow_rmse:.4f}"),
-    ("spread", lambda r: f"{r.spread_ratio:.3f}"),
-    ("straightness", lambda r: f"{r.straightness:.4f}"),
-    ("success (95 % interval)", lambda r: "" if r.success is None else in_percent(r.success)),
-    ("best reward", lambda r: "" if r.success is None else f"{r.success.best_reward:.3f}"),
-    ("action error", lambda r: f"{r.action_mae:.4g}"),
-    ("latency", lambda r: "" if r.latency_ms_p50 is None else f"{r.latency_ms_p50:.1f} ms"),
-    ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
+    ("policy", lambda row: row["policy"]),
+    ("steps", lambda row: str(row["num_steps"])),
+    ("energy distance (95 % interval)", lambda row: as_interval(row["energy_distance"])),
+    ("flow error", lambda row: f"{row['flow_rmse']:.4f}"),
+    ("own flow error", lambda row: f"{row['own_flow_rmse']:.4f}"),
+    ("spread", lambda row: f"{row['spread_ratio']:.3f}"),
+    ("straightness", lambda row: f"{row['straightness']:.4f}"),
+    ("success (95 % interval)", lambda row: "" if row["success"] is None else in_percent(row["success"])),
+    ("best reward", lambda row: "" if row["success"] is None else f"{row['success'].best_reward:.3f}"),
+    ("action error", lambda row: f"{row['action_mae']:.4g}"),
+    ("latency", lambda row: "" if row["latency_ms_p50"] is None else f"{row['latency_ms_p50']:.1f} ms"),
+    ("speed-up", lambda row: "" if row["speedup"] is None else f"{row['speedup']:.2f}x"),
 )
-
-
 DETAILS = ("own flow error", "straightness", "action error")
 
 
@@ -129,8 +129,9 @@ def in_percent(success: Success) -> str:
 
 
 def cells_of(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[list[str]]:
-    """The table's titles and rows as text, without some columns, and those that say nothing in any row."""
-    if all(row.success is None or row.success.best_reward == row.success.rate for row in rows):
+    """The table's titles and rows as text, without the columns left out, or empty in every row."""
+    driven = [row["success"] for row in rows if row["success"] is not None]
+    if all(success.best_reward == success.rate for success in driven):
         left_out = [*left_out, "best reward"]  # 1 for a success and 0 otherwise
     columns = [[title, *map(show, rows)] for title, show in EVERY_COLUMN if title not in left_out]
     return [list(line) for line in zip(*(column for column in columns if any(column[1:])), strict=True)]
@@ -147,5 +148,4 @@ def table(rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
     titles, *cells = cells_of(rows)
-    cells = [titles, ["---"] * len(titles), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (titles, ["---"] * len(titles), *cells))

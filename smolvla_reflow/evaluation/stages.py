@@ -1,176 +1,148 @@
-"""The stages of an evaluation: frames, latencies, episodes; each part of one is noted as soon as it is finished.
+"""An evaluation in parts, each kept in the journal as soon as it is finished.
 
-frames      measure_batch      the metrics of every policy and number of steps, batch by batch
+frames      measure_batch      of every policy and number of steps, batch by batch
 latency     measure_latency    of every policy and number of steps, and of the parts of a chunk
-episodes    drive              of every policy and number of steps, where an environment was named
+episodes    drive              of every policy and number of steps, if there is an environment
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import pandas as pd
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
+from tqdm import tqdm
 
 from smolvla_reflow.dataset import load_batches
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import Journal
-from smolvla_reflow.evaluation.latency import ChunkParts, Latency, measure_latency, measure_parts, pace
-from smolvla_reflow.evaluation.measure import Cell, Evaluation, Measured, Settings, cells, evaluation_of, measure_batch
+from smolvla_reflow.evaluation.latency import measure_latency, measure_parts, pace
+from smolvla_reflow.evaluation.measure import Cell, Settings, cells, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.progress import Progress, progress
 from smolvla_reflow.evaluation.success import Success
 
-
-@dataclass(frozen=True)
-class Found:
-    """What has been measured so far.
-
-    Attributes:
-        evaluation: of the frames, and of what else is finished.
-        chunk_parts: of the judged policy's latency.
-        complete: whether nothing is left to measure.
-    """
-
-    evaluation: Evaluation
-    chunk_parts: ChunkParts | None = None
-    complete: bool = False
-
-
-# Yields what has been found after each part, and returns the last of it.
-Stage: TypeAlias = Generator[Found, None, Found]
+PARTS_OF_A_CHUNK = "parts of a chunk"
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is to be measured.
-
-    Attributes:
-        cfg: checked.
-        policies: the reference policy first, the judged one last.
-        frames: the dataset, each frame with its recorded chunk.
-        positions: in it, of the frames to measure on.
-        action_std: (D,) standard deviations of its actions.
-        journal: of the parts that are finished.
-    """
+class Evaluation:
+    """An evaluation, finished or not."""
 
     cfg: EvalConfig
-    policies: Sequence[MeasuredPolicy]
-    frames: LeRobotDataset
-    positions: Sequence[int]
-    action_std: Tensor
+    policies: Sequence[MeasuredPolicy]  # the reference policy first, the judged policy last
+    dataset: LeRobotDataset  # each frame with its recorded chunk
+    positions: Sequence[int]  # of the frames to measure on
+    action_std: Tensor  # (D,) standard deviations of the actions, 0 for dimensions that never move
     journal: Journal
-
-    def policy(self, name: str) -> MeasuredPolicy:
-        """The policy of this name."""
-        return next(policy for policy in self.policies if policy.name == name)
+    rtc_config: RTCConfig | None  # real-time chunking in the judged checkpoint
+    warnings: Sequence[str]  # for the report's notes
 
     @property
-    def table(self) -> list[Cell]:
+    def bar(self) -> Cell:
+        """The reference policy at its own number of steps, to compare the others with."""
+        return Cell(self.policies[0].name, self.policies[0].num_steps)
+
+    @property
+    def cells(self) -> list[Cell]:
         """Every policy and number of steps."""
         return cells(self.policies, self.cfg.num_steps)
 
     @property
-    def batches(self) -> list[Sequence[int]]:
-        """The positions, some at once."""
-        size = self.cfg.batch_size
-        return [self.positions[i : i + size] for i in range(0, len(self.positions), size)]
+    def is_complete(self) -> bool:
+        """True if no part is left."""
+        return self.parts().keys() == self.journal.parts.keys()
 
-    @property
-    def timed(self) -> dict[Cell, Cell]:
-        """For each policy and number of steps the one whose latency is measured: the first that takes as long."""
-        first: dict[Any, Cell] = {}
-        return {cell: first.setdefault((pace(self.policy(cell.policy)), cell.num_steps), cell) for cell in self.table}
+    def table(self) -> pd.DataFrame:
+        """The metrics on the frames that are finished, as of `measure_batch`."""
+        finished = [self.journal.parts[name] for name in self._batches() if name in self.journal.parts]
+        return pd.DataFrame([row for rows in finished for row in rows])
 
-    @property
-    def driven(self) -> list[Cell]:
-        """Every policy and number of steps that is to run episodes."""
-        return self.table if self.cfg.env is not None else []
+    def latencies(self) -> dict[Cell, dict[str, float]]:
+        """The latencies that are measured, of each policy and number of steps."""
+        return self._finished({cell: _latency_of(like) for cell, like in self._timed().items()})
 
+    def successes(self) -> dict[Cell, Success]:
+        """The successes that are counted, of each policy and number of steps."""
+        counted = self._finished({cell: _episodes_of(cell) for cell in self.cells})
+        return {cell: Success(**success) for cell, success in counted.items()}
 
-def measure_all(work: Work) -> Iterator[Found]:
-    """Measure everything that is to be measured; yields what there is after each part."""
-    latencies = len(set(work.timed.values())) + 1
-    parts = {"frames": len(work.batches), "latency": latencies, "episodes": len(work.driven)}
-    with progress(parts) as bar:
-        found = yield from _frames(work, bar)
-        found = yield from _latencies(work, found, bar)
-        found = yield from _episodes(work, found, bar)
-    yield replace(found, complete=True)
+    def measure(self) -> Iterator[None]:
+        """Run the unfinished parts under one progress bar; yields after each part."""
+        total, finished = len(self.parts()), len(self.journal.parts)
+        bar = tqdm(total=total, initial=finished, unit="part", leave=False, mininterval=0.5, miniters=0)
+        with bar:
+            for name, part in self.parts(tick=lambda: bar.update(0)).items():
+                if name not in self.journal.parts:
+                    bar.set_description_str(name)
+                    with contextlib.redirect_stderr(io.StringIO()):  # LeRobot's own bars
+                        self.journal.recall(name, part)
+                    bar.update()
+                    yield
 
+    def parts(self, tick: Callable[[], object] = lambda: None) -> dict[str, Callable[[], Any]]:
+        """Every part by name, in order; `tick` is called at each step of an episode."""
+        parts: dict[str, Callable[[], Any]] = {}
+        for name, positions in self._batches().items():
+            parts[name] = partial(self._measure, positions)
+        for cell in dict.fromkeys(self._timed().values()):
+            parts[_latency_of(cell)] = partial(self._time, cell)
+        parts[PARTS_OF_A_CHUNK] = self._time_parts
+        for cell in self.cells if self.cfg.env is not None else ():
+            parts[_episodes_of(cell)] = partial(self._drive, cell, tick)
+        return parts
 
-def _frames(work: Work, bar: Progress) -> Stage:
-    cfg = work.cfg
-    settings = Settings(work.action_std, cfg.num_steps, cfg.num_noises, cfg.reference_steps, cfg.seed)
-    by_name = {f"frames {batch[0]} to {batch[-1]}": batch for batch in work.batches}
-    loaded = load_batches(work.frames, [batch for name, batch in by_name.items() if name not in work.journal.parts])
-    finished: list[Measured] = []
+    def _measure(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        cfg, (batch,) = self.cfg, load_batches(self.dataset, [positions])
+        settings = Settings(self.action_std, cfg.num_steps, cfg.num_noises, cfg.reference_steps, cfg.seed)
+        is_first = positions[0] == self.positions[0]
+        return measure_batch(self.policies, batch, settings, check_fine=is_first).to_dict("records")
 
-    def measure() -> dict[str, Any]:
-        references = finished[0].references if finished else None
-        return measure_batch(work.policies, next(loaded), settings, references).as_json()
+    def _time(self, cell: Cell) -> dict[str, float]:
+        (frame,) = load_batches(self.dataset, [self.positions[:1]])
+        return measure_latency(self._policy(cell), frame, cell.num_steps)
 
-    for name in by_name:
-        finished.append(Measured.from_json(_part("frames", name, measure, work.journal, bar)))
-        found = Found(evaluation_of(work.policies, finished, cfg.seed))
-        yield found
-    return found
+    def _time_parts(self) -> dict[str, float]:
+        (frame,) = load_batches(self.dataset, [self.positions[:1]])
+        return measure_parts(self.policies[-1], frame)
 
-
-def _latencies(work: Work, found: Found, bar: Progress) -> Stage:
-    (frame,) = load_batches(work.frames, [work.positions[:1]])
-    timed: dict[Cell, Latency] = {}
-    for cell, like in work.timed.items():
-        if like not in timed:
-            policy = work.policy(like.policy)
-
-            def measure(policy: MeasuredPolicy = policy, num_steps: int = like.num_steps) -> dict[str, Any]:
-                return asdict(measure_latency(policy, frame, num_steps))
-
-            name = f"latency of the {like.policy} at num_steps={like.num_steps}"
-            timed[like] = Latency(**_part("latency", name, measure, work.journal, bar))
-        latencies = {**found.evaluation.latencies, cell: timed[like]}
-        found = replace(found, evaluation=replace(found.evaluation, latencies=latencies))
-        yield found
-    judged = work.policies[-1]
-    parts = _part("latency", "parts of a chunk", lambda: asdict(measure_parts(judged, frame)), work.journal, bar)
-    found = replace(found, chunk_parts=ChunkParts(**parts))
-    yield found
-    return found
-
-
-def _episodes(work: Work, found: Found, bar: Progress) -> Stage:
-    cfg = work.cfg
-    for cell in work.driven:
+    def _drive(self, cell: Cell, tick: Callable[[], object]) -> Success:
+        cfg, policy = self.cfg, self._policy(cell)
         assert cfg.env is not None
-        policy = work.policy(cell.policy)
-        policy = replace(policy, postprocessor=_with_a_tick(policy.postprocessor, bar))
 
-        def count(policy: MeasuredPolicy = policy, num_steps: int = cell.num_steps) -> dict[str, Any]:
-            return asdict(Success.count(drive(policy, cfg.env, cfg.eval, num_steps, cfg.seed, cfg.env_task)))
+        def ticking(action: Tensor) -> Tensor:
+            tick()
+            return policy.postprocessor(action)
 
-        name = f"episodes of the {cell.policy} at num_steps={cell.num_steps}"
-        counted = Success(**_part("episodes", name, count, work.journal, bar))
-        successes = {**found.evaluation.successes, cell: counted}
-        found = replace(found, evaluation=replace(found.evaluation, successes=successes))
-        yield found
-    return found
+        ticked = replace(policy, postprocessor=ticking)
+        return Success.count(drive(ticked, cfg.env, cfg.eval, cell.num_steps, cfg.seed, cfg.env_task))
+
+    def _policy(self, cell: Cell) -> MeasuredPolicy:
+        return next(policy for policy in self.policies if policy.name == cell.policy)
+
+    def _batches(self) -> dict[str, Sequence[int]]:
+        """Positions of the frames that are measured at once, by the part's name."""
+        size = self.cfg.batch_size
+        batches = [self.positions[i : i + size] for i in range(0, len(self.positions), size)]
+        return {f"frames {batch[0]} to {batch[-1]}": batch for batch in batches}
+
+    def _timed(self) -> dict[Cell, Cell]:
+        """For each policy and number of steps the first policy of the same pace, whose latency is measured."""
+        first: dict[Any, Cell] = {}
+        return {cell: first.setdefault((pace(self._policy(cell)), cell.num_steps), cell) for cell in self.cells}
+
+    def _finished(self, parts: dict[Cell, str]) -> dict[Cell, Any]:
+        return {cell: self.journal.parts[name] for cell, name in parts.items() if name in self.journal.parts}
 
 
-def _part(kind: str, name: str, measure: Callable[[], Any], journal: Journal, bar: Progress) -> Any:
-    """What a part gives, now or before."""
-    if name in journal.parts:
-        bar.skip(kind)
-        return journal.parts[name]
-    return bar.run(kind, name, lambda: journal.recall(name, measure))
+def _latency_of(cell: Cell) -> str:
+    return f"latency of the {cell.policy} at num_steps={cell.num_steps}"
 
 
-def _with_a_tick(process: Callable[[Any], Any], bar: Progress) -> Callable[[Any], Any]:
-    """A processor that lets the bar know of the time that passes in an episode."""
-
-    def ticking(given: Any) -> Any:
-        bar.tick()
-        return process(given)
-
-    return ticking
+def _episodes_of(cell: Cell) -> str:
+    return f"episodes of the {cell.policy} at num_steps={cell.num_steps}"

@@ -1,31 +1,63 @@
-"""Store the recommended number of steps in a checkpoint, so that plain LeRobot runs at that speed."""
+"""Store the recommended number of steps in a checkpoint, and the weight of real-time chunking (RTC) that fits to it.
 
-import json
+While the robot runs one chunk, the policy makes the next. The actions that run meanwhile, the frozen prefix, should
+stay as they are. LeRobot guides the sampler towards them (Black, Galliker & Levine, "Real-Time Execution of Action
+Chunking Flow Policies", arXiv 2506.07339). Let A be the earlier chunk, a = x - t v the actions at the end of v, and
+0 < w <= max_guidance_weight. The weights W in time are 1 on the prefix. LeRobot's Euler step of length 1/n is
+
+    x <- x - (v - w W (A - a)) / n
+
+It goes the share (w / n) W of the way from a to A, and past A if w > n.
+
+In the last step, t = 1/n, x - v/n is a itself, so x - A = (1 - w/n) (a - A) is left on the prefix. LeRobot's w is
+max_guidance_weight at t = 1, and at most n - 1 + 1/(n - 1) in the last of n >= 2 steps. Therefore
+
+    1 step      leaves |1 - max_guidance_weight| times the error of a chunk without guidance: 9 times for LeRobot's 10,
+                none for 1
+    2 steps     leave none from a weight of 2 on
+
+With 1 step the weight is capped at 1. With more steps it is left alone. A cap at n would keep the earlier steps from
+going past A, but the last step corrects that. And the cap would weaken the guidance where W is small.
+"""
+
 from pathlib import Path
 
 from huggingface_hub.constants import CONFIG_NAME
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from smolvla_reflow.checkpoint.read import read_config, read_json
-from smolvla_reflow.errors import ReflowError, write_whole
-from smolvla_reflow.evaluation.real_time_chunking import capped, is_enabled
+from smolvla_reflow.errors import doing, write_json
 
 
 def write_num_steps(checkpoint: Path, num_steps: int) -> Path:
-    """Store `num_steps` in a checkpoint folder's config.json; returns that file.
-
-    Where real-time chunking is enabled in it and one step would throw off what it should keep, its
-    `rtc_config.max_guidance_weight` is capped. Every other field is kept, and the order of the fields.
-
-    Raises:
-        ReflowError: the file cannot be read or written; it is then what it was.
-    """
+    """Store `num_steps` in a checkpoint folder's config.json, and cap the guidance weight; returns that file."""
     path = checkpoint / CONFIG_NAME
-    fields, rtc_config = read_json(path), read_config(checkpoint).rtc_config
+    fields, weight = read_json(path), capped(read_config(checkpoint).rtc_config, num_steps)
     fields["num_steps"] = num_steps
-    if is_enabled(rtc_config) and (weight := capped(rtc_config, num_steps)) < rtc_config.max_guidance_weight:
+    if weight is not None:
         fields["rtc_config"]["max_guidance_weight"] = weight
-    try:
-        write_whole(path, (json.dumps(fields, indent=4) + "\n").encode())
-    except OSError as error:
-        raise ReflowError(f"{path} cannot be written ({error}).") from None
+    with doing(f"writing {path}"):
+        write_json(path, fields)
     return path
+
+
+def capped(rtc_config: RTCConfig | None, num_steps: int) -> float | None:
+    """The `max_guidance_weight` to store with this number of steps; None if the configured one can stay."""
+    if rtc_config is None or not rtc_config.enabled or num_steps != 1 or rtc_config.max_guidance_weight <= 1:
+        return None
+    return 1.0
+
+
+def rtc_note(rtc_config: RTCConfig | None, num_steps: int | None) -> str | None:
+    """A warning if the guidance would go past the frozen actions at the recommended number of steps (1 if None)."""
+    if capped(rtc_config, num_steps or 1) is None:
+        return None
+    assert rtc_config is not None
+    weight = rtc_config.max_guidance_weight
+    two = " Two steps keep them with the weight as it is." if weight >= 2 else ""
+    return (
+        f"Real-time chunking: the max_guidance_weight of {weight:g} in config.json is too large for 1 step. Actions "
+        f"that run while a chunk is made end {weight - 1:g} times as far from the chunk before as without guidance. A "
+        "weight of 1 keeps these actions, and --write_num_steps stores it with 1 step. lerobot-rollout takes no weight "
+        f"from config.json; give it --inference.rtc.max_guidance_weight=1.{two}"
+    )

@@ -1,6 +1,9 @@
-"""Success in closed loop: how often, how surely, and whether one policy succeeds as often as another."""
+"""Success in closed loop: its rate, the rate's confidence interval, and the test that compares two policies."""
 
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -8,46 +11,33 @@ from statsmodels.stats.proportion import test_proportions_2indep
 
 from smolvla_reflow.evaluation.intervals import CONFIDENCE
 
-# Of a one-sided test: how often a policy that is worse by just the margin would pass for not inferior.
+# The share of policies worse by just the margin that pass the one-sided test.
 SIGNIFICANCE = 0.05
-MOST_EPISODES = 1_000_000
+MOST_EPISODES = 2**19
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """The episodes of one task, in the order of their seeds.
-
-    Attributes:
-        successes: whether each succeeded.
-        best_rewards: the largest reward in each.
-    """
+class Episodes(NamedTuple):
+    """The episodes of one task, in the order of their seeds."""
 
     successes: list[bool]
-    best_rewards: list[float]
+    best_rewards: list[float]  # the largest reward in each
 
 
 @dataclass(frozen=True)
 class Success:
-    """How often a policy succeeded.
+    """The success of a policy at one number of steps."""
 
-    Attributes:
-        rate: share of the episodes that succeeded, 0 to 1.
-        low, high: ends of Wilson's 95 % confidence interval of the rate, which treats all episodes alike.
-        episodes: number of episodes.
-        by_task: the rate of each task.
-        best_reward: mean over the episodes of the largest reward in each, `avg_max_reward` of lerobot-eval. Where an
-            environment rewards progress, it tells policies apart that succeed as often as each other.
-    """
-
-    rate: float
-    low: float
+    rate: float  # share of the episodes that succeeded, 0 to 1
+    low: float  # ends of Wilson's 95 % confidence interval of the rate, which treats all episodes alike
     high: float
     episodes: int
-    by_task: dict[str, float]
+    by_task: dict[str, float]  # the rate of each task
+    # Mean over the episodes of the largest reward in each, `avg_max_reward` of lerobot-eval. If an environment rewards
+    # progress, it distinguishes policies that succeed equally often.
     best_reward: float
 
     @classmethod
-    def count(cls, driven: dict[str, "Episodes"]) -> "Success":
+    def count(cls, driven: Mapping[str, Episodes]) -> "Success":
         """Count the episodes of each task."""
         successes = [success for episodes in driven.values() for success in episodes.successes]
         rewards = [reward for episodes in driven.values() for reward in episodes.best_rewards]
@@ -62,43 +52,33 @@ class Success:
         )
 
 
-def is_not_inferior(here: Success, there: Success, margin: float) -> bool:
-    """Whether this rate is shown to be less than `margin` below that one.
+def is_not_inferior(policy: Success, bar: Success, margin: float) -> bool:
+    """True if the policy's rate is shown to be less than `margin` (a share, 0 to 1) below the bar's.
 
-    The test of Agresti & Caffo ("Simple and effective confidence intervals for proportions and differences of
-    proportions result from adding two successes and two failures", The American Statistician 54 (2000)), one-sided at
-    5 %. It takes the two sets of episodes for independent; they begin in the same scenes, so that it errs on the side
-    of "not shown".
-
-    Args:
-        here, there: two rates.
-        margin: a share, 0 to 1.
+    The test is that of Agresti & Caffo, "Simple and effective confidence intervals for proportions and differences of
+    proportions result from adding two successes and two failures", The American Statistician 54 (2000). It is one-sided
+    at 5 %, and takes the two sets of episodes for independent. They begin in the same scenes, so it errs on the side of
+    "not shown".
     """
-    return _passes(here.rate, here.episodes, there.rate, there.episodes, margin)
+    return _passes(policy.rate, policy.episodes, bar.rate, bar.episodes, margin)
 
 
-def episodes_needed(here: Success, there: Success, margin: float) -> int | None:
-    """The number of episodes of each with which these two rates would pass the test; None if no number would do."""
-    if here.rate <= there.rate - margin:
+def episodes_needed(policy: Success, bar: Success, margin: float) -> int | None:
+    """The number of episodes of each that would pass the test with these two rates; None if no number would."""
+    if policy.rate <= bar.rate - margin:
         return None
-    few, many = 0, 1
-    while not _passes(here.rate, many, there.rate, many, margin):
-        few, many = many, 2 * many
-        if many > MOST_EPISODES:
-            return None
-    while many - few > 1:
-        middle = (few + many) // 2
-        few, many = (few, middle) if _passes(here.rate, middle, there.rate, middle, margin) else (middle, many)
-    return many
+    numbers = range(1, MOST_EPISODES + 1)
+    place = bisect_left(numbers, True, key=lambda number: _passes(policy.rate, number, bar.rate, number, margin))
+    return numbers[place] if place < len(numbers) else None
 
 
-def _passes(rate: float, episodes: int, other_rate: float, other_episodes: int, margin: float) -> bool:
+def _passes(rate: float, episodes: int, bar_rate: float, bar_episodes: int, margin: float) -> bool:
     with np.errstate(all="ignore"):  # it also computes ratios, which divide by a rate of 0
         test = test_proportions_2indep(
             rate * episodes,
             episodes,
-            other_rate * other_episodes,
-            other_episodes,
+            bar_rate * bar_episodes,
+            bar_episodes,
             value=-margin,
             method="agresti-caffo",
             compare="diff",

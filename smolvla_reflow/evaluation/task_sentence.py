@@ -1,7 +1,7 @@
-"""The task's sentence in a closed loop: which one an environment shows, whether it was trained on, and another instead.
+"""The task's sentence in a closed loop: the sentence that an environment shows, a check against training, a substitute.
 
-SmolVLA is conditioned on a sentence, and an environment need not show the one that a policy was trained with (LeRobot's
-PushT shows an empty one). Nothing fails then; the policy acts on words that it has never seen.
+SmolVLA is conditioned on a sentence, and an environment may show another sentence than the dataset (LeRobot's PushT
+shows an empty one). Nothing fails then; the policy acts on words that it has never seen.
 """
 
 import contextlib
@@ -15,22 +15,16 @@ from lerobot.envs.utils import close_envs
 from lerobot.scripts.lerobot_eval import rollout
 from torch import nn
 
-from smolvla_reflow.compat import LeRobotDatasetMetadata
-
 QUOTED = 3
 
 EnvProcessor = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def shown_sentences(env: EnvConfig, seed: int) -> list[str]:
-    """The sentences with which LeRobot's own evaluation would begin this environment's tasks, each once.
+    """The sentences at the beginning of this environment's tasks in LeRobot's own evaluation, each once.
 
-    Where LeRobot looks for a sentence differs between its versions, and some environments choose it when an episode
-    begins. So it is LeRobot's rollout that starts an episode of each task, as far as its first observation.
-
-    Args:
-        env: that can be started.
-        seed: of the episode.
+    LeRobot's versions look for a sentence in different places, and some environments choose it when an episode begins.
+    So LeRobot's rollout starts an episode of each task, up to its first observation.
     """
     envs = make_env(env, n_envs=1)
     try:
@@ -46,11 +40,11 @@ class _Begun(Exception):  # noqa: N818  # it is no error
 
 class _NoPolicy(nn.Module):
     def reset(self) -> None:
-        """What a rollout begins with."""
+        """The first call of a rollout."""
 
 
 def _first_sentence(env: Any, seed: int) -> str:
-    """The sentence that a rollout in a vector environment of one hands to the first of its processors."""
+    """The sentence that a rollout in a vector environment of one hands to its first processor."""
     shown = []
 
     def stop(observation: dict[str, Any]) -> NoReturn:
@@ -58,39 +52,23 @@ def _first_sentence(env: Any, seed: int) -> str:
         raise _Begun
 
     rest: dict[str, Any] = dict.fromkeys(("env_postprocessor", "preprocessor", "postprocessor"))
-    with contextlib.suppress(_Begun), contextlib.redirect_stderr(io.StringIO()):  # where it draws a bar
+    with contextlib.suppress(_Begun), contextlib.redirect_stderr(io.StringIO()):  # rollout draws a bar
         rollout(env, _NoPolicy(), env_preprocessor=stop, seeds=[seed], **rest)
     return shown[0]
 
 
-def dataset_sentences(metadata: LeRobotDatasetMetadata, episodes: Iterable[int] | None = None) -> list[str]:
-    """The sentences of a dataset's episodes, None for all, each once."""
-    if episodes is None:
-        return list(metadata.tasks.index)
-    return list(dict.fromkeys(sentence for episode in episodes for sentence in metadata.episodes[episode]["tasks"]))
-
-
 def unseen_sentences(shown: Iterable[str], trained: Iterable[str]) -> list[str]:
-    """Those of the sentences shown that are none of those trained on.
-
-    SmolVLA's preprocessor ends every sentence with a new line, so that one at its end makes no difference.
-    """
+    """The shown sentences that are in no training episode, apart from the new line that SmolVLA's tokenizer adds."""
     known = {sentence.removesuffix("\n") for sentence in trained}
     return [sentence for sentence in shown if sentence.removesuffix("\n") not in known]
 
 
 def in_words(unseen: Sequence[str], trained: Sequence[str], by: str) -> str:
-    """Warn of sentences that are in no training episode, and say what to do.
-
-    Args:
-        unseen: what is shown, one or more.
-        trained: what was trained on, one or more.
-        by: the flag that has them shown, e.g. "--env.type=pusht".
-    """
+    """A warning about unseen sentences, which the flag `by` shows, and what to do."""
     remedy = f'--env_task="{trained[0]}"' if len(trained) == 1 else 'one of these, --env_task="..."'
     return (
-        f"{by} shows the policy {quoted(unseen)}, and no training episode does: they have {quoted(trained)}. How often "
-        f"it succeeds on words that it has never seen says little. Show it {remedy}."
+        f"{by} shows the policy {quoted(unseen)}, and no training episode does: they have {quoted(trained)}. Success "
+        f"on words that the policy has never seen says little. Show it {remedy}."
     )
 
 
@@ -102,10 +80,7 @@ def quoted(sentences: Sequence[str]) -> str:
 
 
 def with_sentence(env_preprocessor: EnvProcessor, task: str) -> EnvProcessor:
-    """An environment's preprocessor, after which every environment shows this sentence.
-
-    LeRobot reads the sentence before it runs this processor, and the policy's own processors come after it.
-    """
+    """An environment's preprocessor that ends with this sentence; LeRobot reads the environment's own before it."""
 
     def replaced(observation: dict[str, Any]) -> dict[str, Any]:
         shown = env_preprocessor(observation)

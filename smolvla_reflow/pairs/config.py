@@ -12,13 +12,12 @@ from smolvla_reflow.pairs.manifest import DTYPES
 from smolvla_reflow.solver import JITTERED, SolverFlags
 
 
-# The strings below the fields are their --help texts; draccus drops a text with a colon in it.
+# The strings below the fields are their --help texts. argparse adds each default; draccus drops a text with a colon.
 @dataclass
 class TeacherConfig(SolverFlags):
     # Training's default, 'jittered', draws a number in each batch. What is stored may not depend on a draw.
     solver: str = "midpoint"
-    """Solver of the teacher's ODE, either 'midpoint', 'euler' (LeRobot's own sampler), 'rk4' or 'dopri5' (default
-    midpoint)."""
+    """Solver of the teacher's ODE, either 'midpoint', 'euler' (LeRobot's own sampler), 'rk4' or 'dopri5'."""
     teacher_path: str | None = None
     """Checkpoint of the teacher, a folder or hub id."""
     teacher_revision: str | None = None
@@ -51,23 +50,23 @@ class PairsConfig:
     output_dir: Path | None = None
     """Folder of the pairs. The same command finishes an interrupted run."""
     couplings_per_frame: int = 4
-    """Couplings stored for each frame, each from another noise (default 4)."""
+    """Couplings stored for each frame, each from another noise."""
     seed: int = 0
-    """Seed of the noise (default 0)."""
+    """Seed of the noise."""
     dtype: str = "float16"
-    """Number format of the stored actions, either 'float16', 'bfloat16' or 'float32' (default float16)."""
+    """Number format of the stored actions, either 'float16', 'bfloat16' or 'float32'."""
     batch_size: int = 8
-    """Frames solved at once, each with all its couplings (default 8)."""
+    """Frames solved at once, each with all its couplings."""
     num_workers: int = 2
-    """Processes that load frames (default 2)."""
+    """Processes that load frames."""
     frames_per_shard: int = 128
-    """Frames in each file (default 128). An interrupted run repeats at most one file per process."""
+    """Frames in each file. An interrupted run repeats at most one file per process."""
     rename_map: dict[str, str] = field(default_factory=dict)
     """Map from the dataset's names to the teacher's, as for lerobot-train (default the map saved with the teacher)."""
     tolerance_s: float = TOLERANCE_S
-    """Seconds that a video's frame may be off its time, as for lerobot-train (default 0.0001)."""
+    """Seconds that a video's frame may be off its time, as for lerobot-train."""
     repair: bool = False
-    """Make missing or damaged files again (default false)."""
+    """Make missing or damaged files again."""
 
     def __post_init__(self) -> None:
         self.dataset.root = in_home(self.dataset.root)

@@ -83,13 +83,7 @@ def _clear_unless_begun(folder: Path) -> None:
 def begin(folder: Path, wanted: Manifest, *, repair: bool) -> None:
     """Write the manifest of a new set, or check that the folder holds an earlier run of the same command.
 
-    Args:
-        folder: reserved for this run.
-        wanted: the set to make.
-        repair: True to count damaged shards as unfinished.
-
-    Raises:
-        ReflowError: the folder holds other pairs, or damaged shards without `repair`, or `repair` finds nothing.
+    `repair` counts damaged shards as unfinished; without `repair` they are refused.
     """
     found = read_manifest(folder) if (folder / MANIFEST_NAME).is_file() else None
     if found is None or not found.checksums:
@@ -122,17 +116,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_shard(folder: Path, shard: int, actions: Tensor, dtype: str) -> str:
-    """Write one shard, complete or not at all, and return its checksum.
-
-    Args:
-        folder: to write to.
-        shard: its number.
-        actions: (frames, couplings_per_frame, chunk_size, max_action_dim).
-        dtype: to store them in, one of `DTYPES`.
-
-    Raises:
-        ReflowError: the file cannot be written.
-    """
+    """Write (frames, couplings_per_frame, chunk_size, max_action_dim), complete or not at all; returns a checksum."""
     content = save({TENSOR_NAME: actions.to(DTYPES[dtype]).contiguous()})
     with writing(folder):
         write_whole(shard_path(folder, shard), content)

@@ -45,22 +45,15 @@ from smolvla_reflow.smolvla.velocity import velocity_of
 
 
 def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
-    """Make the missing ones of the configured pairs, and return a sentence about them.
+    """Make the missing ones of the configured pairs, shared by all processes, and return a sentence about them.
 
-    Args:
-        cfg: its values checked.
-        process: this one; several share the work.
-
-    Raises:
-        ReflowError: the teacher or the dataset cannot be used, the folder holds something else or damaged pairs,
-            cannot be written or is not the same for all processes, or actions are not finite. Finished files stay.
-        KeyboardInterrupt: with how to go on.
+    Finished files stay whatever happens; a KeyboardInterrupt says how to go on.
     """
     assert cfg.output_dir is not None
     folder = cfg.output_dir.expanduser()
     teacher = open_checkpoint(cfg.reflow.teacher_path or "", cfg.reflow.teacher_revision, cfg.policy.vlm_model_name)
     teacher, wanted, space = plan(cfg, teacher)
-    process.wait_for_everyone()  # a process that cannot open its teacher or dataset stops all before anything is made
+    process.wait_for_everyone()  # a process that cannot open teacher or dataset stops all before anything is written
     with reserved(folder) if process.is_main_process else contextlib.nullcontext():
         if process.is_main_process:
             begin(folder, wanted, repair=cfg.repair)
@@ -77,6 +70,7 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
         logging.getLogger(__name__).info("Pairs of teacher %s, solved by %s.", teacher.cited(), made.solver.in_words())
         dataset = open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s)
         maker = load_pair_maker(teacher, made, space, cfg.policy.on(process), cfg.rename_map)
+        process.wait_for_everyone()  # so does a process that sees another folder, or lacks memory
         try:
             generate(folder, manifest, maker, dataset, cfg, process)
         except KeyboardInterrupt:

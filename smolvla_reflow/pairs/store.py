@@ -193,3 +193,19 @@ class Pairs:
         if i < 0 or frame >= self.manifest.frames[i][1]:
             raise ReflowError(f"Frame {frame} has no pairs in {self.folder}.")
         return self._offsets[i] + frame - self._starts[i]
+
+
+def open_source(pairs: str | Path | CouplingSource, config: SmolVLAConfig, stats: Statistics | None) -> CouplingSource:
+    """The couplings that stand in for a teacher: a folder of pairs, or a function.
+
+    Raises:
+        ReflowError: they are neither, or do not fit a policy of this config on batches normalised by `stats`.
+    """
+    source = Pairs(pairs) if isinstance(pairs, str | Path) else pairs
+    if not callable(source):
+        raise ReflowError(f"pairs is a {type(pairs).__name__}; give a folder of pairs, or a function that couples.")
+    if isinstance(source, Pairs):
+        source.check_fits(config, stats)
+    elif stats is not None:
+        raise ReflowError("dataset_stats has no effect on a function that couples; leave it out.")
+    return source

@@ -24,7 +24,6 @@ def hook(
     """Call these with the policy and its data before they are prepared, and with each loss before its backward pass.
 
     Args:
-        accelerator: of LeRobot's training; the same is returned.
         on_policy: may change the module in place.
         on_loss: is given the loss's value, and may raise to stop the run before the gradient is taken.
         on_loader: may change the training data's loader in place. LeRobot hands it over before that of held-out data.

@@ -41,6 +41,8 @@ def check_flags(reflow: ReflowConfig) -> LossStrategy:
         raise ReflowError(f"--reflow.{error}" if str(error).startswith("strategy=") else str(error)) from error
     reflow.recipe()
     reflow.to_solver()
+    if reflow.measure_freq < 0:  # Python's modulo would measure in each step
+        raise ReflowError(f"--reflow.measure_freq={reflow.measure_freq}: give a number of steps, or 0 for never.")
     with_this_loss = f"with --reflow.strategy={reflow.strategy}"
     without_effect = {
         with_this_loss: (*loss.unused, *(() if loss.couples else ("pairs_path", *SOLVER_FLAGS))),

@@ -14,19 +14,12 @@ SKIPPED_IN_A_ROW = 20
 
 @dataclass
 class LossCheck:
-    """A check of each loss before its backward pass.
+    """A check of each loss before its backward pass."""
 
-    Attributes:
-        step: number of the last training step.
-        scaler: of the gradients, which skips steps whose gradient is not finite; None if they are not scaled.
-        limit: largest loss allowed, known from the first finite loss on.
-        skipped: losses in a row, up to the last, that were not finite.
-    """
-
-    step: int
-    scaler: GradScaler | None
-    limit: float = math.nan
-    skipped: int = 0
+    step: int  # number of the last training step
+    scaler: GradScaler | None  # of the gradients; it skips steps whose gradient is not finite
+    limit: float = math.nan  # largest loss allowed, known from the first finite loss on
+    skipped: int = 0  # losses in a row, up to the last, that were not finite
 
     def __call__(self, loss: float) -> None:
         """Count a step. Raises ReflowError if training cannot recover from this loss."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from smolvla_reflow.attachment import Attachment, attach
+from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import prints_metrics, refuse_remote_job
 from smolvla_reflow.compat import train as lerobot_train
@@ -162,7 +163,7 @@ class Run:
         state_proj = base_policy(policy).model.state_proj
         if self.pairs is None or not is_trained(state_proj):
             return False
-        of_teacher = self.teacher.weights()
+        of_teacher = weights_of(self.teacher)
         values = ((p, of_teacher[f"model.state_proj.{name}"]) for name, p in state_proj.named_parameters())
         learned = not all(torch.equal(value.to(p), p) for p, value in values)
         if learned:

@@ -159,10 +159,6 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
     height, width, _ = matplotlib.image.imread(tmp_path / "a" / "report.png").shape
     assert (width, height) == (1020, 1290)  # a second panel under the first
 
-    eval_command.main(flags(workshop, tmp_path / "b", env__start_y=0.05, env__obstacle_y=0.3, eval__n_episodes=8))
-    again = json.loads((tmp_path / "b" / "report.json").read_text())
-    assert [row["success"] for row in again["rows"]] == [row["success"] for row in report["rows"]]
-
 
 def test_a_reward_that_says_more_than_success_has_a_column(workshop, tmp_path, monkeypatch):
     reward_height(monkeypatch)
@@ -209,5 +205,5 @@ def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys, monkeypat
     monkeypatch.delitem(gym.registry, "gym_pusht/PushT-v0", raising=False)
     rename = '{"observation.image": "observation.images.top"}'
     line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", env__type="pusht", rename_map=rename))
-    assert "--env.type=pusht cannot be started" in line
+    assert "While starting --env.type=pusht: ModuleNotFoundError" in line
     assert not (tmp_path / "r").exists()

@@ -3,24 +3,21 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from smolvla_reflow.evaluation.decision import Comparison, Decision, Margins, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import Decision, bar_is_low, decide
 from smolvla_reflow.evaluation.intervals import Interval, over_frames
-from smolvla_reflow.evaluation.measure import Cell, Evaluation, Record
-from smolvla_reflow.evaluation.reference import Reference
+from smolvla_reflow.evaluation.measure import Cell
 from smolvla_reflow.evaluation.success import Episodes, Success, episodes_needed, is_not_inferior
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 
 TEACHER = Cell("teacher", 10)
 
 
-# --- intervals ------------------------------------------------------------------------------------------------
-
-
 def test_the_interval_holds_the_mean_as_often_as_it_says():
-    """Of 400 samples of 40 skewed numbers, whose mean is known."""
+    """400 samples of 40 skewed numbers, whose mean is known."""
     generator = np.random.default_rng(0)
     found = [over_frames(generator.exponential(size=40), seed=0) for _ in range(400)]
     covered = sum(interval.low <= 1 <= interval.high for interval in found) / len(found)
@@ -39,9 +36,6 @@ def test_the_width_is_that_of_the_central_limit():
 def test_numbers_that_are_all_alike_and_one_alone():
     assert over_frames([0.25] * 5, seed=0) == Interval(0.25, 0.25, 0.25)
     assert over_frames([0.25], seed=0) == Interval(0.25, -math.inf, math.inf)
-
-
-# --- success --------------------------------------------------------------------------------------------------
 
 
 def counted(successes: int, episodes: int) -> Success:
@@ -86,16 +80,16 @@ def test_the_number_of_episodes_that_would_do():
     assert episodes_needed(counted(93, 100), there, 0.05) is None  # by just the margin
 
 
-# --- decision -------------------------------------------------------------------------------------------------
+MARGINS = {"success_margin": 0.05, "energy_margin": 0.01}
 
 
-def invented(
+def decided(
     distances: dict[Cell, list[float]], successes: dict[Cell, Success] | None = None, bar: Cell = TEACHER
-) -> Evaluation:
-    records = {
-        cell: [Record(d, 0.0, 0.0, 1.0, 1.0, 0.0, [0.0], [0.0], 1.0, 1.0) for d in of] for cell, of in distances.items()
-    }
-    return Evaluation(bar, records, {"teacher": Reference(8, 0.0)}, successes=successes or {})
+) -> Decision:
+    """The decision on the last policy of these energy distances, one for each frame."""
+    tables = [pd.DataFrame({**cell._asdict(), "energy_distance": of}) for cell, of in distances.items()]
+    *_, judged = distances
+    return decide(pd.concat(tables), successes or {}, bar, judged.policy, **MARGINS)
 
 
 def around(value: float, frames: int = 100, width: float = 0.01) -> list[float]:
@@ -103,13 +97,9 @@ def around(value: float, frames: int = 100, width: float = 0.01) -> list[float]:
     return list(value + width * np.linspace(-1, 1, frames))
 
 
-MARGINS = Margins(success=0.05, energy_distance=0.01)
-
-
 def test_the_smallest_number_whose_energy_distance_is_within_the_margin():
     student = {1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001}
-    evaluation = invented({TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, d in student.items()})
-    decision = decide(evaluation, "student", MARGINS)
+    decision = decided({TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, d in student.items()})
     assert (decision.recommended, decision.evidence, decision.margin) == (2, "energy distance", 0.01)
     said = decision.in_words()
     assert "Recommended: num_steps=2" in said
@@ -121,13 +111,15 @@ def test_too_few_frames_are_said_as_such_with_the_number_that_would_do():
     generator = np.random.default_rng(0)
     noise = generator.normal(0, 0.05, 30)
     noise -= noise.mean()
-    evaluation = invented({TEACHER: [0.003] * 30, Cell("student", 1): list(0.003 + noise)})
-    decision = decide(evaluation, "student", MARGINS)
+    decision = decided({TEACHER: [0.003] * 30, Cell("student", 1): list(0.003 + noise)})
     (only,) = decision.comparisons
     assert decision.recommended is None
     assert not only.not_inferior
     width = 1.96 * noise.std(ddof=1) / 30**0.5  # of a normal interval, which the bootstrap's is close to
     assert only.needed == pytest.approx(30 * (width / 0.01) ** 2, rel=0.25)
+    assert decision.in_words().startswith(
+        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps"
+    )
     assert f"too few frames to decide, some {only.needed} would do" in decision.in_words()
 
 
@@ -136,7 +128,7 @@ def test_success_decides_where_it_was_driven():
     student = {1: (0.2, 178), 2: (0.011, 189), 5: (0.002, 197), 10: (0.001, 198)}
     distances = {TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, (d, _) in student.items()}
     successes = {TEACHER: counted(196, 200)} | {Cell("student", n): counted(k, 200) for n, (_, k) in student.items()}
-    decision = decide(invented(distances, successes), "student", MARGINS)
+    decision = decided(distances, successes)
     assert (decision.recommended, decision.evidence) == (5, "success")
     said = decision.in_words()
     assert "it succeeds in 98.5% of 200 episodes, against 98.0%" in said
@@ -151,20 +143,16 @@ def test_success_decides_where_it_was_driven():
 
 def test_success_of_a_teacher_that_hardly_ever_succeeds_decides_nothing():
     cell = Cell("student", 1)
-    evaluation = invented(
-        {TEACHER: around(0.003), cell: around(0.5)}, {TEACHER: counted(8, 200), cell: counted(0, 200)}
-    )
-    decision = decide(evaluation, "student", MARGINS)
+    successes = {TEACHER: counted(8, 200), cell: counted(0, 200)}
+    decision = decided({TEACHER: around(0.003), cell: around(0.5)}, successes)
     assert (decision.recommended, decision.evidence) == (None, "energy distance")
 
 
 def test_nor_does_a_closed_loop_that_was_not_finished():
     cells = [Cell("student", n) for n in (1, 2)]
-    evaluation = invented(
-        {TEACHER: around(0.003)} | {cell: around(0.004) for cell in cells},
-        {TEACHER: counted(198, 200), cells[0]: counted(100, 200)},
-    )
-    assert decide(evaluation, "student", MARGINS).evidence == "energy distance"
+    distances = {TEACHER: around(0.003)} | {cell: around(0.004) for cell in cells}
+    decision = decided(distances, {TEACHER: counted(198, 200), cells[0]: counted(100, 200)})
+    assert decision.evidence == "energy distance"
 
 
 def test_a_policy_alone_is_told_whether_it_needs_reflow():
@@ -172,7 +160,7 @@ def test_a_policy_alone_is_told_whether_it_needs_reflow():
 
     def said(one_step: float) -> str:
         distances = {Cell("policy", 1): around(one_step), Cell("policy", 2): around(0.02), bar: around(0.003)}
-        return decide(invented(distances, bar=bar), "policy", MARGINS).in_words()
+        return decided(distances, bar=bar).in_words()
 
     unimodal = said(0.004)
     assert "Recommended: num_steps=1" in unimodal
@@ -181,7 +169,7 @@ def test_a_policy_alone_is_told_whether_it_needs_reflow():
     assert "Recommended: num_steps=10, the policy's own 10 steps" in multimodal
     assert "At 1 step it has an energy distance of 0.3000, against 0.0030" in multimodal
     assert "One step loses 0.2970 of energy distance: reflow is needed for as few." in multimodal
-    assert "reflow" not in decide(invented({bar: around(0.003)}, bar=bar), "policy", MARGINS).in_words()
+    assert "reflow" not in decided({bar: around(0.003)}, bar=bar).in_words()
 
 
 def test_a_policy_alone_by_success():
@@ -189,7 +177,7 @@ def test_a_policy_alone_by_success():
 
     def said(successes: int) -> str:
         driven = {bar: counted(98, 100), one: counted(successes, 100)}
-        return decide(invented({bar: around(0.003), one: around(0.3)}, driven, bar=bar), "policy", MARGINS).in_words()
+        return decided({one: around(0.3), bar: around(0.003)}, driven, bar).in_words()
 
     assert "One step loses 58.0 points of success: reflow is needed for as few." in said(40)
     assert "too few episodes to decide" in said(95)
@@ -199,7 +187,7 @@ def test_a_policy_alone_by_success():
 
 def test_a_student_that_needs_as_many_steps_as_its_teacher_is_told_so():
     distances = {TEACHER: around(0.003), Cell("student", 1): around(0.3), Cell("student", 10): around(0.003)}
-    assert "So reflow has saved no steps yet." in decide(invented(distances), "student", MARGINS).in_words()
+    assert "So reflow has saved no steps yet." in decided(distances).in_words()
 
 
 def test_a_low_bar_is_called_out():
@@ -212,11 +200,7 @@ def test_a_low_bar_is_called_out():
 def test_the_bar_itself_is_never_short_of_episodes():
     """A policy alone, on 20 episodes, too few to show that anything is as good as itself."""
     bar = Cell("policy", 10)
-    evaluation = invented({bar: around(0.003)}, {bar: counted(20, 20)}, bar=bar)
-    assert decide(evaluation, "policy", MARGINS).recommended == 10
-
-
-# --- the two errors -------------------------------------------------------------------------------------------
+    assert decided({bar: around(0.003)}, {bar: counted(20, 20)}, bar).recommended == 10
 
 
 @pytest.mark.parametrize(("r", "c"), [(0.032, 0.076), (0.08, 0.01), (0.0, 0.3)])
@@ -244,13 +228,3 @@ def test_advice_follows_the_larger_error():
     assert "noise that is left over (c/n = 0.100 against r = 0.020)" in advice(noisy, 1)
     assert "noise that is left over" in advice(misplaced, 1)
     assert "actions in the wrong place (r = 0.060 against c/n = 0.050)" in advice(misplaced, 2)
-
-
-def test_a_comparison_reads_as_a_sentence():
-    one = Comparison(1, "success", 0.9, 0.98, None, False, 200, None)
-    decision = Decision("student", TEACHER, "success", 0.05, None, (one,))
-    assert decision.in_words() == (
-        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps (margin 5 points, "
-        "one-sided test of Agresti & Caffo at 5 %). At 1 step it succeeds in 90.0% of 200 episodes, against "
-        "98.0%."
-    )

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import EPISODES_HAVE_TO_EXIST, eval_flags, reflow_run, reflow_train_main, refused
+from helpers import eval_flags, reflow_run, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -22,27 +23,44 @@ from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
-from smolvla_reflow.distance import absolute_error, energy_distance, spread, squared_error, straightness
+from smolvla_reflow.distance import (
+    FrameFlow,
+    absolute_error,
+    energy_distance,
+    frame_flow,
+    spread,
+    squared_error,
+    straightness,
+)
 from smolvla_reflow.evaluation import latency
 from smolvla_reflow.evaluation import run as eval_run
-from smolvla_reflow.evaluation.intervals import over_frames
-from smolvla_reflow.evaluation.latency import ChunkParts, measure_parts
+from smolvla_reflow.evaluation.latency import left_to_gain, measure_parts
 from smolvla_reflow.evaluation.measure import (
     Cell,
-    Evaluation,
-    Row,
     Settings,
     Solutions,
-    frame_records,
+    fine_errors,
+    frame_metrics,
     measure_batch,
-    solutions,
+    solve,
+    summary,
 )
 from smolvla_reflow.evaluation.policy import MeasuredPolicy, load_measured_policy
-from smolvla_reflow.evaluation.reference import Reference, solved_finely
 from smolvla_reflow.noise import pair_noise
-from smolvla_reflow.solver import TABLEAUX
+from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.velocity import velocity_of
 
-# --- metrics --------------------------------------------------------------------------------------------------
+
+def raw_frames(workshop: Path, positions: Sequence[int]) -> dict:
+    """A raw batch of these frames with their chunks, as LeRobot reads them."""
+    deltas = {"action": [i / 10 for i in range(6)]}
+    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset", delta_timestamps=deltas)
+    return torch.utils.data.default_collate([dataset[i] for i in positions])
+
+
+@pytest.fixture(scope="module")
+def measured(workshop):
+    return load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10])
@@ -59,22 +77,31 @@ def test_straightness_of_a_linear_field():
     a = 1.3
     noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = noise.square().mean(dim=(-2, -1)) * (a * (1 - math.exp(-2 * a)) / 2 - (1 - math.exp(-a)) ** 2)
-    fine = solved_finely(lambda x, t: a * x, noise, lambda x: x, min, 16)
-    torch.testing.assert_close(fine.straightness, exact, rtol=1e-5, atol=0)
-    torch.testing.assert_close(fine.actions, noise * math.exp(-a), rtol=1e-6, atol=0)
+    ends, bends = FrameFlow(lambda x, t: a * x, noise, per_frame=1).solve_finely(16, lambda x: x)
+    torch.testing.assert_close(bends[:, 0], exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ends[:, 0], noise * math.exp(-a), rtol=1e-6, atol=0)
 
 
 def test_the_flow_to_a_point_is_straight():
     point = 0.7
     noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    fine = solved_finely(lambda x, t: noise - point, noise, lambda x: x, min, 4)
-    torch.testing.assert_close(fine.actions, torch.full_like(noise, point))
-    assert fine.straightness.abs().max() < 1e-20
+    ends, bends = FrameFlow(lambda x, t: noise - point, noise, per_frame=2).solve_finely(4, lambda x: x)
+    torch.testing.assert_close(ends, torch.full((1, 2, 5, 3), point, dtype=torch.float64))
+    assert bends.abs().max() < 1e-20
     velocities = (noise - point).expand(7, *noise.shape)
     assert straightness(velocities, torch.full((7,), 1 / 7, dtype=torch.float64)).abs().max() < 1e-20
 
 
-# --- energy distance ------------------------------------------------------------------------------------------
+def test_a_frame_flow_is_the_oracles_from_noises_of_the_seed_and_the_frame(workshop, measured):
+    batch = measured.preprocessor(raw_frames(workshop, [3, 40]))
+    noise = torch.stack([pair_noise(7, frame, k, (6, 4)) for frame in (3, 40) for k in range(2)])
+    repeated = {k: v.repeat_interleave(2, dim=0) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
+    with torch.no_grad():
+        flow = frame_flow(velocity_of(measured.policy.model, observe(measured.policy, batch)), [3, 40], 2, seed=7)
+        expected = Flow(measured.policy, repeated).euler(noise, 3).unflatten(0, (2, 2))
+        torch.testing.assert_close(flow.solve(Solver("euler", num_steps=3)), expected, rtol=1e-4, atol=1e-5)
+        fine, _ = flow.solve_finely(16, lambda x: x)
+        torch.testing.assert_close(fine, flow.solve(Solver("rk4", num_steps=16)), rtol=0, atol=0)
 
 
 def energy_of_gaussians(shift: float, one: float, other: float) -> float:
@@ -98,21 +125,6 @@ def test_energy_distance_of_two_gaussians(shift, one, other, same_noise):
     found = energy_distance(shift + one * noise, other * another)
     four_sigma = 4 * found.std().item() / 20000**0.5 + 1e-12
     assert found.mean().item() == pytest.approx(energy_of_gaussians(shift, one, other), abs=four_sigma)
-
-
-def test_energy_distance_is_the_mean_over_all_ways_of_dividing_the_noises():
-    """Two of four noises for one set and the other two for the other, in all six ways, with the V-statistic's terms."""
-    x, y = torch.randn(2, 1, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-    def size(a, b):
-        return (a - b).square().mean().sqrt().item()
-
-    divided = []
-    for i, j in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
-        k, m = sorted({0, 1, 2, 3} - {i, j})
-        across = np.mean([size(x[0, a], y[0, b]) for a in (i, j) for b in (k, m)])
-        divided.append(2 * across - size(x[0, i], x[0, j]) - size(y[0, k], y[0, m]))
-    assert energy_distance(x, y).item() == pytest.approx(np.mean(divided))
 
 
 def test_a_policy_that_averages_two_modes_is_far_and_one_that_swaps_them_is_not():
@@ -139,9 +151,6 @@ def test_action_error_leaves_out_the_steps_that_were_not_recorded():
     recorded = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).repeat(2, 1, 1)
     exists = torch.tensor([[True, True], [True, False]])
     torch.testing.assert_close(absolute_error(actions, recorded, exists), torch.tensor([[1.0 + 1.0, 2.0], [1.0, 2.0]]))
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +185,7 @@ def test_numbers_equal_an_independent_derivation(workshop, student, report):
     found = json.loads((report / "report.json").read_text())
     frames, noises = [0, 9, 19, 28, 38, 47], 3
     teacher_path = workshop / "1rf" / LAST
-    meta = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta
-    deltas = {"action": [i / meta.fps for i in range(6)]}
-    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset", delta_timestamps=deltas)
-    raw = torch.utils.data.default_collate([dataset[i] for i in frames])
+    meta, raw = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta, raw_frames(workshop, frames)
     std, there = np.asarray(meta.stats["action"]["std"]), ~raw["action_is_pad"].numpy()
 
     bends = {}
@@ -252,9 +258,11 @@ def energy_of_chunks(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_the_report_says_what_it_was_made_with(workshop, student, report):
     found = json.loads((report / "report.json").read_text())
-    assert found["schema_version"] == 2
     assert found["complete"]
-    assert set(found["rows"][0]) == set(Row.__dataclass_fields__)
+    names = "policy num_steps energy_distance flow_rmse own_flow_rmse action_mae action_mae_executed action_mae_per_dim"
+    names += " spread_ratio straightness latency_ms_p50 latency_ms_p95 speedup success"
+    assert list(found["rows"][0]) == names.split()
+    assert list(found["rows"][0]["energy_distance"]) == ["value", "low", "high"]
     assert [(r["policy"], r["num_steps"]) for r in found["rows"]] == [
         (name, n) for name in ("teacher", "student") for n in (1, 2, 10)
     ]
@@ -274,18 +282,11 @@ def test_the_report_says_what_it_was_made_with(workshop, student, report):
     assert (width, height) == (1020, 1290)  # 3.4 inches, a paper's column, at 300 dots an inch
 
 
-def test_same_seed_same_report_but_for_latencies(workshop, student, report, tmp_path):
-    def exact(report):
-        for row in report["rows"]:
-            for name in ("latency_ms_p50", "latency_ms_p95", "speedup"):
-                del row[name]
-        del report["chunk_parts"]
-        return report
-
-    flags = {"policy__path": student, "teacher_path": workshop / "1rf" / LAST, "reference_steps": 320}
-    first = exact(json.loads((report / "report.json").read_text()))
-    assert exact(run_eval(workshop, tmp_path / "again", **flags)) == first
-    assert exact(run_eval(workshop, tmp_path / "seed", seed=1, **flags))["rows"] != first["rows"]
+def test_another_seed_gives_another_report(workshop, student, report, tmp_path):
+    """The same seed gives the same report (test_unfinished.py)."""
+    first = json.loads((report / "report.json").read_text())
+    found = run_eval(workshop, tmp_path / "seed", seed=1, policy__path=student, teacher_path=workshop / "1rf" / LAST)
+    assert row_of(found, "student", 2)["action_mae"] != row_of(first, "student", 2)["action_mae"]
 
 
 def test_a_policy_alone(workshop, tmp_path, capsys):
@@ -335,17 +336,11 @@ def test_the_reference_is_not_moved_by_the_students_statistics(workshop, student
 def test_each_policy_is_judged_by_the_steps_that_it_executes(workshop):
     """A copy of the teacher that looks again after other steps has the error of those steps."""
     checkpoint = open_checkpoint(workshop / "1rf" / LAST)
-    dataset = LeRobotDataset(
-        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
-    )
-    batch = torch.utils.data.default_collate([dataset[i] for i in (0, 10)])
+    batch, settings = raw_frames(workshop, [0, 10]), Settings(torch.ones(2), [2], 2, reference_steps=2, seed=0)
 
     def executed_error(policies):
-        settings = Settings(torch.ones(2), num_steps=[2], num_noises=2, reference_steps=2, seed=0)
-        found = measure_batch(policies, batch, settings)
-        rows = Evaluation(Cell(policies[0].name, 10), found.records, found.references).rows()
-        (row,) = [row for row in rows if (row.policy, row.num_steps) == (policies[-1].name, 2)]
-        return row.action_mae_executed
+        rows = summary(measure_batch(policies, batch, settings), Cell(policies[0].name, 10))
+        return row_of({"rows": rows}, policies[-1].name, 2)["action_mae_executed"]
 
     teacher, student = (load_measured_policy(name, checkpoint, "cpu", {}) for name in ("teacher", "student"))
     student.policy.config.n_action_steps = 5
@@ -359,109 +354,47 @@ def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
     fine, sampled, reference = torch.randn(3, n, k, t, 2, generator=torch.Generator().manual_seed(0))
     batch = {"action": torch.zeros(n, t, 2), "action_is_pad": torch.zeros(n, t, dtype=torch.bool)}
 
-    def records(std):
+    def metrics(std):
         width, settings = len(std), Settings(torch.tensor(std), [1], k, 2, seed=0)
         cut = [actions[..., :width] for actions in (fine, sampled, reference)]
-        solved = Solutions(cut[0], {1: cut[1]}, torch.zeros(n, k), Reference(2, 0.0))
+        solved = Solutions({1: cut[1]}, cut[0], torch.zeros(n, k))
         of_width = {**batch, "action": batch["action"][..., :width]}
-        return frame_records(solved, 1, cut[2], of_width, executed=2, settings=settings)
+        return frame_metrics(solved, 1, cut[2], of_width, executed=2, settings=settings)
 
-    for found, expected in zip(records([0.5, 0.0]), records([0.5]), strict=True):
-        for name in ("flow_error", "own_flow_error", "spread", "fine_spread"):
-            assert getattr(found, name) == getattr(expected, name) > 0
-        assert found.energy_distance == expected.energy_distance != 0
-        assert found.action_error[:1] == expected.action_error
-        assert len(found.action_error) == len(found.action_error_executed) == 2
-
-
-@pytest.fixture(scope="module")
-def fine(workshop):
-    """The teacher's fine solutions on every other frame, from four noises of one seed and of another."""
-    teacher = load_measured_policy("teacher", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
-    dataset = LeRobotDataset(
-        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
-    )
-    batch = torch.utils.data.default_collate([dataset[i] for i in range(0, 48, 2)])
-    deviations = torch.as_tensor(dataset.meta.stats["action"]["std"], dtype=torch.float32)
-    found = []
-    for seed in (0, 1):
-        settings = Settings(deviations, [1, 10], num_noises=4, reference_steps=16, seed=seed)
-        with teacher.inference(10):
-            solved = solutions(teacher, batch, [1, 10], settings)
-        found.append({name: settings.in_deviations(x) for name, x in {0: solved.fine, **solved.euler}.items()})
-    return found
+    found, expected = metrics([0.5, 0.0]), metrics([0.5])
+    for name in ("flow_error", "own_flow_error", "spread", "fine_spread", "energy_distance"):
+        assert torch.equal(found[name], expected[name])
+        assert (found[name] != 0).all()
+    assert torch.equal(found["action_error"][:, :1], expected["action_error"])
+    assert found["action_error"].shape == found["action_error_executed"].shape == (n, 2)
 
 
-def test_the_teacher_is_at_no_distance_from_itself(fine):
-    """Its fine solutions from two sets of noises; while its one step is far from them."""
-    here, there = fine
-    found = over_frames(energy_distance(here[0], there[0]).numpy(), seed=0)
-    assert found.low < 0 < found.high
-    far = over_frames(energy_distance(here[1], there[0]).numpy(), seed=0)
-    assert far.low > 0
-    assert energy_distance(here[0], here[0]).abs().max() < 1e-12
+def test_the_error_of_the_fine_solutions_is_the_change_by_the_last_doubling(workshop, measured):
+    """Each further doubling changes half as much, or a little more in a network as rough as this. So the fine solutions,
+    and by the triangle inequality the flow errors, are off by little more than that change."""
+    batch, tables, ends = raw_frames(workshop, [0, 9]), {}, {}
+    for steps in (16, 32, 256):
+        settings = Settings(torch.ones(2), [1, 10], 2, steps, seed=0)
+        tables[steps] = measure_batch([measured], batch, settings, check_fine=steps == 32)
+        with measured.inference(10):
+            ends[steps] = solve(measured, batch, [1], settings, check_fine=False).fine
+    ((name, found),) = fine_errors(tables[32]).items()
+    assert name == "policy"
+    assert found == pytest.approx((ends[32] - ends[16]).square().mean().sqrt().item(), rel=1e-3)
+    assert (ends[32] - ends[256]).square().mean().sqrt().item() < 1.2 * found
+    for row, true in zip(*(summary(tables[steps], Cell("policy", 10)) for steps in (32, 256)), strict=True):
+        assert row["flow_rmse"] == pytest.approx(true["flow_rmse"], abs=1.2 * found)
+    assert "fine_error" not in tables[16]
 
 
-# --- the reference --------------------------------------------------------------------------------------------
-
-
-def riccati(x, t):
-    """dx/dt = x^2 sin(6 t) takes x_1 to 1 / (1/x_1 - (cos 6 - 1) / 6)."""
-    return x.square() * math.sin(6 * t)
-
-
-def test_the_reference_is_as_fine_as_it_has_to_be_and_no_finer():
-    noise = 0.5 + torch.rand(8, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    true = 1 / (1 / noise - (math.cos(6) - 1) / 6)
-    ends = {n: Solver("rk4", num_steps=n).integrate(riccati, noise) for n in (8, 16, 32, 64)}
-    change = {n: (ends[n] - ends[n // 2]).square().mean().sqrt().item() for n in (16, 32, 64)}
-    for steps in (16, 32, 64):
-        # Errors of which a tenth is a little more than this doubling changes, and less than the one before.
-        found = solved_finely(riccati, noise, lambda x: x, lambda fine, steps=steps: 11 * change[steps], None).reference
-        assert found == Reference(steps, pytest.approx(change[steps]))
-        assert (ends[steps] - true).square().mean().sqrt().item() < found.rmse  # an estimate from above
-
-
-def test_the_reference_of_a_rough_flow_has_an_end():
-    noise, asked = torch.ones(1, 2, 3), []
-
-    def rough(x, t):
-        asked.append(t)
-        return torch.full_like(x, 1.0 if len(asked) % 7 else -1.0)
-
-    assert solved_finely(rough, noise, lambda x: x, lambda fine: 0.0, None).reference.steps == 128
-
-
-def test_the_reference_is_chosen_on_the_first_batch_and_kept(workshop):
-    measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
-    dataset = LeRobotDataset(
-        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
-    )
-    batch, later = (torch.utils.data.default_collate([dataset[i], dataset[i + 1]]) for i in (0, 9))
-    settings = Settings(torch.ones(2), num_steps=[1, 10], num_noises=2, reference_steps=None, seed=0)
-    first = measure_batch([measured], batch, settings)
-    chosen = first.references["policy"]
-    smallest = min(np.mean([r.own_flow_error for r in records]) ** 0.5 for records in first.records.values())
-    assert chosen.rmse <= 0.1 * smallest
-    assert measure_batch([measured], later, settings, first.references).references == first.references
-    # By the triangle inequality no flow error is off by more than the reference is: by what the last doubling changed,
-    # and all further ones would, which each change half as much, or a little more in a network as rough as this.
-    fine = measure_batch([measured], batch, Settings(torch.ones(2), [1, 10], 2, 8 * chosen.steps, seed=0))
-    for cell, records in first.records.items():
-        found, expected = (np.mean([r.flow_error for r in of]) ** 0.5 for of in (records, fine.records[cell]))
-        assert found == pytest.approx(expected, abs=1.2 * chosen.rmse)
-
-
-def test_a_number_of_steps_that_is_given_is_taken(policy):
-    noise = torch.ones(2, 5, 3)
-    found = solved_finely(lambda x, t: x, noise, lambda x: x, min, 6).reference
-    half = Solver("rk4", num_steps=3).integrate(lambda x, t: x, noise)
-    expected = (Solver("rk4", num_steps=6).integrate(lambda x, t: x, noise) - half).abs().mean().item()
-    assert found == Reference(6, pytest.approx(expected))
-    assert sum(TABLEAUX["rk4"].weights) == 1
-
-
-# --- latency --------------------------------------------------------------------------------------------------
+def test_coarse_fine_solutions_are_called_out(workshop, tmp_path, capsys):
+    """Only the first batch is solved again with half the steps."""
+    found = run_eval(workshop, tmp_path / "r", reference_steps=2, batch_size=3)
+    assert found["references"]["policy"]["steps"] == 2
+    assert found["references"]["policy"]["rmse"] > 0.2 * min(row["flow_rmse"] for row in found["rows"])
+    assert "give --reference_steps=4." in capsys.readouterr().out
+    assert "--reference_steps" not in " ".join(run_eval(workshop, tmp_path / "fine", reference_steps=64)["notes"])
+    assert "give --reference_steps" not in capsys.readouterr().out
 
 
 def test_latency_is_that_of_the_steps_asked_for_without_the_warm_up(policy, monkeypatch):
@@ -477,14 +410,14 @@ def test_latency_is_that_of_the_steps_asked_for_without_the_warm_up(policy, monk
     measured = MeasuredPolicy("policy", policy, lambda frame: frame, None, None, 10)
     frame = {"observation.state": torch.zeros(1, 3), "action": torch.zeros(1), "action_is_pad": torch.zeros(1)}
     found = latency.measure_latency(measured, frame, num_steps=4)
-    assert (found.p50, found.p95) == (pytest.approx(15.5), pytest.approx(28.55))
+    assert found == {"p50": pytest.approx(15.5), "p95": pytest.approx(28.55)}
     assert seen == [(4, ["observation.state"])] * 33  # a robot has no recorded actions to prepare
     assert policy.config.num_steps == 10
 
 
 def test_the_parts_of_a_chunk_are_timed_apart(workshop, monkeypatch):
     """By a clock that each part moves by its own amount."""
-    measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})
+    measured = load_measured_policy("policy", open_checkpoint(workshop / "1rf" / LAST), "cpu", {})  # is changed
     model, clock = measured.policy.model, [0.0]
 
     def taking(seconds, function):
@@ -497,24 +430,17 @@ def test_the_parts_of_a_chunk_are_timed_apart(workshop, monkeypatch):
     vars(model)["embed_prefix"] = taking(0.030, model.embed_prefix)
     vars(model)["denoise_step"] = taking(0.007, model.denoise_step)
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    dataset = LeRobotDataset(
-        REPO_ID, root=workshop / "dataset", delta_timestamps={"action": [i / 10 for i in range(6)]}
-    )
-    frame = torch.utils.data.default_collate([dataset[0]])
-    parts = measure_parts(measured, frame)
-    assert (parts.prefix, parts.step) == (pytest.approx(30), pytest.approx(7))
-    assert latency.measure_latency(measured, frame, 3).p50 == pytest.approx(30 + 3 * 7)
+    frame = raw_frames(workshop, [0])
+    assert measure_parts(measured, frame) == {"prefix": pytest.approx(30), "step": pytest.approx(7)}
+    assert latency.measure_latency(measured, frame, 3)["p50"] == pytest.approx(30 + 3 * 7)
 
 
 def test_what_is_left_to_gain_in_words():
-    assert ChunkParts(60.0, 20.0).left_to_gain(2) == (
+    assert left_to_gain(60.0, 20.0, num_steps=2) == (
         "A chunk at num_steps=2 takes 100.0 ms: 60.0 ms for images, language and state, which are encoded once, and "
         "20.0 ms for each ODE step; one step instead would save another 20.0 ms (20%)."
     )
-    assert "Nothing more can be gained by fewer steps." in ChunkParts(60.0, 20.0).left_to_gain(1)
-
-
-# --- what it recommends ---------------------------------------------------------------------------------------
+    assert "Nothing more can be gained by fewer steps." in left_to_gain(60.0, 20.0, num_steps=1)
 
 
 def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, capsys):
@@ -524,13 +450,10 @@ def test_a_low_bar_is_called_out_and_can_be_raised(workshop, student, tmp_path, 
     (quick / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
     flags = {"policy__path": student, "teacher_path": quick, "num_steps": "[1]", "num_frames": 2}
     low = run_eval(workshop, tmp_path / "low", **flags)
-    assert low["decision"]["bar"] == ["teacher", 2]
-    (note,) = low["notes"]
-    assert note.startswith("The bar is low: it is the teacher with 2 steps")
-    assert note in capsys.readouterr().out
+    assert (low["decision"]["bar"], len(low["notes"])) == (["teacher", 2], 1)
+    assert low["notes"][0] in capsys.readouterr().out
     high = run_eval(workshop, tmp_path / "high", bar_num_steps=10, **flags)
     assert (high["decision"]["bar"], high["notes"]) == (["teacher", 10], [])
-    assert {row["num_steps"] for row in high["rows"] if row["policy"] == "teacher"} == {1, 10}
     assert row_of(high, "teacher", 10)["speedup"] == 1
 
 
@@ -555,49 +478,27 @@ def test_no_recommendation_says_what_would_help(workshop, student, tmp_path, cap
     assert json.loads((poor / "config.json").read_text())["num_steps"] == 3
 
 
-def test_the_recommendation_is_stored_and_plain_lerobot_follows_it(workshop, student, tmp_path):
-    copied = Path(shutil.copytree(student, tmp_path / "copied"))
-    before = json.loads((copied / "config.json").read_text())
-    flags = eval_flags(workshop, tmp_path / "report", policy__path=copied, energy_margin=100)
-    eval_command.main([*flags, "--write_num_steps"])
-    after = json.loads((copied / "config.json").read_text())
-    assert after == {**before, "num_steps": 1}
-    assert list(after) == list(before)
-    assert SmolVLAPolicy.from_pretrained(copied).config.num_steps == 1
-    assert not list(copied.glob("*.partial"))
-
-
-# --- what it refuses ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"policy__path": None}, "Name the checkpoint to evaluate"),
-        ({"policy__path": "no/such/place"}, "There is no checkpoint at no/such/place"),
         ({"dataset__repo_id": None}, "Name the dataset to measure on"),
-        ({"dataset__root": "{tmp}/none"}, "There is no LeRobotDataset at"),
         ({"output_dir": None}, "Name a folder for the report"),
         ({"output_dir": "{workshop}"}, "exists already; name a new folder"),
-        ({"num_steps": "[0,1]"}, "--num_steps=[0, 1]: give numbers of steps, each at least 1"),
+        ({"num_steps": "[0,1]"}, "num_steps=0: "),
         ({"num_noises": 1}, "--num_noises=1: at least 2 is needed"),
-        ({"num_frames": 1}, "--num_frames=1: at least 2 is needed"),
-        ({"bar_num_steps": 0}, "--bar_num_steps=0: at least 1 is needed"),
         ({"reference_steps": 1}, "--reference_steps=1: at least 2 is needed"),
         ({"energy_margin": 0}, "--energy_margin=0.0: give a number above 0"),
         ({"success_margin": 5}, "--success_margin=5.0: give a share between 0 and 1"),
         ({"env_task": "drive"}, "--env_task has no effect without --env.type"),
-        ({"policy__device": "abacus"}, "--policy.device=abacus cannot be used"),
-        pytest.param({"dataset__episodes": "[99]"}, "no episode 99", marks=EPISODES_HAVE_TO_EXIST),
+        ({"policy__device": "abacus"}, "abacus"),
         ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
         ({"tolerance": 0.1}, "unrecognized arguments: --tolerance=0.1"),  # and not the beginning of --tolerance_s
-        ({"num_framez": 3}, "unrecognized arguments: --num_framez=3"),
-        ({"policy__path": "me/there", "write_num_steps": "true"}, "needs --policy.path to be a folder"),
+        ({"policy__path": "me/there", "write_num_steps": "true"}, "name a folder as --policy.path"),
     ],
 )
 def test_user_errors(workshop, tmp_path, capsys, flags, message):
-    names = {"workshop": workshop, "tmp": tmp_path}
-    flags = {k: v.format(**names) if isinstance(v, str) else v for k, v in flags.items()}
+    flags = {k: v.format(workshop=workshop) if isinstance(v, str) else v for k, v in flags.items()}
     line = refused(capsys, eval_command.main, eval_flags(workshop, **{"output_dir": tmp_path / "r", **flags}))
     assert line.startswith("smolvla-reflow-eval: error:")
     assert message in line

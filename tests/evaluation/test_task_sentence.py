@@ -1,15 +1,13 @@
-"""The task's sentence: the one an environment shows by LeRobot's own rollout, those of a dataset, and another instead."""
+"""The task's sentence: the environment's own by LeRobot's rollout, the warning, and another sentence instead."""
 
 import json
 from dataclasses import dataclass, field
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from helpers import eval_flags
 from lerobot.configs.default import EvalConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env
 
@@ -23,7 +21,6 @@ from smolvla_reflow.evaluation import closed_loop, task_sentence
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.task_sentence import (
-    dataset_sentences,
     in_words,
     shown_sentences,
     unseen_sentences,
@@ -114,9 +111,6 @@ def words(workshop, batches) -> set[str]:
     }
 
 
-# --- what is shown --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("env", "sentence"), CASES.values(), ids=CASES)
 def test_the_sentence_found_is_the_one_that_the_policy_sees(workshop, spied, env, sentence):
     """LeRobot's own evaluation is the judge."""
@@ -151,28 +145,6 @@ def test_the_environments_are_closed(monkeypatch):
     assert len(closed) == 1
 
 
-# --- what was trained on --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def two_sentences(tmp_path_factory):
-    """A dataset whose episodes have the sentences a, b and a."""
-    root = tmp_path_factory.mktemp("dataset") / "two"
-    state = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
-    dataset = LeRobotDataset.create("me/two", fps=10, root=root, use_videos=False, features={"action": state})
-    for sentence in ("a", "b", "a"):
-        for _ in range(2):
-            dataset.add_frame({"action": np.zeros(2, dtype=np.float32), "task": sentence})
-        dataset.save_episode()
-    dataset.finalize()
-    return LeRobotDatasetMetadata("me/two", root=root)
-
-
-@pytest.mark.parametrize(("episodes", "expected"), [(None, ["a", "b"]), ([1], ["b"]), ([2, 0], ["a"])])
-def test_sentences_of_the_episodes(two_sentences, episodes, expected):
-    assert dataset_sentences(two_sentences, episodes) == expected
-
-
 @pytest.mark.parametrize(
     ("shown", "unseen"),
     [(["push"], []), (["pull"], []), (["push it"], ["push it"]), ([""], [""]), (["Push", "pull\n"], ["Push"])],
@@ -192,9 +164,6 @@ def test_the_warning_quotes_both():
     assert '--env_task shows the policy "push", and' in said
     assert 'they have "a", "b", "c" and 2 more. ' in said
     assert said.endswith('Show it one of these, --env_task="...".')
-
-
-# --- another instead ------------------------------------------------------------------------------------------
 
 
 def test_every_environment_and_task_shows_the_other_sentence(workshop, spied, three_tasks):
@@ -230,45 +199,24 @@ def test_an_environments_own_processor_comes_first():
     assert given == {"state": 1, "task": ["a", "b"]}
 
 
-# --- as a user meets it ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def driven(workshop, tmp_path):
-    def run(**changes) -> dict:
-        flags = {
-            "num_frames": 2,
-            "num_noises": 2,
-            "num_steps": "[1]",
-            "reference_steps": 2,
-            "env__type": "saying",
-            "eval__n_episodes": 2,
-            "eval__batch_size": 2,
-            "eval__use_async_envs": "false",
-        }
-        eval_command.main(eval_flags(workshop, tmp_path / "r", **{**flags, **changes}))
-        return json.loads((tmp_path / "r" / "report.json").read_text())
-
-    return run
-
-
-def test_the_command_warns_with_both_sentences(driven, capsys):
-    report = driven()
-    said = capsys.readouterr().out
-    assert (
-        f'Warning: --env.type=saying shows the policy an empty sentence, and no training episode does: they have "{TASK}"'
-        in said
-    )
-    assert [note for note in report["notes"] if "an empty sentence" in note]
-
-
-def test_the_command_shows_another_sentence(workshop, driven, capsys):
-    report = driven(env_task=f'"{TASK}"')
-    assert "Warning" not in capsys.readouterr().out
-    assert report["notes"] == []
-    assert report["made_with"]["env_task"] == TASK
-
-
-def test_another_sentence_may_be_as_unknown(driven, capsys):
-    driven(env_task="fly")
-    assert 'Warning: --env_task shows the policy "fly"' in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("task", "warning"),
+    [
+        (
+            None,
+            f'--env.type=saying shows the policy an empty sentence, and no training episode does: they have "{TASK}"',
+        ),
+        (TASK, None),
+        ("fly", '--env_task shows the policy "fly"'),
+    ],
+)
+def test_the_command_warns_of_a_sentence_that_is_in_no_episode(workshop, tmp_path, capsys, task, warning):
+    driven = {"env__type": "saying", "eval__n_episodes": 2, "eval__batch_size": 2, "eval__use_async_envs": "false"}
+    small = {"num_frames": 2, "num_noises": 2, "num_steps": "[1]", "reference_steps": 2}
+    eval_command.main(eval_flags(workshop, tmp_path / "r", **driven, **small, env_task=task and f'"{task}"'))
+    report, said = json.loads((tmp_path / "r" / "report.json").read_text()), capsys.readouterr().out
+    assert report["made_with"]["env_task"] == task
+    assert len(report["notes"]) == ("Warning: " in said) == (warning is not None)
+    if warning is not None:
+        assert f"Warning: {warning}" in said
+        assert report["notes"][0].startswith(warning)

@@ -1,18 +1,15 @@
-"""An evaluation that is broken off: what is kept, the same command again, and the one bar over all of it."""
+"""An interrupted evaluation: its finished parts, the same command again, and the one bar over all parts."""
 
-import io
 import json
 import re
-import time
 
 import pytest
 from helpers import eval_flags, refused
 
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.evaluation import latency, run, stages
+from smolvla_reflow.evaluation import run, stages
 from smolvla_reflow.evaluation.journal import NAME, Journal
-from smolvla_reflow.evaluation.progress import Progress
 
 DRIVEN = {
     "num_frames": 5,
@@ -41,7 +38,7 @@ def without_latencies(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(workshop, tmp_path_factory):
-    """The report of a command that nothing broke off."""
+    """The report of an uninterrupted command."""
     folder = tmp_path_factory.mktemp("whole") / "report"
     eval_command.main(flags(workshop, folder))
     assert sorted(file.name for file in folder.iterdir()) == ["report.json", "report.md", "report.png"]
@@ -54,16 +51,16 @@ def whole(workshop, tmp_path_factory):
 def test_the_same_command_goes_on_and_ends_in_the_same_report(
     workshop, whole, tmp_path, monkeypatch, capsys, where, name
 ):
-    """Broken off in the second part of each stage; what came before is not measured again."""
+    """Interrupted in the second part of each stage; finished parts are not measured again."""
     stock, calls = getattr(stages, where), []
 
-    def broken_off(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(stages, where, broken_off)
+    monkeypatch.setattr(stages, where, interrupted)
     with pytest.raises(SystemExit) as exit:
         eval_command.main(flags(workshop, tmp_path / "r"))
     assert exit.value.code == 130
@@ -71,25 +68,25 @@ def test_the_same_command_goes_on_and_ends_in_the_same_report(
     so_far = json.loads((tmp_path / "r" / "report.json").read_text())
     assert not so_far["complete"]
     assert [row["num_steps"] for row in so_far["rows"]] == [1, 2, 10]
-    kept = [json.loads(line) for line in (tmp_path / "r" / NAME).read_text().splitlines()][1:]
-    assert sum(next(iter(part)).startswith(name) for part in kept) == 1
+    unfinished = "This report is unfinished: the same command goes on with it."
+    assert unfinished in (tmp_path / "r" / "report.md").read_text()
+    assert len([file for file in (tmp_path / "r" / NAME).iterdir() if file.name.startswith(name)]) == 1
 
     before = len(calls)
     eval_command.main(flags(workshop, tmp_path / "r"))
-    parts = {"frames": 3, "latency": 3, "episodes": 3}[name]
-    assert len(calls) - before == parts - 1
+    assert len(calls) - before == 3 - 1
     assert without_latencies(tmp_path / "r") == whole
+    assert unfinished not in (tmp_path / "r" / "report.md").read_text()
     assert not (tmp_path / "r" / NAME).exists()
 
 
 def test_the_report_grows(workshop, tmp_path, monkeypatch):
-    """Written after every part here, it is there, and unfinished, before the first episode."""
+    """Written after every part in this test, it is there before the first episode."""
     monkeypatch.setattr(run, "SECONDS_BETWEEN_WRITES", -1.0)
     stock, seen = stages.drive, []
 
     def look(*args, **kwargs):
         seen.append(json.loads((tmp_path / "r" / "report.json").read_text()))
-        seen[-1]["said"] = (tmp_path / "r" / "report.md").read_text()
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(stages, "drive", look)
@@ -97,38 +94,31 @@ def test_the_report_grows(workshop, tmp_path, monkeypatch):
     assert [report["complete"] for report in seen] == [False] * 3
     assert [sum(row["success"] is not None for row in report["rows"]) for report in seen] == [0, 1, 2]
     assert all(row["latency_ms_p50"] for row in seen[0]["rows"])
-    assert "This report is unfinished: the same command goes on with it." in seen[0]["said"]
-    assert "unfinished" not in (tmp_path / "r" / "report.md").read_text()
 
 
 def test_another_command_does_not_go_on(workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "measure_latency", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit):
         eval_command.main(flags(workshop, tmp_path / "r"))
-    kept = (tmp_path / "r" / NAME).read_bytes()
+    kept = {file: file.read_bytes() for file in (tmp_path / "r").rglob("*.*")}
     line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", num_frames=6))
-    assert "holds an evaluation that was broken off, and is another one (num_frames is 5 there and 6 here)" in line
-    assert (tmp_path / "r" / NAME).read_bytes() == kept
+    assert "holds another evaluation, which is unfinished (num_frames was 5 and is 6)" in line
+    assert {file: file.read_bytes() for file in (tmp_path / "r").rglob("*.*")} == kept
 
 
-def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
+def test_the_journal_keeps_finished_parts(tmp_path):
     first = Journal(tmp_path, {"seed": 0})
     assert first.recall("a", lambda: [1.5]) == [1.5]
-    assert first.recall("b", lambda: {"x": 2}) == {"x": 2}
-    with (tmp_path / NAME).open("ab") as file:
-        file.write(b'{"c": [1, 2')
+    assert first.recall("b", lambda: {"x": 1 / 3}) == {"x": 1 / 3}
+    (tmp_path / NAME / "c.json.partial").write_bytes(b"[1, 2")  # interrupted while it was being written
     again = Journal(tmp_path, {"seed": 0})
-    assert again.parts == {"a": [1.5], "b": {"x": 2}}
+    assert again.parts == {"a": [1.5], "b": {"x": 1 / 3}}
     assert again.recall("a", lambda: pytest.fail("measured again")) == [1.5]
     assert again.recall("c", lambda: 3) == 3
-    assert Journal(tmp_path, {"seed": 0}).parts == {"a": [1.5], "b": {"x": 2}, "c": 3}
-
-
-def test_a_journal_that_is_damaged_is_refused(tmp_path):
-    Journal(tmp_path, {}).recall("a", lambda: 1)
-    (tmp_path / NAME).write_text('{}\n{"a": \n')
-    with pytest.raises(ReflowError, match="cannot be read .*; remove it to begin anew"):
-        Journal(tmp_path, {})
+    assert Journal(tmp_path, {"seed": 0}).parts == {"a": [1.5], "b": {"x": 1 / 3}, "c": 3}
+    (tmp_path / NAME / "a.json").write_text("[1.")
+    with pytest.raises(ReflowError, match=f"While reading .*remove {tmp_path} to begin anew"):
+        Journal(tmp_path, {"seed": 0})
 
 
 def test_nothing_is_written_before_the_first_part_is_finished(tmp_path):
@@ -138,39 +128,15 @@ def test_nothing_is_written_before_the_first_part_is_finished(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_the_time_left_is_that_of_each_kind_at_its_own_pace(monkeypatch):
-    """By a clock of its own: frames take 2 s each, latencies 1 s, and of the episodes nothing is known at first."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-
-    def takes(seconds):
-        def part():
-            clock[0] += seconds
-
-        return part
-
-    bar = Progress({"frames": 3, "latency": 2, "episodes": 2})
-    assert bar.seconds_left() is None
-    bar.run("frames", "frames 0 to 1", takes(2))
-    assert bar.seconds_left() == 2 * 2 + 2 * 2 + 2 * 2  # all at the only pace there is
-    bar.run("latency", "latency", takes(1))
-    assert bar.seconds_left() == 2 * 2 + 1 * 1 + 2 * 2  # the episodes at the slowest
-    bar.skip("frames")
-    bar.run("episodes", "episodes", takes(10))
-    assert bar.seconds_left() == 1 * 2 + 1 * 1 + 1 * 10
-    assert bar.bar.n == pytest.approx(13 / (13 + 13))
-    bar.close()
-
-
 def test_one_bar_is_all_that_is_shown(workshop, tmp_path, capsys):
-    """LeRobot's own bars, one in another, are not: every line is of ours, and it names each stage."""
+    """LeRobot's own bars are hidden; ours names each part."""
+    (tmp_path / "r").mkdir()  # an empty folder is taken
     eval_command.main(flags(workshop, tmp_path / "r"))
     shown = capsys.readouterr().err
-    lines = [line for line in re.split(r"[\r\n]+", shown) if "|" in line]
-    assert all(re.match(r"(starting|frames|latency|parts|episodes)[^|]*:\s+\d+%\|", line) for line in lines), lines
-    for stage in ("frames 0 to", "latency of the policy at num_steps=1", "episodes of the policy at num_steps=10"):
-        assert any(line.startswith(stage) for line in lines)
-    assert re.search(r"about \d\d:\d\d left", lines[-1])
+    lines = [line for line in re.split(r"[\r\n]+", shown) if "%|" in line]
+    named = {line.partition(":")[0] for line in lines[1:]}
+    of_steps = [f"{kind} of the policy at num_steps={n}" for kind in ("latency", "episodes") for n in (1, 2, 10)]
+    assert named == {"frames 0 to 12", "frames 24 to 35", "frames 47 to 47", "parts of a chunk", *of_steps}
     assert "Stepping through" not in shown
 
 
@@ -179,19 +145,8 @@ def test_latencies_are_measured_on_a_frame_of_the_first_batch_alone(workshop, tm
 
     def held(policy, frame, num_steps):
         seen.append(frame["index"].tolist())
-        return latency.Latency(1.0, 1.0)
+        return {"p50": 1.0, "p95": 1.0}
 
     monkeypatch.setattr(stages, "measure_latency", held)
     eval_command.main(eval_flags(workshop, tmp_path / "r", num_frames=4, reference_steps=2))
     assert seen == [[0]] * 3
-
-
-def test_the_bar_goes_to_stderr():
-    stream = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.stderr", stream)
-        bar = Progress({"frames": 1})
-        bar.run("frames", "frames 0 to 3", lambda: print("noise", file=__import__("sys").stderr))
-        bar.close()
-    assert "frames 0 to 3" in stream.getvalue()
-    assert "noise" not in stream.getvalue()

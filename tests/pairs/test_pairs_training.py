@@ -171,11 +171,15 @@ def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
 def test_what_attach_refuses(workshop, stored, copied):
     policy, batch = observed(workshop)
     batch["action"] = torch.zeros(4, CHUNK, 2)
-    with pytest.raises(ReflowError, match="either a teacher or the pairs"):
-        attach(policy, workshop / "1rf" / LAST, pairs=stored)
-    for solver in ("euler", Solver("euler", num_steps=10)):
+    source = lambda observation, **asked: None  # noqa: E731
+    for pairs in (stored, source):
+        with pytest.raises(ReflowError, match="either a teacher or the pairs"):
+            attach(policy, workshop / "1rf" / LAST, pairs=pairs)
         with pytest.raises(ReflowError, match="solved when the pairs were made, so that solver has no effect"):
-            attach(policy, pairs=stored, solver=solver)
+            attach(policy, pairs=pairs, solver=Solver("euler", num_steps=10))
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+        attach(policy, pairs=source, dataset_stats=LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats)
+    assert not is_attached(policy)
     attach(policy, pairs=stored)
     policy.train()
     with pytest.raises(ReflowError, match="noise of their own"):
@@ -236,7 +240,7 @@ def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(worksh
     policy, _ = observed(workshop)
     stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
     source = lambda observation, **asked: None  # noqa: E731
-    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on a function that couples"):
         attach(policy, pairs=source, dataset_stats=stats)
     with pytest.raises(ReflowError, match="solver has no effect"):
         attach(policy, pairs=source, solver="euler")

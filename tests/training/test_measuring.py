@@ -3,28 +3,31 @@
 import importlib
 import json
 import re
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers import reflow_run, reflow_train_main, refused, torchrun
+from helpers import eval_flags, reflow_run, reflow_train_main, refused, torchrun
 from lerobot.configs.default import DatasetConfig
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from oracle import Flow
-from pairs_helpers import CHUNK, WIDTH, observed, weights
+from pairs_helpers import weights
 
+from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.training import measuring
+from smolvla_reflow.training.config import ReflowConfig
 from smolvla_reflow.training.inherited import inherit
+from smolvla_reflow.training.measuring import hold_out
 
 HELD = "[6,7]"  # the last two of eight episodes, six frames each: 36 to 47
 NAMES = ("flow_error_1", "flow_error_2", "energy_distance_1", "energy_distance_2")
 LINE = re.compile(r"Reflow: held out, after step (\d+): (.*)")
 BAR = re.compile(r"The teacher's own num_steps=(\d+): flow_error:(\S+) energy_distance:(\S+)")
+EVERY_TWO = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD}
 HOLDS_OUT = "eval_split" in {field.name for field in fields(DatasetConfig)}
 
 
@@ -39,69 +42,41 @@ def measured(capsys):
     return {int(step): by_name(text) for step, text in LINE.findall(log)}, (int(steps), *map(float, bar)), log
 
 
-class Again:
-    """The same numbers from LeRobot's own parts: stock sampler, the oracle's velocity, and formulas written out."""
+@pytest.fixture
+def evaluated(workshop, tmp_path):
+    """The same numbers from `smolvla-reflow-eval`, whose own are held against stock LeRobot (test_evaluation.py)."""
 
-    def __init__(self, workshop, frames):
-        self.teacher, self.batch = observed(workshop, frames=frames)
-        self.noise = torch.stack([pair_noise(0, frame, k, (CHUNK, WIDTH)) for frame in frames for k in range(4)])
-        self.repeated = {
-            name: value.repeat_interleave(4, dim=0)
-            for name, value in self.batch.items()
-            if isinstance(value, torch.Tensor) and value.ndim
-        }
-        flow, x, h = Flow(self.teacher, self.repeated), self.noise, 1 / 32
-        with torch.no_grad():
-            for i in range(32):  # Kutta's 3/8 rule
+    def run(policy: Path, frames: int = 12) -> tuple[dict[str, float], tuple[float, float]]:
+        report = tmp_path / "report"
+        flags = {"policy__path": policy, "teacher_path": workshop / "1rf" / LAST, "num_noises": 4}
+        measured_on = {"dataset__episodes": HELD, "num_frames": frames, "reference_steps": 32}
+        eval_command.main(eval_flags(workshop, report, **flags, **measured_on))
+        rows = json.loads((report / "report.json").read_text())["rows"]
+        shutil.rmtree(report)
+        found = {(r["policy"], r["num_steps"]): (r["flow_rmse"], r["energy_distance"]["value"]) for r in rows}
+        one, two = found["student", 1], found["student", 2]
+        return dict(zip(NAMES, (one[0], two[0], one[1], two[1]), strict=True)), found["teacher", 10]
 
-                def v(x, t):
-                    return flow.velocity(x, torch.full((len(x),), t))
-
-                t = 1 - i * h
-                k1 = v(x, t)
-                k2 = v(x - h * k1 / 3, t - h / 3)
-                k3 = v(x - h * (k2 - k1 / 3), t - 2 * h / 3)
-                k4 = v(x - h * (k1 - k2 + k3), t - h)
-                x = x - h / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
-        self.fine = x[..., :2]
-
-    def distances(self, policy, num_steps):
-        """Flow error and energy distance. The batches are normalised by mean and standard deviation."""
-        policy.config.num_steps = num_steps
-        ends = policy.predict_action_chunk(dict(self.repeated), noise=self.noise)
-        by_frame = []
-        for x, y in zip(ends.split(4), self.fine.split(4), strict=True):
-
-            def mean(a, b):
-                pairs = [(a[i] - b[j]).square().mean().sqrt() for i in range(4) for j in range(4) if i != j]
-                return sum(pairs) / len(pairs)
-
-            by_frame.append((2 * mean(x, y) - mean(x, x) - mean(y, y)).item())
-        return (ends - self.fine).square().mean().sqrt().item(), sum(by_frame) / len(by_frame)
+    return run
 
 
 @pytest.mark.parametrize("frames", [None, 5], ids=["all", "some"])
-def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(workshop, tmp_path, capsys, monkeypatch, frames):
+def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(
+    workshop, tmp_path, capsys, monkeypatch, evaluated, frames
+):
     """At the start, every two steps, and after the last; some frames are evenly spaced ones."""
-    positions = np.arange(12)
-    if frames is not None:
-        monkeypatch.setattr(measuring, "FRAMES", frames)
-        positions = np.round(np.linspace(0, 11, frames))
-    run, every = tmp_path / "run", {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD}
-    reflow_train_main(reflow_run(workshop, run, steps=4, save_freq=2, **every))
+    monkeypatch.setattr(measuring, "FRAMES", frames or measuring.FRAMES)
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, steps=4, save_freq=2, **EVERY_TWO))
     found, bar, log = measured(capsys)
     assert "episodes [6, 7] are measured on and not trained on" in log
     assert list(found) == [0, 2, 4]
-    again = Again(workshop, [36 + int(position) for position in positions])
     for step, values in found.items():
         folder = run / f"checkpoints/{step:06}/pretrained_model" if step else workshop / "1rf" / LAST
-        policy = SmolVLAPolicy.from_pretrained(folder).eval()
-        one, two = (again.distances(policy, n) for n in (1, 2))
-        expected = dict(zip(NAMES, (one[0], two[0], one[1], two[1]), strict=True))
+        expected, expected_bar = evaluated(folder, frames or 12)
         assert values == pytest.approx(expected, abs=6e-5, rel=1e-3)
+        assert bar == (10, *(pytest.approx(value, abs=6e-5, rel=1e-3) for value in expected_bar))
     assert len({values["flow_error_1"] for values in found.values()}) == 3
-    assert bar[0] == 10
-    assert bar[1:] == pytest.approx(again.distances(again.teacher, 10), abs=6e-5, rel=1e-3)
 
 
 def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkeypatch):
@@ -109,8 +84,7 @@ def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkey
     monitor = importlib.import_module("smolvla_reflow.step_metrics").StepMetrics
     returned, read = [], monitor.read
     monkeypatch.setattr(monitor, "read", lambda *a: returned.append(read(*a)) or returned[-1])
-    every = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD}
-    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=4, log_freq=1, **every))
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=4, log_freq=1, **EVERY_TWO))
     found, _, log = measured(capsys)
     for metrics, step in zip(returned, (0, 0, 2, 2), strict=True):
         assert {name: metrics[name] for name in NAMES} == pytest.approx(found[step], abs=6e-5)
@@ -125,17 +99,12 @@ def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkey
 def test_training_is_the_same_with_and_without(workshop, tmp_path, num_workers):
     """Bit for bit: with the random numbers of `jittered`, of times and of noise."""
     common = {"steps": 3, "num_workers": num_workers, "save_freq": 3}
-    without = {"dataset__episodes": "[0,1,2,3,4,5]"}
-    every = {"reflow__measure_freq": 1, "reflow__measure_episodes": HELD}
-    reflow_train_main(reflow_run(workshop, tmp_path / "without", **common, **without))
-    reflow_train_main(reflow_run(workshop, tmp_path / "with", **common, **every))
+    reflow_train_main(reflow_run(workshop, tmp_path / "without", dataset__episodes="[0,1,2,3,4,5]", **common))
+    reflow_train_main(reflow_run(workshop, tmp_path / "with", **common, **EVERY_TWO))
     one, other = weights(tmp_path / "without"), weights(tmp_path / "with")
     assert all(torch.equal(one[name], other[name]) for name in one)
-    state = [
-        (tmp_path / run / "checkpoints/last/training_state/rng_state.safetensors").read_bytes()
-        for run in ("without", "with")
-    ]
-    assert state[0] == state[1]
+    file = "checkpoints/last/training_state/rng_state.safetensors"
+    assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
 
 
 def test_a_policy_comes_back_in_the_modes_that_it_was_in(policy):
@@ -152,10 +121,9 @@ def test_a_policy_comes_back_in_the_modes_that_it_was_in(policy):
 
 def test_with_stored_pairs(workshop, stored, tmp_path, capsys):
     """The same teacher gives the same numbers, and is built for them alone."""
-    every = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD, "steps": 2}
-    reflow_train_main(reflow_run(workshop, tmp_path / "online", **every))
+    reflow_train_main(reflow_run(workshop, tmp_path / "online", steps=2, **EVERY_TWO))
     online = measured(capsys)
-    reflow_train_main(reflow_run(workshop, tmp_path / "stored", reflow__pairs_path=stored, **every))
+    reflow_train_main(reflow_run(workshop, tmp_path / "stored", reflow__pairs_path=stored, steps=2, **EVERY_TWO))
     offline = measured(capsys)
     assert offline[0][0] == pytest.approx(online[0][0], abs=2e-4)
     assert offline[1] == pytest.approx(online[1], abs=2e-4)
@@ -163,11 +131,10 @@ def test_with_stored_pairs(workshop, stored, tmp_path, capsys):
     assert "no teacher is loaded" in offline[2]
 
 
-def test_a_resumed_run_goes_on(workshop, tmp_path, capsys):
+def test_a_resumed_run_goes_on(workshop, tmp_path, capsys, evaluated):
     """Its steps are counted on, and the episodes stay held out."""
     run = tmp_path / "run"
-    every = {"reflow__measure_freq": 2, "reflow__measure_episodes": HELD}
-    reflow_train_main(reflow_run(workshop, run, steps=3, save_freq=3, **every))
+    reflow_train_main(reflow_run(workshop, run, steps=3, save_freq=3, **EVERY_TWO))
     first, bar, _ = measured(capsys)
     config = json.loads((run / LAST / "train_config.json").read_text())
     assert config["dataset"]["episodes"] == [0, 1, 2, 3, 4, 5]
@@ -176,63 +143,58 @@ def test_a_resumed_run_goes_on(workshop, tmp_path, capsys):
     second, bar_again, _ = measured(capsys)
     assert (list(first), list(second)) == ([0, 2], [3, 4, 6])
     assert bar_again == bar
-    again = Again(workshop, range(36, 48))
-    policy = SmolVLAPolicy.from_pretrained(run / "checkpoints/000003/pretrained_model").eval()
-    assert second[3]["flow_error_1"] == pytest.approx(again.distances(policy, 1)[0], abs=6e-5, rel=1e-3)
+    assert second[3] == pytest.approx(evaluated(run / "checkpoints/000003/pretrained_model")[0], abs=6e-5, rel=1e-3)
     reflow_train_main([f"--config_path={run}", "--resume=true", "--steps=7", "--reflow.measure_freq=0"])
     assert not LINE.search(capsys.readouterr().err)
 
 
 @pytest.mark.skipif(not HOLDS_OUT, reason="LeRobot holds nothing out before 0.6")
 def test_what_lerobot_holds_out(workshop, tmp_path, capsys):
-    common = {"steps": 1, "reflow__measure_freq": 1}
-    reflow_train_main(reflow_run(workshop, tmp_path / "split", dataset__eval_split=0.25, **common))
-    split = measured(capsys)
-    assert "are measured on" not in split[2]
-    reflow_train_main(reflow_run(workshop, tmp_path / "named", reflow__measure_episodes=HELD, **common))
-    named = measured(capsys)
-    assert split[1] == named[1]
-    assert split[0][0] == pytest.approx(named[0][0], abs=1e-5)
-    reflow_train_main(
-        reflow_run(workshop, tmp_path / "both", dataset__eval_split=0.3, reflow__measure_episodes=HELD, **common)
-    )
-    assert measured(capsys)[1] == named[1]  # on those that are named, before LeRobot splits the others
+    split = {**EVERY_TWO, "reflow__measure_episodes": None, "dataset__eval_split": 0.25}
+    both = {**EVERY_TWO, "dataset__eval_split": 0.3}  # the named episodes, before LeRobot splits the others
+    found = {}
+    for name, changes in (("split", split), ("named", EVERY_TWO), ("both", both)):
+        reflow_train_main(reflow_run(workshop, tmp_path / name, steps=1, **changes))
+        found[name] = measured(capsys)
+    assert "are measured on" not in found["split"][2]
+    assert found["split"][1] == found["named"][1] == found["both"][1]
+    assert found["split"][0][0] == pytest.approx(found["named"][0][0], abs=1e-5)
     saved = json.loads((tmp_path / "both" / LAST / "train_config.json").read_text())["dataset"]
     assert saved["episodes"] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("freq", "held", "trained", "message"),
     [
-        ({"freq": -1, "episodes": HELD}, "--reflow.measure_freq=-1: give a number of steps, or 0 for never"),
-        ({"episodes": HELD}, "--reflow.measure_episodes has no effect without --reflow.measure_freq"),
-        ({"freq": 2}, "name episodes to measure on and not to train on, --reflow.measure_episodes=[0,1]"),
-        ({"freq": 2, "episodes": "[]"}, "name episodes to measure on"),
-        ({"freq": 2, "episodes": "[7,8]"}, "the dataset has 8, and no episode 8"),
-        ({"freq": 2, "episodes": "[-1]"}, "the dataset has 8, and no episode -1"),
-        ({"freq": 2, "episodes": "[0,1,2,3,4,5,6,7]"}, "names every episode, so that none is left to train on"),
-        ({"freq": 2, "episodes": HELD, "trained": "[5,6]"}, "episode 6 is trained on, too; take it out of"),
-        ({"freq": 2, "episodes": HELD, "streaming": "true"}, "not --dataset.streaming"),
+        (0, [6, 7], None, "--reflow.measure_episodes has no effect without --reflow.measure_freq"),
+        (2, None, None, "--reflow.measure_freq=2 needs episodes to measure on and not to train on"),
+        (2, [], None, "Name them: --reflow.measure_episodes=[0,1]."),
+        (2, [7, 8], None, "there is no episode 8; choose from 0 to 7"),
+        (2, [-1], None, "there is no episode -1"),
+        (2, [0, 1, 2, 3, 4, 5, 6, 7], None, "names every episode, and none is left to train on"),
+        (2, [6, 7], [5, 6], "episode 6 is trained on, too; take it out of --dataset.episodes"),
     ],
 )
-def test_what_cannot_be_measured_on_is_refused(workshop, tmp_path, capsys, flags, message):
-    names = {"freq": "reflow__measure_freq", "episodes": "reflow__measure_episodes"}
-    names |= {"trained": "dataset__episodes", "streaming": "dataset__streaming"}
-    given = {names[name]: value for name, value in flags.items()}
-    assert message in refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **given))
+def test_silently_wrong_episodes_are_refused(freq, held, trained, message):
+    reflow = ReflowConfig(measure_freq=freq, measure_episodes=held)
+    cfg = SimpleNamespace(dataset=DatasetConfig("me/robot", episodes=trained), reflow=reflow)
+    with pytest.raises(ReflowError, match=re.escape(message)) as error:
+        hold_out(cfg, SimpleNamespace(total_episodes=8), typed=["reflow.measure_episodes"])
+    assert ("--dataset.eval_split" in str(error.value)) is (HOLDS_OUT and freq > 0 and not held)
+
+
+def test_frames_that_cannot_be_read_in_any_order(workshop, tmp_path, capsys):
+    flags = reflow_run(workshop, tmp_path / "run", dataset__streaming="true", **EVERY_TWO)
+    said = refused(capsys, reflow_train_main, flags)
+    assert "While reading the held-out frames (--reflow.measure_freq): ValueError" in said
     assert not (tmp_path / "run").exists()
-
-
-def test_eval_split_is_offered_where_there_is_one(workshop, tmp_path, capsys):
-    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__measure_freq=2))
-    assert ("--dataset.eval_split" in line) is HOLDS_OUT
 
 
 def test_a_sharded_student_is_refused(workshop, tmp_path, capsys, monkeypatch):
     """Before LeRobot's training begins."""
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     monkeypatch.setattr("smolvla_reflow.training.run.lerobot_train", lambda cfg, hooked: hooked(sharded))
-    flags = reflow_run(workshop, tmp_path / "run", reflow__measure_freq=2, reflow__measure_episodes=HELD)
+    flags = reflow_run(workshop, tmp_path / "run", **EVERY_TWO)
     assert "cannot measure a student that FSDP has sharded" in refused(capsys, reflow_train_main, flags)
     assert not (tmp_path / "run").exists()
 
