@@ -77,24 +77,11 @@ def losses_of(policy: nn.Module, batch: dict[str, Any], *noise_and_time: torch.T
     return loss_of(policy, batch, *noise_and_time, reduction="none", **given)
 
 
-def metrics_of(policy: nn.Module, batch: dict[str, Any], **given: Any) -> dict[str, float]:
-    """The metrics of one forward pass in train mode."""
-    return policy.train().forward(dict(batch), **given)[1]
-
-
 def gradients(policy: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """The gradient of a loss to each parameter that has one."""
     policy.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
-
-def snapshot(policy: nn.Module) -> dict[str, dict[str, Any]]:
-    """All that each module holds, one level into its dictionaries: a hook or a submodule that stayed would show."""
-    return {
-        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
-        for name, module in policy.named_modules()
-    }
 
 
 def let_each_encode_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,9 @@ class Flow:
         with torch.no_grad():
             return solved(self.velocity, noise, [1 - i / num_steps for i in range(num_steps + 1)], step)
 
+    def euler(self, noise: Tensor, num_steps: int) -> Tensor:
+        return self.solved(noise, num_steps, euler)
+
     def midpoint(self, noise: Tensor, num_steps: int) -> Tensor:
         return self.solved(noise, num_steps, midpoint)
 

@@ -6,13 +6,21 @@ import functools
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal, gradients, loss_of, snapshot
+from helpers import assert_close, assert_equal, gradients, loss_of
 from oracle import inputs_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from smolvla_reflow import Recipe, ReflowError, attach, detach, is_attached
 from smolvla_reflow.teacher import follow
+
+
+def snapshot(policy):
+    """All that each module holds, one level into its dictionaries: a hook or a submodule that stayed would show."""
+    return {
+        name: {key: dict(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        for name, module in policy.named_modules()
+    }
 
 
 def optimizer_step(policy, batch):

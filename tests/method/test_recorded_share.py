@@ -12,11 +12,6 @@ BATCH = 8
 LEAVES_OUT_PADDING = Version(lerobot.__version__) >= Version("0.5.0")  # LeRobot's loss on recorded actions
 
 
-@pytest.fixture(params=[False, True], ids=["one prefix", "own prefix"])
-def own_prefix(request):
-    return request.param
-
-
 @pytest.fixture
 def batch():
     """Padded steps in every second frame, so that they are among the recorded rows and among the others."""

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, attach_plain, metrics_of, plain, reflow_run, reflow_train_main
+from helpers import ACTION_DIM, CHUNK, attach_plain, plain, reflow_run, reflow_train_main
 from lerobot.configs.types import NormalizationMode
 from oracle import squared_errors
 
@@ -25,6 +25,10 @@ TOLERANCE = {"rel": 1e-4}
 def in_tenth(times, k):
     """[k/10, (k+1)/10), the last one with its end."""
     return [k / 10 - 1e-6 <= t < (k + 1) / 10 - 1e-6 or (k == 9 and t > 0.999999) for t in times.tolist()]
+
+
+def metrics_of(policy, batch, **given):
+    return policy.train().forward(dict(batch), **given)[1]
 
 
 def numbers(metrics):
