@@ -1,7 +1,7 @@
 """A loss of your own in three lines: reflow that trains only near the noise, at t in [0.8, 1].
 
-All flags hold for it: distribution of t, couplings per frame, share of recorded data, stored pairs. There are two ways
-to use it. Name the file, which is then run:
+All flags hold for this loss: distribution of t, weights, couplings per frame, share of recorded data, stored pairs.
+There are two ways to use it. Name the file, which is then run:
 
     smolvla-reflow-train --reflow.strategy=examples/late_time_loss.py:late ...
 

@@ -4,8 +4,7 @@
         --repo_id=me/my_dataset --output_dir=outputs/my_student
 
 `smolvla-reflow-train` does the same in LeRobot's loop, with a learning-rate schedule, logging, checkpoints and several
-GPUs. This is the loop to start from if you need another one. The student is saved with its processors, as LeRobot
-saves a checkpoint.
+GPUs. If you need another loop, start from this file. It saves the student with its processors, as a LeRobot checkpoint.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class LoopConfig:
 
 
 def train(cfg: LoopConfig) -> None:
-    """Train a student of this teacher and save it."""
+    """Train a student of `cfg.teacher` and save it."""
     policy = SmolVLAPolicy.from_pretrained(cfg.teacher)  # the student starts as the teacher
     preprocessor, postprocessor = make_pre_post_processors(policy.config, cfg.teacher)
 
@@ -56,7 +55,7 @@ def train(cfg: LoopConfig) -> None:
             optimizer.zero_grad()
             bar.set_postfix(loss=loss.item())
 
-    # At the end of the block the teacher was detached, so this is a stock policy.
+    # The end of the block detached the teacher, so the policy is a stock policy again.
     for part in (policy, preprocessor, postprocessor):
         part.save_pretrained(cfg.output_dir)
 

@@ -27,7 +27,7 @@ from smolvla_reflow.compat import check_signatures
 from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import get_loss_strategy
-from smolvla_reflow.pairs.store import Pairs
+from smolvla_reflow.pairs.store import Pairs, open_source
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, losses_of, reduced_loss
 from smolvla_reflow.smolvla.binding import Binding, bind
@@ -236,7 +236,7 @@ def attach(
         raise ReflowError("train_state_proj has no effect on a policy whose own state_proj is frozen; leave it out.")
     source: CouplingSource
     if pairs is not None:
-        source = _stored(pairs, base, dataset_stats)
+        source = open_source(pairs, base.config, dataset_stats)
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
         source = frozen_source(teacher, policy, ode, dataset_stats, revision)
@@ -249,8 +249,12 @@ def attach(
     why_not = next((reason for reason, holds in reasons.items() if holds), None)
     sharing = share(base, frozen, several=recipe.couplings_per_frame > 1, why_not=why_not)
     step_metrics = StepMetrics(action_deviations(base, dataset_stats or {}))
-    attachment = _bind(base, source, strategy, recipe, sharing, step_metrics)
-    logging.getLogger(__name__).info(sharing.described(base, attachment.teacher))
+    policy_forward = base.forward
+    bindings = _bind(base, frozen, strategy)
+    attachment = Attachment(base, source, recipe, sharing, policy_forward, bindings, step_metrics)
+    for module in (base, base.model):
+        vars(module)[_STATE] = attachment
+    logging.getLogger(__name__).info(sharing.described(base, frozen))
     return attachment
 
 
@@ -263,9 +267,8 @@ def detach(policy: nn.Module) -> None:
     base = base_policy(policy)
     if not is_attached(base):
         raise ReflowError("This policy has no teacher attached; there is nothing to detach.")
-    bound = {(base, "forward"): PolicyMixin.forward, (base.model, "forward"): ModelMixin.forward}
-    for (module, name), function in bound.items():
-        if getattr(vars(module).get(name), "__func__", None) is not function:
+    for module, function in ((base, PolicyMixin.forward), (base.model, ModelMixin.forward)):
+        if getattr(vars(module).get("forward"), "__func__", None) is not function:
             raise ReflowError(
                 f"{type(module).__name__}.forward was wrapped after attach; unwrap it first "
                 "(for accelerate: accelerator.unwrap_model(policy, keep_fp32_wrapper=False))."
@@ -308,32 +311,11 @@ def _undo_assigned_teacher(attachment: Attachment) -> bool:
     return assigned
 
 
-def _stored(
-    pairs: str | Path | CouplingSource, policy: SmolVLAPolicy, dataset_stats: Statistics | None
-) -> CouplingSource:
-    """Open the couplings that stand in for a teacher, and check that they fit."""
-    source = Pairs(pairs) if isinstance(pairs, str | Path) else pairs
-    if not callable(source):
-        raise ReflowError(f"pairs is a {type(pairs).__name__}; give a folder of pairs, or a function that couples.")
-    if isinstance(source, Pairs):
-        source.check_fits(policy.config, dataset_stats)
-    elif dataset_stats is not None:
-        raise ReflowError("dataset_stats has no effect on couplings of another source than a teacher or stored pairs.")
-    return source
-
-
-def _bind(
-    base: SmolVLAPolicy,
-    source: CouplingSource,
-    strategy: str,
-    recipe: Recipe,
-    sharing: Sharing,
-    step_metrics: StepMetrics,
-) -> Attachment:
+def _bind(base: SmolVLAPolicy, teacher: SmolVLAPolicy | None, strategy: str) -> tuple[Binding, ...]:
+    """Bind the mixins' functions onto this policy and its model."""
     model = base.model
-    policy_forward, teacher = base.forward, source.policy if isinstance(source, FrozenTeacher) else None
     models = (model,) if teacher is None else (model, teacher.model)
-    bindings = (
+    return (
         *(compile_velocity(*models) if base.config.compile_model else ()),
         bind(base, forward=MethodType(PolicyMixin.forward, base)),
         bind(
@@ -346,7 +328,3 @@ def _bind(
             generate_reflow_target=MethodType(ModelMixin.generate_reflow_target, model),
         ),
     )
-    attachment = Attachment(base, source, recipe, sharing, policy_forward, bindings, step_metrics)
-    for module in (base, model):
-        vars(module)[_STATE] = attachment
-    return attachment

@@ -16,7 +16,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import factory, utils
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.policies.factory import dataset_to_policy_features
+from lerobot.policies.factory import dataset_to_policy_features as dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
 from lerobot.utils.logging_utils import MetricsTracker
@@ -35,31 +35,6 @@ REPORTED_BY_LEROBOT = frozenset(
 )
 POLICY_FORWARD = ("batch", "noise", "time", "reduction")
 MODEL_FORWARD = ("images", "img_masks", "lang_tokens", "lang_masks", "state", "actions", "noise", "time")
-
-__all__ = [
-    "REPORTED_BY_LEROBOT",
-    "LeRobotDatasetMetadata",
-    "accelerator_arguments",
-    "check_signatures",
-    "chosen_by_lerobot",
-    "collate_function",
-    "conversion_command",
-    "copy_prefix",
-    "dataset_to_policy_features",
-    "gradient_accumulation",
-    "hub_destinations",
-    "needs_camera_statistics",
-    "open_as_training",
-    "open_metadata_as_training",
-    "prints_metrics",
-    "refuse_remote_job",
-    "renamed_statistics",
-    "resumes_from_hub",
-    "resuming_keeps_statistics",
-    "saves_final_checkpoint_alone",
-    "statistics_command",
-    "train",
-]
 
 
 def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]) -> None:
@@ -117,12 +92,6 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
         dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
         arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     return arguments
-
-
-def gradient_accumulation(cfg: TrainPipelineConfig) -> int:
-    """Backward passes for each optimizer step; LeRobot accumulates gradients from 0.6.2 on."""
-    settings = getattr(getattr(cfg, "accelerator", None), "gradient_accumulation", None)
-    return getattr(settings, "steps", 1)
 
 
 def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -201,11 +170,6 @@ def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], 
     return lerobot_collate_fn
 
 
-def needs_camera_statistics() -> bool:
-    """True if training fails on a camera without statistics, even if it replaces them: until 0.6.1."""
-    return Version(lerobot.__version__) < Version("0.6.2")
-
-
 def statistics_command(repo_id: str, root: Path) -> str:
     """LeRobot's own command that computes all statistics of a dataset anew."""
     module = _installed("lerobot.scripts", "lerobot.datasets.v30", name="augment_dataset_quantile_stats")
@@ -228,11 +192,6 @@ def _installed(*packages: str, name: str) -> str:
     return f"{packages[0]}.{name}"
 
 
-def saves_final_checkpoint_alone() -> bool:
-    """True if `save_freq=0` saves the final checkpoint alone; before 0.6.1 training divides by `save_freq`."""
-    return Version(lerobot.__version__) >= Version("0.6.1")
-
-
 def resumes_from_hub() -> bool:
     """True if a run resumes from the checkpoints that it pushed to the hub: from 0.6.0 on."""
     return Version(lerobot.__version__) >= Version("0.6.0")
@@ -253,11 +212,28 @@ def hub_destinations(cfg: TrainPipelineConfig) -> list[str]:
     return [policy.repo_id, *([f"{policy.repo_id}-ema"] if averages else [])]
 
 
-def can_hold_out(dataset: DatasetConfig) -> bool:
-    """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
-    return hasattr(dataset, "eval_split")
+def download_last_checkpoint(repo_id: str, output_dir: Path) -> Path:
+    """Download the last checkpoint of a run on the hub as LeRobot does to resume it, from 0.6.0 on; its folder."""
+    from lerobot.common.train_utils import resolve_resume_checkpoint
+
+    return resolve_resume_checkpoint(repo_id, output_dir)
 
 
 def holds_out(dataset: DatasetConfig) -> bool:
-    """True if training holds out a share of these episodes."""
+    """True if training holds out a share of the episodes, as it can from 0.6.0 on."""
     return getattr(dataset, "eval_split", 0.0) > 0
+
+
+def is_bucket(dataset: DatasetConfig) -> bool:
+    """True if the dataset is a storage bucket, which exists from 0.6.1 on."""
+    return getattr(dataset, "repo_type", "dataset") != "dataset"
+
+
+def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
+    """The depth cameras of a dataset, which exist from 0.6.0 on."""
+    return list(getattr(metadata, "depth_keys", ()))
+
+
+def can_hold_out(dataset: DatasetConfig) -> bool:
+    """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
+    return hasattr(dataset, "eval_split")

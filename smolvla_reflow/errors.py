@@ -31,6 +31,8 @@ def first_line(error: BaseException) -> str:
     if in_another_process:
         return in_another_process[1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # as in "Error(s) in loading state_dict for SmolVLAPolicy:"
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from smolvla_reflow.losses import LossStrategy, standard
@@ -80,8 +81,10 @@ def lerobot_loss(
     seen = step.observation
     prepared = bind(policy, prepare_images=lambda batch: (seen.images, seen.img_masks))
     asked = bind(policy.model, forward=lambda *inputs: losses)
+    # LeRobot converts Aloha's state and actions in place, and these may be rows of the caller's batch.
+    own = {name: step.batch[name].clone() for name in (OBS_STATE, ACTION)}
     try:
-        return policy_forward(dict(step.batch), None, None, reduction)
+        return policy_forward({**step.batch, **own}, None, None, reduction)
     finally:
         asked.undo()
         prepared.undo()

@@ -104,7 +104,7 @@ class StepMetrics:
         }
         self.reported = {name: numbers[name] for name in logged}
         if lines:
-            means = self._means(sum(sums), own_times=any(each.sampling is None for each in lines))
+            means = self._means(torch.stack(sums).sum(dim=0), own_times=any(each.sampling is None for each in lines))
             self.reported |= {name: means[name] for each in lines for name in each.names}
         return {name: numbers[name] for name in metrics} | self.reported
 
@@ -118,9 +118,9 @@ class StepMetrics:
         self.sums[finite] = DECAY * self.sums[finite] + sums[finite]
         means = self.sums[:, 0] / self.sums[:, 1]
         empty = (self.sums[:11, 1] == 0) & (not own_times)
-        stand_in = torch.cat([means[11:12], means[12:].expand(10)])
-        means = torch.where(empty, stand_in, means[:11]).tolist()
-        return dict(zip((ONE_STEP, *TENTHS), (math.sqrt(means[0]), *means[1:]), strict=True))
+        every = torch.cat([means[11:12], means[12:].expand(10)])
+        one_step, *tenths = torch.where(empty, every, means[:11]).tolist()
+        return {ONE_STEP: math.sqrt(one_step), **dict(zip(TENTHS, tenths, strict=True))}
 
 
 def _read(tensors: Sequence[Tensor]) -> list[float]:

@@ -19,6 +19,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
+from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import PREPROCESSOR_NAME, STATISTICS_AMONG_WEIGHTS, Checkpoint, open_checkpoint
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
@@ -178,10 +179,7 @@ def _own_names(origin: TeacherSource) -> dict[str, str]:
 def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
     """Build the teacher of `student` (a SmolVLAPolicy, or one wrapped by PEFT), in eval mode and without gradients.
 
-    Args:
-        student: the policy, whose parameters are shared if they are frozen and equal.
-        source: a checkpoint, a policy, or None for the student as it is now.
-        num_steps: steps of the teacher's ODE; None for its own `config.num_steps`.
+    `source` is a checkpoint, a policy, or None for the student as it is now.
 
     Raises:
         ReflowError: the configuration or weights of `source` do not fit the student.
@@ -194,7 +192,7 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
         weights = dict(base.named_parameters(remove_duplicate=False))
     else:
         structure, config = student, source.config
-        weights = source.weights() if isinstance(source, Checkpoint) else source.state_dict()
+        weights = weights_of(source) if isinstance(source, Checkpoint) else source.state_dict()
 
     teacher = _copy_sharing_parameters(structure)
     check_agreement(teacher.config, config)

@@ -57,13 +57,7 @@ class TimeSampling:
         return frozenset(min(9, 10 * i // steps) for steps in grids for i in range(1, steps + 1))
 
     def draw(self, size: int, device: torch.device, stock: StockTimes) -> Tensor:
-        """Times `(size,)`, float32.
-
-        Args:
-            size: how many.
-            device: where.
-            stock: draws SmolVLA's own, `model.sample_time`.
-        """
+        """Times `(size,)`, float32; `stock` draws SmolVLA's own, `model.sample_time`."""
         drawn = [
             stock(size, device) if term == STOCK else _on_grid(_grid_steps(term), size, device) for term in self.terms
         ]

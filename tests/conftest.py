@@ -1,6 +1,5 @@
 """Fixtures: a small SmolVLA, a batch for it, and a 1-rectified flow that `lerobot-train` trained."""
 
-import contextlib
 import functools
 import inspect
 import logging
@@ -27,12 +26,11 @@ from smolvla_reflow import Coupling, Step, losses
 from smolvla_reflow.demo.backbone import write_backbone
 from smolvla_reflow.demo.flags import one_rectified_flow_flags
 from smolvla_reflow.demo.task import write_dataset
-from smolvla_reflow.smolvla import sharing
 
-# draccus looks for the help of each field in the source of its class, which it reads anew for each field of each command
-# line: most of the time that a short command takes.
+# draccus looks for the help of each field in the source of its class, and reads the source anew for each field of each
+# command line. Without this cache a short command spends most of its time there.
 inspect.getsource = functools.cache(inspect.getsource)
-torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where the cores are busy
+torch.set_num_threads(1)  # models this small gain nothing from more threads, and lose much on busy cores
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +84,7 @@ def own_prefix() -> bool:
 
 @pytest.fixture
 def teacher(make_policy: Callable[..., SmolVLAPolicy], policy: SmolVLAPolicy, own_prefix: bool) -> SmolVLAPolicy:
-    """A policy like `policy` whose trainable weights differ, those of the prefix (`state_proj`) only if `own_prefix`."""
+    """A policy like `policy` with other trainable weights. `state_proj` (of the prefix) differs only if `own_prefix`."""
     other = make_policy(seed=1)
     other.load_state_dict(policy.state_dict())
     torch.manual_seed(1)
@@ -108,6 +106,11 @@ def noise_and_time() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, CHUNK, WIDTH, generator=generator), torch.rand(4, generator=generator) * 0.9 + 0.05
 
 
+@pytest.fixture
+def noise(noise_and_time: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return noise_and_time[0]
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the demo's dataset and backbone, and a 1-RF from 30 steps of `lerobot-train` in `1rf/`."""
@@ -127,7 +130,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, losses.LossStrategy]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What the student is asked about, call by call: actions, noise and times of the lines."""
+    """Actions, noise and times of the lines that the student is asked about, call by call."""
     seen, squared_errors = [], Step.squared_errors
 
     def note(step: Step, coupling: Coupling, times: torch.Tensor) -> torch.Tensor:
@@ -136,19 +139,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Ten
 
     monkeypatch.setattr(Step, "squared_errors", note)
     return seen
-
-
-@pytest.fixture
-def nothing_shared(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A block in which `attach` lets teacher and student encode each image for themselves."""
-
-    @contextlib.contextmanager
-    def block():
-        with monkeypatch.context() as patch:
-            patch.setattr(sharing, "share_features", lambda *policies: None)
-            yield
-
-    return block
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
-"""What many tests call: a batch, the commands in this process, and the flags of short runs in the workshop."""
+"""Functions that many tests call: a batch and its losses, the commands in this process, flags of short runs."""
 
+import functools
 import json
 import os
 import subprocess
@@ -21,16 +22,19 @@ from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.dataset import load_batches, open_dataset
 from smolvla_reflow.demo.flags import LAST, reflow_flags
 from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.smolvla import sharing
 
-# Of the tests' small policy and its batches.
+# Sizes of the tests' small policy and its batches.
 STATE_DIM, ACTION_DIM, CHUNK, WIDTH = 3, 2, 5, 6
-# Of the smallest policy that the real SmolVLA code can be.
+# The smallest policy that the real SmolVLA code can be.
 TINY = {"device": "cpu", "load_vlm_weights": False, "num_vlm_layers": 2, "resize_imgs_with_padding": (32, 32)}
 # Periods of the time embedding for which even random weights make a velocity that is smooth in time.
 SMOOTH = {"min_period": 1.0, "max_period": 4.0}
+# Student and teacher compute one thing in two ways: float32, in another order.
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
-
-# From 0.6.2 on LeRobot leaves out episodes that are not there, and so do we.
+# From 0.6.2 on LeRobot leaves out episodes that are not there, and so does this package.
 EPISODES_HAVE_TO_EXIST = pytest.mark.skipif(
     hasattr(dataset_utils, "resolve_episode_indices"), reason="LeRobot takes episodes that are not there"
 )
@@ -61,6 +65,37 @@ def attach_plain(policy: nn.Module, *source: Any, recipe: Recipe | None = None, 
     if recipe is None and options.get("strategy") != "standard":
         recipe = plain()
     return attach(policy, *source, recipe=recipe, **options)
+
+
+def loss_of(policy: nn.Module, batch: dict[str, Any], *noise_and_time: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The loss of one forward pass in train mode."""
+    return policy.train().forward(dict(batch), *noise_and_time, **given)[0]
+
+
+def losses_of(policy: nn.Module, batch: dict[str, Any], *noise_and_time: torch.Tensor, **given: Any) -> torch.Tensor:
+    """The losses of one forward pass in train mode, one for each frame."""
+    return loss_of(policy, batch, *noise_and_time, reduction="none", **given)
+
+
+def gradients(policy: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of a loss to each parameter that has one."""
+    policy.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def let_each_encode_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on `attach` lets teacher and student encode each image for themselves."""
+    monkeypatch.setattr(sharing, "share_features", lambda *policies: None)
+
+
+def prefixes_encoded(model: nn.Module) -> list[int]:
+    """A list that grows, with each prefix that this model encodes from now on, by the number of its frames."""
+    counts, embed = [], model.embed_prefix
+    vars(model)["embed_prefix"] = lambda images, *rest, **named: (
+        counts.append(len(images[0])) or embed(images, *rest, **named)
+    )
+    return counts
 
 
 def lerobot_train_main(flags: Sequence[str]) -> None:
@@ -119,7 +154,7 @@ def reflow_train_main(flags: Sequence[str]) -> None:
 
 
 def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path) -> list[str]:
-    """The flags with which `lerobot-train` does into `stock_run` what our command, given `flags`, did into `run`."""
+    """Flags of a `lerobot-train` into `stock_run` that is configured like the run of this package's command, `run`."""
     saved = json.loads((run / LAST / "train_config.json").read_text())["policy"]
     fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
     stock = [f for f in flags if not f.startswith("--reflow.")]

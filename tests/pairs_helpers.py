@@ -57,3 +57,29 @@ def observed(workshop: Path, dataset: str = "dataset", frames=(0, 7, 20, 47)):
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Of a training run's last checkpoint."""
     return load_file(run / LAST / "model.safetensors")
+
+
+def loss_and_gradient(policy: SmolVLAPolicy, batch: dict[str, Any], **fixed: Any):
+    """Of a forward pass in training mode: the loss, and the gradient by parameter."""
+    policy.zero_grad()
+    loss, _ = policy.train().forward(dict(batch), **fixed)
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, *, loss: dict[str, float], gradient: dict[str, float]) -> None:
+    """Compare two results of `loss_and_gradient`, each part within its own tolerances."""
+    torch.testing.assert_close(found[0], expected[0], **loss)
+    assert found[1].keys() == expected[1].keys()
+    assert len(found[1]) > 10
+    for name in expected[1]:
+        torch.testing.assert_close(found[1][name], expected[1][name], **gradient)
+
+
+def moved(workshop: Path):
+    """A student that has moved away from its teacher, a batch whose recorded actions matter, and times."""
+    policy, batch = observed(workshop)
+    with torch.no_grad():
+        policy.model.action_out_proj.weight.mul_(1.1)
+    batch["action"] = torch.full((4, CHUNK, 2), 100.0)
+    return policy, batch, torch.tensor([0.1, 0.4, 0.7, 0.99])

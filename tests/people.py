@@ -18,7 +18,6 @@ from smolvla_reflow.demo.flags import LAST
 
 REPO_ID = "me/pick_the_cube"
 ROBOT_DIM = 7
-CHUNK, WIDTH = 4, 8
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 RENAME_MAP = {name: f"observation.images.camera{i}" for i, name in enumerate(CAMERAS, start=1)}
 BASE_CAMERAS = tuple(f"observation.images.camera{i}" for i in (1, 2, 3))
@@ -44,10 +43,10 @@ def write_base(folder: Path, backbone: Path, **overrides: Any) -> Path:
     fields = {
         **TINY,
         "vlm_model_name": str(backbone),
-        "chunk_size": CHUNK,
-        "n_action_steps": CHUNK,
-        "max_action_dim": WIDTH,
-        "max_state_dim": WIDTH,
+        "chunk_size": 4,
+        "n_action_steps": 4,
+        "max_action_dim": 8,
+        "max_state_dim": 8,
         "tokenizer_max_length": 24,
         "pad_language_to": "max_length",
         "prefix_length": 0,

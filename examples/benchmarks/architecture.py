@@ -1,4 +1,4 @@
-"""SmolVLA at its real size (450 M parameters), offline, with random weights: its cost is the real one's."""
+"""SmolVLA at its real size (450 M parameters), offline. Its weights are random, and its cost is the real cost."""
 
 from pathlib import Path
 

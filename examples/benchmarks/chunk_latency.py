@@ -1,10 +1,11 @@
-"""How long a control loop waits for one chunk of actions, at SmolVLA's real size, by number of ODE steps.
+"""Latency of one chunk of actions at SmolVLA's real size, by number of ODE steps.
 
     python examples/benchmarks/chunk_latency.py
     python examples/benchmarks/chunk_latency.py --device=cuda
 
-One frame with two cameras. Numbers of steps are timed in turn; a line gives the median, how much of it is not the
-prefix (images, language, state), which any number of steps encodes once, and how much faster it is than the most steps.
+One frame with two cameras. The numbers of steps are timed in turn. Each line gives the median, the part of the ODE
+steps in it, and the speed-up over the largest number of steps. The rest is the prefix (images, language, state), which
+is encoded once for any number of steps.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class BenchmarkConfig:
 
 
 def milliseconds(call: Callable[[], object], batch: dict[str, torch.Tensor]) -> float:
-    """Milliseconds that one call takes."""
+    """Milliseconds of one call."""
     synchronise(batch)
     start = time.perf_counter()
     call()
@@ -72,9 +73,7 @@ def main() -> None:
     for n in cfg.num_steps:
         chunk = found[str(n)]
         steps, faster = chunk - found["prefix"], most / chunk
-        print(
-            f"{n:>3} steps  {chunk:8.1f} ms a chunk, {steps:8.1f} ms of them for the ODE steps, {faster:5.2f}x as fast"
-        )
+        print(f"{n:>3} steps  {chunk:8.1f} ms a chunk, the ODE steps in it {steps:8.1f} ms, {faster:5.2f}x as fast")
 
 
 if __name__ == "__main__":

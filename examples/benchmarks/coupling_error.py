@@ -1,13 +1,13 @@
-"""How far a teacher's couplings are from the true ends of its paths, by solver and number of steps.
+"""Error of a teacher's couplings against the true ends of its paths, by solver and number of steps.
 
     smolvla-reflow-demo --output_dir=outputs/demo
     python examples/benchmarks/coupling_error.py --repo_id=smolvla-reflow/demo --root=outputs/demo/dataset \
         --teacher_path=outputs/demo/1rf/checkpoints/last/pretrained_model
 
-The reference is 200 steps of rk4 in float32; the first line says how far 100 steps are from it. Errors are root
+The reference is 200 steps of rk4 in float32. The first line gives the distance of 100 steps from it. Errors are root
 mean squares over frames, steps and the robot's action dimensions, in normalised units (standard deviations of the
-action). The median is that of each sample's own root mean square, so that the few samples that end in another way of
-doing the task do not sway it. NFE, the number of velocity evaluations, is what a coupling costs.
+action). The median is taken over the samples' own root mean squares: a few samples that end in another way of doing the
+task do not change it. NFE is the number of velocity evaluations, the cost of a coupling.
 """
 
 from dataclasses import dataclass

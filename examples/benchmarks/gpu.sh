@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that is to be measured on a GPU, in one go; what it prints belongs into README.md, with the card's name.
+# Take all GPU measurements in one go. Copy the output into README.md, with the card's name.
 #
 #     bash examples/benchmarks/gpu.sh outputs/gpu
 #
-# The cost of a step at three batch sizes in bfloat16 autocast, in float32, and compiled; the latency of a chunk; pairs; the
-# demo's two trainings on the card; and the tests that need one.
+# Step cost at three batch sizes in bfloat16 autocast, in float32 and compiled; latency of a chunk; stored pairs; the demo's two
+# trainings on the card; the tests.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?Name a folder for the results, such as outputs/gpu}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$out/card.txt"
-step_cost() {  # where to, flags...
+step_cost() {  # name of the output file, flags...
   python "$here/step_cost.py" --device=cuda --steps=7 "${@:2}" | tee "$out/step_cost_$1.txt"
 }
 step_cost autocast --batch_sizes='[2,8,32]' --autocast=true
@@ -20,7 +20,7 @@ for mode in reduce-overhead max-autotune; do
 done
 python "$here/chunk_latency.py" --device=cuda --repeats=20 | tee "$out/chunk_latency.txt"
 python "$here/pairs_cost.py" --device=cuda --batch_size=32 --num_pairs=100000 --steps=10 | tee "$out/pairs_cost.txt"
-# The demo's two trainings, on the card; speed is not the point of a network this small.
+# The demo's two trainings, on the card. They show that training works, since a network this small says nothing about speed.
 python - "$out/demo" <<'EOF'
 import sys
 from pathlib import Path

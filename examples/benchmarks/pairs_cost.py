@@ -1,11 +1,13 @@
-"""What stored pairs cost to make, to read and to train on, with SmolVLA at its real size.
+"""Cost of making, reading and training on stored pairs, with SmolVLA at its real size.
 
     python examples/benchmarks/pairs_cost.py
 
-training step      one from pairs next to a standard one, taken in turn, and the teacher parameters in memory
-generating         four pairs a frame, the prefix encoded once, next to one `sample_actions` call for each pair
-reading            one pair at random out of a million, and the memory that this takes up
-rounding           what storing actions in fewer bits does to them and to the loss
+Four measurements:
+
+    training step   from pairs and standard, in turn, and the teacher parameters in memory
+    generating      four pairs a frame with one prefix, compared with one `sample_actions` call for each pair
+    reading         one random pair of a million, and the memory that reading takes
+    rounding        the effect of fewer bits on the actions and on the loss
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from smolvla_reflow import Pairs, Solver, attach, detach
-from smolvla_reflow.pairs.maker import PairMaker
+from smolvla_reflow.pairs.make import PairMaker
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance, shard_path
 from smolvla_reflow.smolvla.observation import observe
 

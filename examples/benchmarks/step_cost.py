@@ -1,24 +1,23 @@
-"""What a reflow training step costs next to a standard one, on SmolVLA at its real size.
+"""Cost of a reflow training step compared with a standard step, on SmolVLA at its real size.
 
     python examples/benchmarks/step_cost.py
     python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[2,8,32]' --autocast=true
     python examples/benchmarks/step_cost.py --device=cuda --batch_sizes='[8]' --autocast=true \
         --variants='[standard, reflow]' --compile_model=true
 
-Ways to train the same student on the same batch, the teacher's ODE being solved in 10 steps:
+Variants, all with the same student on the same batch:
 
     standard            recorded actions, no teacher: `lerobot-train`
-    naive               a second policy is loaded as the teacher, and encodes the whole prefix again; Euler
-    reflow              what this package does: the prefix is encoded once for both, without gradient; 10 evaluations of
-                        the teacher's velocity
+    naive               a second policy as the teacher, which encodes the prefix again; 10 Euler steps
+    reflow              this package: the prefix is encoded once for both, without gradient; 10 velocity evaluations
     midpoint            the same with --reflow.solver=midpoint, 20 evaluations
     by four             with four couplings for each frame of the batch
     by four, midpoint   the same with 20 evaluations
-    state_proj trained  what this package does where it cannot share the prefix, here by --reflow.train_state_proj=true
+    state_proj trained  this package without a shared prefix, by --reflow.train_state_proj=true
 
-Seconds are medians over interleaved steps (forward, backward, AdamW) in one process; the ratio is to the standard
-step. Compiled steps are not interleaved: each attached teacher has its CUDA graphs recorded anew. Memory is the peak of
-a process of its own that loads a checkpoint and its teacher and trains two steps.
+Seconds are medians over interleaved steps (forward, backward, AdamW) in one process. The ratio is to the standard
+step. Compiled steps run one variant after another, because each attached teacher records its CUDA graphs anew. Memory
+is the peak of a separate process that loads a checkpoint and its teacher and trains two steps.
 """
 
 import contextlib
@@ -88,7 +87,7 @@ class BenchmarkConfig:
 
 
 def naive_loss(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> Loss:
-    """Reflow as one would write it first: with a second policy."""
+    """The obvious reflow loss, with a second policy as the teacher."""
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         inputs, config = observe(student, batch), student.config
@@ -102,7 +101,7 @@ def naive_loss(student: SmolVLAPolicy, teacher: SmolVLAPolicy) -> Loss:
 
 
 def own_loss(student: SmolVLAPolicy) -> Loss:
-    """What the student's forward computes, attached or not."""
+    """The loss of the student's forward, attached or not."""
     return lambda batch: student.forward(dict(batch))[0]
 
 
@@ -119,13 +118,13 @@ def load_naive_teacher(cfg: BenchmarkConfig, checkpoint: Path) -> SmolVLAPolicy:
 def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[str, float]:
     """Median seconds of each variant's step, taken in turn unless compiled."""
     student, teacher = load(cfg, checkpoint).train(), load_naive_teacher(cfg, checkpoint)
-    optimizer = torch.optim.AdamW(student.get_optim_params(), lr=0.0)  # so that it stays what its teacher is
+    optimizer = torch.optim.AdamW(student.get_optim_params(), lr=0.0)  # so that the student stays equal to its teacher
     batch = make_batch(student, batch_size)
     seconds: dict[str, list[float]] = {variant: [] for variant in cfg.variants}
     turns, at_once = (1, WARM_UP + cfg.steps) if cfg.compile_model else (1 + cfg.steps, 1)
     for _ in range(turns):
         for variant in cfg.variants:
-            # Attaching is done before a training begins, and is not timed.
+            # Not timed: a training attaches once, before its first step.
             with REFLOW[variant].attach(student, checkpoint) if variant in REFLOW else contextlib.nullcontext():
                 loss = naive_loss(student, teacher) if variant == NAIVE else own_loss(student)
                 seconds[variant] += [take_step(loss, batch, optimizer, cfg.autocast) for _ in range(at_once)]
@@ -154,7 +153,7 @@ def measure_memory(cfg: BenchmarkConfig, checkpoint: Path) -> dict[str, float]:
 
 
 def memory_of(cfg: BenchmarkConfig, variant: str, checkpoint: Path, batch_size: int) -> dict[str, float]:
-    """`measure_memory` in a process of its own."""
+    """`measure_memory` in a separate process."""
     flags = [
         f"--checkpoint={checkpoint}",
         f"--variant={variant}",

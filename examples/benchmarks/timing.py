@@ -1,4 +1,4 @@
-"""Seconds of a training step, and on what machine they were taken."""
+"""Seconds of a training step, and the machine that they were measured on."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
 def take_step(loss: Loss, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, autocast: bool = False) -> float:
-    """One training step, its forward pass in bfloat16 where `autocast` is set; returns its seconds."""
+    """Take one training step, in bfloat16 autocast if `autocast` is set, and return its seconds."""
     synchronise(batch)
     start = time.perf_counter()
     optimizer.zero_grad()

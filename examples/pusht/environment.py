@@ -1,10 +1,10 @@
-"""PushT with the block's pose in the state: gym-pusht as it is, but for what the policy sees.
+"""PushT with the block's pose in the state: gym-pusht with other observations.
 
     PYTHONPATH=examples smolvla-reflow-eval --env.discover_packages_path=pusht --env.type=pusht_pose ...
 
-The state is the agent (x, y), the block (x, y) and the block's angle as 100 cos and 100 sin, the image is 32 pixels
-wide: the observations of the dataset `pusht_pose`, from which a small policy need not learn to see. Physics, reward
-(the coverage of the goal, of which 95 % count as all), success and the 300 steps of an episode are gym-pusht's.
+The state is the agent (x, y), the block (x, y) and the block's angle as 100 cos and 100 sin. The image is 32 pixels
+wide. The dataset `pusht_pose` has the same observations, so that a small policy need not learn to see. Physics, reward
+(coverage of the goal, where 95 % count as all), success and the 300 steps of an episode are gym-pusht's.
 """
 
 from dataclasses import dataclass, field
@@ -26,8 +26,8 @@ class PushTPose(gym.ObservationWrapper):
     """PushT that shows the pose and a small image.
 
     Args:
-        image_every: steps from one new image to the next, in between it is shown again. Drawing takes three quarters
-            of a step; a policy that executes 8 actions of each chunk looks at every 8th image only.
+        image_every: steps from one new image to the next; the steps between show the last image again. Drawing takes
+            three quarters of a step, and a policy that executes 8 actions of each chunk sees only every 8th image.
         render_mode: gymnasium's.
     """
 
@@ -47,7 +47,7 @@ class PushTPose(gym.ObservationWrapper):
         return super().reset(**options)
 
     def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
-        """From gym-pusht's agent, block and angle, once after every step."""
+        """Turn gym-pusht's agent, block and angle into the policy's observation, once after every step."""
         if self.steps % self.image_every == 0:
             self.image = self._draw()
         self.steps += 1
@@ -55,7 +55,7 @@ class PushTPose(gym.ObservationWrapper):
         return {"pixels": self.image, "agent_pos": np.array([*positions, 100 * np.cos(angle), 100 * np.sin(angle)])}
 
     def _draw(self) -> np.ndarray:
-        """The 96 pixels that were recorded, shrunk as the dataset's are."""
+        """Draw the 96 pixels of the recordings, shrunk like the dataset's images."""
         pusht = self.unwrapped
         pusht.obs_type = "pixels"
         try:
@@ -68,7 +68,7 @@ class PushTPose(gym.ObservationWrapper):
 @EnvConfig.register_subclass("pusht_pose")
 @dataclass
 class PushTPoseConfig(EnvConfig):
-    """LeRobot's own `--env.type=pusht`, but for what the policy sees."""
+    """LeRobot's own `--env.type=pusht` with these observations."""
 
     task: str | None = "PushT-v0"
     fps: int = 10

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# PushT from end to end: train a small SmolVLA on human demonstrations, reflow it, and see in closed loop what each number
-# of steps gives.
+# PushT from end to end: train a small SmolVLA on human demonstrations, reflow it, and measure both in closed loop at several
+# numbers of steps.
 #
 #     pip install . 'gym-pusht>=0.1.8,<0.2' 'pymunk<7'
 #     DATASET_ROOT=path/to/pusht_pose bash examples/pusht/run.sh outputs/pusht
 #     TASK=image DATASET=lerobot/pusht DEVICE=cuda bash examples/pusht/run.sh outputs/pusht_image
 #
-# TASK=pose (the default) has the block's pose in the state and 32 pixels of image, and fits a CPU. TASK=image is LeRobot's own
-# PushT, 96 pixels and the agent's position, for a GPU. Each stage is left out if its folder exists.
+# TASK=pose (the default) has the block's pose in the state and an image of 32 pixels, and runs on a CPU. TASK=image is LeRobot's
+# own PushT, 96 pixels and the agent's position, for a GPU. A stage is left out if its folder exists.
 set -euo pipefail
 give_up() { echo "run.sh: error: $1" >&2; exit 2; }
 [ $# -eq 1 ] || give_up "Name one folder for the output, such as outputs/pusht."
@@ -33,7 +33,7 @@ esac
 [ -z "${DATASET_ROOT:-}" ] || [ -e "$DATASET_ROOT/meta/info.json" ] || give_up "DATASET_ROOT=$DATASET_ROOT has no dataset."
 python -c "import gym_pusht, smolvla_reflow" 2>/dev/null || give_up "Install what it needs: pip install . 'gym-pusht<0.2' 'pymunk<7'"
 
-# The real SmolVLA code with a backbone that is small enough to be trained from scratch.
+# A backbone that is small enough to train from scratch; the code is the real SmolVLA's.
 [ -e "$out/backbone" ] || python -c "
 from pathlib import Path
 from smolvla_reflow.demo.backbone import write_backbone
@@ -51,7 +51,7 @@ write_backbone(Path('$out/backbone'), image_size=$size, $backbone)"
   --reflow.teacher_path="$out/1rf/$last" --policy.freeze_vision_encoder=true --policy.train_expert_only=true \
   --policy.optimizer_lr=5e-4 --policy.device="$device" --num_workers=2 --log_freq=100 --save_freq=1000000
 
-# SENTENCE is for demonstrations that have one ("Push the T-shaped block ..."), since the environment shows none.
+# Set SENTENCE if the demonstrations have a sentence ("Push the T-shaped block ..."): the environment shows none.
 if [ ! -e "$out/evaluation/report.md" ] || [ -e "$out/evaluation/unfinished.jsonl" ]; then
   episodes=${EPISODES:-100}
   smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" --policy.device="$device" \

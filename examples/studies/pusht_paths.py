@@ -1,8 +1,8 @@
-"""Draw thirty drives of one start, by teacher and student: where the block goes, and where it ends.
+"""Draw thirty drives from one start by teacher and student: the block's paths and last poses.
 
     python examples/studies/pusht_paths.py --teacher_path=1rf/... --policy_path=2rf/... --output=pusht.png
 
-The drives are LeRobot's own (`rollout` of `lerobot-eval`), all from one start, each with noise of its own.
+The drives use LeRobot's `rollout` (of `lerobot-eval`). All begin at one start, each with its own noise.
 """
 
 import sys
@@ -58,8 +58,8 @@ class Drives:
     """Drives from one start.
 
     Attributes:
-        paths: of each drive (T, 3), the block's position in pixels and its angle in radians, until the drive ends.
-        best_coverage: the largest share of the goal that each covered, where 95 % count as all.
+        paths: for each drive (T, 3), the block's position in pixels and its angle in radians, until the drive ends.
+        best_coverage: for each drive the largest share of the goal that was covered, where 95 % count as all.
     """
 
     paths: list[np.ndarray]

@@ -1,14 +1,14 @@
-"""Compare students of one teacher that differ only in how they learn, over several seeds.
+"""Compare students of one teacher that differ only in their training, over several seeds.
 
     python examples/studies/recipes.py --output_dir=outputs/study                          # the demo's task, driven too
     python examples/studies/recipes.py --output_dir=outputs/study --dataset_root=PATH ...  # any recorded dataset
     python examples/studies/recipes.py --output_dir=outputs/study --pusht_root=PATH ...    # PushT, driven too
 
-For each seed a teacher is trained as LeRobot trains it, and from it one student of each variant that --recipes names.
-A variant is NAME=VALUE NAME=VALUE ... with the names of `Student` below, and '' the default. Rounds of reflow are
-joined by '>': the student of one round is the teacher of the next. Nothing but the policies and the measurements is
-written to disk; those that are there already are not made again, so an interrupted study can be continued.
-`tasks.py` has the data and the policy's configuration, `tables.py` what is printed.
+Each seed trains a teacher as LeRobot trains it, and one student of this teacher for each variant in --recipes.
+A variant is NAME=VALUE NAME=VALUE ... with the names of `Student` below, and '' is the default. Rounds of reflow are
+joined by '>': the student of one round is the teacher of the next. Only policies and measurements are written to disk.
+Existing files are kept, so an interrupted study can be continued. `tasks.py` has the data and the policy's
+configuration, `tables.py` the printed tables.
 """
 
 import json
@@ -39,7 +39,7 @@ from smolvla_reflow.solver import SolverFlags
 
 MEASURING_SEED = 1000
 SHIFT = 4
-VARIANTS = (  # what --recipes is by default
+VARIANTS = (  # the default of --recipes
     "",
     "steps=2000",
     "couplings_per_frame=4",
@@ -58,34 +58,34 @@ VARIANTS = (  # what --recipes is by default
 @dataclass
 class StudyConfig:
     output_dir: Path = Path("outputs/study")
-    """Folder for policies and measurements; those that are there already are not made again."""
+    """Folder for policies and measurements. Existing files are kept."""
     dataset_root: Path | None = None
     """Folder of a LeRobotDataset with a single task, to train on instead of the demo's task."""
     action_dims: list[int] | None = None
-    """Indices of the action dimensions that the policy learns, by default all of them."""
+    """Indices of the action dimensions that the policy learns (default: all)."""
     pusht_root: Path | None = None
     """Folder of the dataset `pusht_pose`, to train on PushT instead."""
     width: int = 128
-    """Of the backbone for a recorded dataset; the action expert is three quarters as wide."""
+    """Width of the backbone for a recorded dataset. The action expert is three quarters as wide."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds, each with a teacher and one student of each variant of its own."""
+    """Seeds. Each has its own teacher, and its own student of each variant."""
     recipes: list[str] = field(default_factory=lambda: list(VARIANTS))
-    """Variants to compare, each NAME=VALUE ... of what its students do differently; rounds are joined by '>'."""
+    """Variants to compare, each a list of NAME=VALUE that differ from the default; rounds are joined by '>'."""
     teacher_steps: int = 2000
     """Training steps of the teacher."""
     teacher_lr: float = 2e-3
     """Learning rate of the teacher."""
     teacher_batch_size: int = 32
-    """Frames in each of its steps."""
+    """Frames in each training step of the teacher."""
     frames: int = 64
-    """Number of unseen frames to measure on, each with four noises."""
+    """Number of unseen frames to measure on, with four noises each."""
     episodes: int = 200
     """Episodes in the simulator for each policy and number of steps, where there is one."""
 
 
 @dataclass
 class Student(SolverFlags):
-    """One round of reflow, as the words of a variant describe it; the defaults are those of `smolvla-reflow-train`."""
+    """One round of reflow, as the words of a variant describe it. Defaults as in `smolvla-reflow-train`."""
 
     strategy: str = "reflow"
     time_sampling: str = Recipe.time_sampling
@@ -97,28 +97,27 @@ class Student(SolverFlags):
     batch_size: int = 32
     steps: int = 1200
     batches: int | None = None
-    """Batches of couplings that are made; with more steps than that, they are gone through again, as stored pairs are.
-    By default one for each step."""
+    """Batches of couplings (default: one for each step). More steps than batches repeat them, as with stored pairs."""
     lr: float = 1e-3
 
     def recipe(self) -> Recipe:
-        """The part that `attach` takes as a Recipe."""
+        """The Recipe for `attach`."""
         return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
 
 
 @register_loss_strategy("without_padding")
 def without_padding(step: Step) -> torch.Tensor:
-    """Reflow on the robot's own action dimensions, without the padded ones."""
+    """Reflow on the robot's own action dimensions, without the padded dimensions."""
     width, padded_width = step.model.config.action_feature.shape[0], step.actions.shape[-1]
-    # The loss is a mean over the padded width, so the dimensions that count are weighed up.
-    weights = torch.zeros(1, 1, padded_width)
-    weights[..., :width] = padded_width / width
+    # The loss is a mean over the padded width, so the robot's dimensions get more weight.
+    weights = torch.zeros(padded_width)
+    weights[:width] = padded_width / width
     return weights * step.losses(step.coupling())
 
 
 @register_loss_strategy("shifted", couples=False, joint_forward=True)
 def shifted(step: Step) -> torch.Tensor:
-    """The standard loss with times shifted towards the noise (arXiv 2606.05737): a rival that needs no teacher."""
+    """The standard loss with times shifted towards the noise (arXiv 2606.05737), without a teacher."""
     t = step.model.sample_time(len(step.actions), step.actions.device)
     return step.losses(step.recorded(), times=SHIFT * t / (1 + (SHIFT - 1) * t))
 
@@ -160,7 +159,7 @@ def new_teacher(task: Task, cfg: StudyConfig, seed: int) -> SmolVLAPolicy:
 def new_student(
     teacher: SmolVLAPolicy, task: Task, words: str, seed: int, couplings_of: Callable[..., "Couplings"]
 ) -> SmolVLAPolicy:
-    """Train a student of this teacher, on couplings that all its students with this solver see in the same order."""
+    """Train a student of this teacher. All its students with one solver see the same couplings in the same order."""
     options = draccus.parse(Student, args=[f"--{word}" for word in words.split()])
     couples = get_loss_strategy(options.strategy).couples
     student = task.policy(train_expert_only=couples)
@@ -183,25 +182,25 @@ def new_student(
 
 
 def frames_of(task: Task, batches: int, batch_size: int, seed: int) -> torch.Tensor:
-    """(batches, batch_size) positions in `Task.seen`, those of every student with this seed."""
+    """(batches, batch_size) positions in `Task.seen`, the same for every student with this seed."""
     torch.manual_seed(seed)
     return torch.randint(len(task.seen["index"]), (batches, batch_size))
 
 
 @dataclass(frozen=True)
 class Couplings:
-    """The couplings of a whole training, or of one pass of it.
+    """The couplings of a training, or of one pass through them.
 
     Attributes:
         noise: (batches, batch * per_frame, chunk_size, max_action_dim).
-        actions: of the same shape, what the teacher carries the noise to.
+        actions: of the same shape, the ends that the teacher carries the noise to.
     """
 
     noise: torch.Tensor
     actions: torch.Tensor
 
     def source(self) -> CouplingSource:
-        """A function that gives one step's couplings at each call, in order; of the last frames if not shown all."""
+        """A function that returns the next step's couplings at each call, cut to the last frames if it sees fewer."""
         steps = cycle(zip(self.noise, self.actions, strict=True))
 
         def next_step(observation, *, frames, noise, per_frame) -> Coupling:
@@ -215,7 +214,7 @@ class Couplings:
 def couplings(
     teacher: SmolVLAPolicy, solver: Solver, batches: int, batch_size: int, per_frame: int, *, task: Task, seed: int
 ) -> Couplings:
-    """Solve the teacher's ODE for so many batches in advance, so that several variants can share the work."""
+    """Solve the teacher's ODE for all batches in advance, so that several variants share the work."""
     config = teacher.config
     frames = frames_of(task, batches, batch_size, seed)
     noise = torch.randn(batches, batch_size * per_frame, config.chunk_size, config.max_action_dim)
@@ -253,7 +252,7 @@ def select(frames: Batch, which: torch.Tensor) -> Batch:
 
 
 def kept(folder: Path, task: Task, make: Callable[[], SmolVLAPolicy]) -> SmolVLAPolicy:
-    """The policy stored in `folder`, made and stored first if it is not there."""
+    """The policy stored in `folder`. If the folder has none, make and store it first."""
     if not (folder / "model.safetensors").exists():
         task.save(make(), folder)
     return SmolVLAPolicy.from_pretrained(folder).eval()
@@ -262,7 +261,7 @@ def kept(folder: Path, task: Task, make: Callable[[], SmolVLAPolicy]) -> SmolVLA
 def measured(
     folder: Path, teacher: SmolVLAPolicy, policy: SmolVLAPolicy, task: Task, cfg: StudyConfig, seed: int
 ) -> dict[str, Any]:
-    """A policy's row of the evaluation, with its success rate, by number of steps; measured if not in `folder`."""
+    """A policy's rows of the evaluation, with its success, by number of steps. Measure them if `folder` has none."""
     file, seed = folder / "measured.json", MEASURING_SEED + seed
     if not file.exists():
         chosen = torch.linspace(0, len(task.unseen["index"]) - 1, cfg.frames).round().long()

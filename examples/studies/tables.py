@@ -1,4 +1,4 @@
-"""What a study prints: a table of means over seeds, and the differences in best reward, paired by start."""
+"""The tables of a study: means over seeds, and differences in best reward, paired by start."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
@@ -6,16 +6,16 @@ from typing import Any
 
 from smolvla_reflow.evaluation.intervals import over_frames
 
-# One training's measurements, by number of steps. Success and best reward are of each episode, or None.
+# Measurements of one training, by number of steps. Success and best reward have a value for each episode, or are None.
 Measured = Mapping[str, Mapping[str, Any]]
 
-# Of each column its name, by what its numbers are multiplied, and how many digits are shown.
+# Columns: name, factor, digits.
 DRIVEN = (("best_reward", 1, 3), ("success", 100, 1))
 ON_FRAMES = (("energy_distance", 1, 4), ("flow_rmse", 1, 3), ("spread_ratio", 1, 2))
 
 
 def table(found: Mapping[str, Sequence[Measured]]) -> str:
-    """A table in Markdown: a row for each variant, in each cell the mean ± the standard deviation over seeds."""
+    """A Markdown table with a row for each variant: mean ± standard deviation over seeds."""
     first = found["teacher"][0]
     steps = list(first)
     columns = [*(DRIVEN if first[steps[0]]["success"] is not None else ()), *ON_FRAMES]
@@ -30,9 +30,9 @@ def table(found: Mapping[str, Sequence[Measured]]) -> str:
 
 
 def differences(found: Mapping[str, Sequence[Measured]]) -> str:
-    """Best reward less the teacher's at its largest number of steps, with a 95 % interval over all seeds' starts.
+    """Difference in best reward to the teacher at its largest number of steps, with a 95 % interval over the starts.
 
-    Every policy begins where the teacher begins, so that each difference is one of two drives from the same start.
+    Every policy begins at the teacher's starts, so each difference compares two drives from the same start.
     """
     bars = found["teacher"]
     steps = list(bars[0])

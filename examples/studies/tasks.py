@@ -1,8 +1,8 @@
-"""A study's tasks: frames in memory, the policy's configuration, and a simulator where there is one.
+"""A study's tasks: frames in memory, the policy's configuration, and a simulator if the task has one.
 
-demo_task      the demo's task of driving past an obstacle, measured on unseen scenes and in its simulator
-recorded_task  any LeRobotDataset with a single task, measured on every fifth episode, which is not trained on
-pusht_task     PushT with the block's pose in the state, measured on every twentieth episode and in its simulator
+- demo_task: the demo's task of driving past an obstacle, measured on unseen scenes and in its simulator
+- recorded_task: any LeRobotDataset with a single task, measured on every fifth episode, which is held out
+- pusht_task: PushT with the block's pose in the state, measured on every twentieth episode and in its simulator
 """
 
 import sys
@@ -44,8 +44,8 @@ class Task:
         unseen: frames to measure on.
         config: keyword arguments of the policy's SmolVLAConfig.
         num_steps: numbers of steps to measure.
-        stats: the dataset's statistics, by which the policy is run in the simulator.
-        env: the simulator, if there is one.
+        stats: the dataset's statistics, for running the policy in the simulator.
+        env: the simulator, or None.
     """
 
     seen: Batch
@@ -61,19 +61,19 @@ class Task:
         return SmolVLAPolicy(SmolVLAConfig(**self.config, **frozen))
 
     def save(self, policy: SmolVLAPolicy, folder: Path) -> None:
-        """Write a checkpoint, as LeRobot has them."""
+        """Write a checkpoint as LeRobot does."""
         for processor in make_smolvla_pre_post_processors(policy.config, self.stats):
             processor.save_pretrained(folder)
         policy.save_pretrained(folder)
 
     def on_frames(self, name: str, policy: SmolVLAPolicy) -> MeasuredPolicy:
-        """A policy to be measured on these frames, which are normalised already."""
+        """A policy to measure on these frames, which are already normalised."""
         width = self.unseen["action"].shape[-1]
         units = Affine(torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
         return MeasuredPolicy(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
 
     def drive(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Episodes | None:
-        """Run the policy in the simulator, from the starts `seed`, `seed` + 1, ...; None if there is none."""
+        """Run the policy in the simulator, from the starts `seed`, `seed` + 1, .... None without a simulator."""
         if self.env is None:
             return None
         before, after = make_smolvla_pre_post_processors(policy.config, self.stats)
@@ -84,7 +84,7 @@ class Task:
 
 
 def demo_task(folder: Path) -> Task:
-    """The demo's task and policy, with the recordings in `folder`, made if they are not there."""
+    """The demo's task and policy. The recordings in `folder` are made if missing."""
     for name, episodes, seed in (("seen", DEMONSTRATIONS, 0), ("unseen", UNSEEN_EPISODES, UNSEEN_SEED)):
         if not (folder / name).exists():
             write_dataset(folder / name, episodes, seed)
@@ -123,7 +123,7 @@ def pusht_task(root: Path, folder: Path) -> Task:
         folder: for the backbone.
     """
     sys.path.append(str(Path(__file__).parents[1]))
-    from pusht.environment import PushTPoseConfig  # which needs gym-pusht
+    from pusht.environment import PushTPoseConfig  # needs gym-pusht
 
     stats = LeRobotDatasetMetadata("study/pusht", root=root).stats
     backbone = write_backbone(folder / "backbone", hidden_size=128, num_layers=3)
@@ -133,7 +133,7 @@ def pusht_task(root: Path, folder: Path) -> Task:
 
 
 def _held_out(frames: Batch, every: int) -> tuple[Batch, Batch]:
-    """All frames but those of every so many episodes; and those."""
+    """Split off the last of every `every` episodes: the other frames, and its frames."""
     out = frames["episode_index"] % every == every - 1
     return {name: value[~out] for name, value in frames.items()}, {name: value[out] for name, value in frames.items()}
 
@@ -165,7 +165,7 @@ def _channels_first(feature: dict) -> tuple[int, ...]:
 
 
 def _load(root: Path, config: dict, stats: dict) -> Batch:
-    """All frames with their chunks, normalised and tokenised as LeRobot does it."""
+    """Load all frames with their chunks, normalised and tokenised as LeRobot does it."""
     fps = LeRobotDatasetMetadata("study/task", root=root).fps
     deltas = {"action": [i / fps for i in range(config["chunk_size"])]}
     dataset = LeRobotDataset("study/task", root=root, delta_timestamps=deltas)

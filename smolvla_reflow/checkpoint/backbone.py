@@ -1,37 +1,29 @@
-"""What a SmolVLA takes from the folder or hub id of its vision-language backbone, beside its own checkpoint."""
+"""The vision-language backbone: its folder or hub id gives a SmolVLA's structure and its tokenizer."""
 
-from pathlib import Path
 from typing import Any
 
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from smolvla_reflow.errors import ReflowError, first_line, in_one_line
-
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+from smolvla_reflow.errors import ReflowError, doing
 
 
 def check_backbone(config: SmolVLAConfig) -> None:
-    """Raise ReflowError unless LeRobot can build this policy's network and image processor from its backbone."""
-    name = config.vlm_model_name
-    try:
+    """Raise ReflowError unless the backbone's configuration and processor load without code that it brings along."""
+    with doing(f"opening the backbone --policy.vlm_model_name={config.vlm_model_name}"):
         for part in (AutoConfig, AutoProcessor):
-            part.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ReflowError(
-            f"--policy.vlm_model_name={name}: the backbone's configuration is not there, nor could it be "
-            f"downloaded ({first_line(error)}). If it has moved, say where it is now."
-        ) from None
-    except Exception as error:  # a package that transformers misses, and what damaged files lead it to
-        raise ReflowError(f"--policy.vlm_model_name={name} cannot be used: {in_one_line(error)}") from error
-    folder = Path(name)
-    if config.load_vlm_weights and folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise ReflowError(
-            f"--policy.vlm_model_name={name} holds no weights, which load_vlm_weights=true starts from. The checkpoint "
-            "has them all, so make that false: by --policy.load_vlm_weights=false in training, else in its config.json."
-        )
+            part.from_pretrained(config.vlm_model_name, trust_remote_code=False)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of this folder or hub id. Raises OSError or ValueError if there is none."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+def load_tokenizer(name: object) -> Any:
+    """Load the tokenizer of this folder or hub id without code that it brings along. Raises ReflowError."""
+    with doing(f"loading the tokenizer {name} (--policy.vlm_model_name names another)"):
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+
+
+def tokenizer_or_none(name: object) -> Any:
+    """The tokenizer of this folder or hub id, None if it cannot be loaded."""
+    try:
+        return load_tokenizer(name)
+    except ReflowError:
+        return None

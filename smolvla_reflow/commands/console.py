@@ -1,4 +1,4 @@
-"""What all commands do on the console: parse, and report a user's error in one sentence with exit code 2."""
+"""The console side of all commands: parse, and report an error in one sentence with exit code 2."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ import yaml
 from draccus.argparsing import ArgumentParser
 from lerobot.configs import parser
 
-from smolvla_reflow.errors import ReflowError, first_line, in_one_line
+from smolvla_reflow.errors import ReflowError, doing, first_line, in_one_line
 
 T = TypeVar("T")
 USER_ERROR = 2
@@ -46,7 +46,7 @@ def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[s
 
 
 def asks_for_help(argv: Sequence[str], about: str | None) -> bool:
-    """Print what the command is about if `--help` is given; returns whether it is."""
+    """Print the command's description if `--help` is given; True if it is."""
     asked = "-h" in argv or "--help" in argv
     if asked:
         print(f"{about}\n{DEBUG} shows the traceback of an error.\n")
@@ -66,7 +66,7 @@ def command_line(program: str, flags: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def parse_errors() -> Iterator[None]:
-    """Turn a parser's usage dump and exit into a ReflowError with what it says is wrong."""
+    """Turn a parser's usage text and exit into a ReflowError with the parser's last line."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -83,18 +83,14 @@ def parse_errors() -> Iterator[None]:
 
 
 def parsed(config: type[T], argv: Sequence[str]) -> T:
-    """These flags, by their whole names: a part of one is no name, since it could come to mean another.
-
-    Raises:
-        ReflowError: there is no such flag, or its value cannot be read.
-    """
+    """Parse these flags, without abbreviations. Raises ReflowError for an unknown flag or an unreadable value."""
     with parse_errors():
         return ArgumentParser(config, allow_abbrev=False).parse_args(argv)
 
 
 @contextlib.contextmanager
 def own_log(shown: bool) -> Iterator[None]:
-    """Show what this package logs, for commands that do not set up logging as LeRobot's training does."""
+    """Show this package's log, for commands that do not set up logging as LeRobot's training does."""
     logger, handler = logging.getLogger("smolvla_reflow"), logging.StreamHandler()
     before = logger.level
     if shown:
@@ -111,21 +107,15 @@ def load_plugins(argv: Sequence[str]) -> list[str]:
     """Load the packages that --env.discover_packages_path names, as LeRobot's commands do, and drop that flag."""
     argv = list(argv)
     for flag, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, argv).items():
-        try:
+        with doing(f"importing --{flag}={package}, the name of a package"):
             parser.load_plugin(package)
-        except parser.PluginLoadError as error:
-            raise ReflowError(f"--{flag}={package}: {error}") from None
-        except Exception as error:  # of a module that is no package, and whatever a package does
-            if package in sys.modules and not hasattr(sys.modules[package], "__path__"):
-                raise ReflowError(f"--{flag}={package} is a module; name the package that it stands in.") from None
-            raise ReflowError(f"--{flag}={package} cannot be imported ({first_line(error)}).") from error
         argv = list(parser.filter_arg(flag, argv))
     return argv
 
 
 def with_values(argv: Sequence[str], switch: str) -> list[str]:
     """Let `--switch` alone mean `--switch=true`."""
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [
         f"--{switch}=true" if word == f"--{switch}" and after.startswith("--") else word
         for word, after in zip(argv, following, strict=True)
@@ -133,7 +123,7 @@ def with_values(argv: Sequence[str], switch: str) -> list[str]:
 
 
 def is_given(argv: Sequence[str], flag: str) -> bool:
-    """Whether `--flag` stands on the command line, with or without `=value`."""
+    """True if `--flag` is on the command line, with or without `=value`."""
     return any(word.partition("=")[0] == f"--{flag}" for word in argv)
 
 

@@ -1,8 +1,7 @@
 """`smolvla-reflow-demo`: train, reflow and measure a small SmolVLA, in a few minutes on a laptop CPU, offline.
 
-The demo records a small dataset of a task that can be done in two ways, trains a SmolVLA on it with `lerobot-train`,
-reflows that checkpoint with `smolvla-reflow-train`, and measures both with `smolvla-reflow-eval` at 1, 2, 5 and 10
-steps.
+The demo records a small dataset of a task that can be done in two ways. `lerobot-train` trains a SmolVLA on the
+dataset, `smolvla-reflow-train` reflows the checkpoint, and `smolvla-reflow-eval` measures both at 1, 2, 5 and 10 steps.
 """
 
 import datetime as dt
@@ -23,9 +22,9 @@ PROGRAM = "smolvla-reflow-demo"
 @dataclass
 class DemoConfig:
     output_dir: Path | None = None
-    """Folder for everything the demo makes; must not exist yet. By default outputs/demo/DATE/TIME."""
+    """Folder for everything the demo makes, which must not exist yet. Default is outputs/demo/DATE/TIME."""
     seed: int = 0
-    """Seed of both trainings and of the noise from which the policies act."""
+    """Seed of both trainings, and of the policies' noise."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(cfg: DemoConfig) -> None:
-    """Run the demo in a new folder, and say what it has made."""
+    """Run the demo in a new folder, and print where its results are."""
     start = time.monotonic()
     folder = cfg.output_dir or Path("outputs/demo") / f"{dt.datetime.now():%Y-%m-%d/%H-%M-%S}"
     if folder.exists():
-        raise ReflowError(f"--output_dir={folder} exists already; name a new folder or remove that one.")
+        raise ReflowError(f"--output_dir={folder} exists already; name a new folder.")
     folder = folder.resolve()
     run_demo(folder, cfg.seed, measure=eval_command.main)
     print(f"Picture: {folder / 'paths.png'}")

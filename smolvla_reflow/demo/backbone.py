@@ -1,9 +1,8 @@
 """A SmolVLM small enough for a laptop CPU, built from a config and saved to a local folder.
 
-SmolVLA builds its vision-language backbone from whatever `vlm_model_name` points at. The folder written
-here has everything LeRobot asks of it (configuration, tokenizer, image processor) and nothing to
-download, so that the demo and the tests run the real SmolVLA code offline. The weights are random:
-use it with `load_vlm_weights=false`.
+The folder serves as SmolVLA's `vlm_model_name`. It has everything that LeRobot needs (configuration, tokenizer, image
+processor), so that the demo and the tests run the real SmolVLA code offline. Weights are random: use
+`load_vlm_weights=false`.
 """
 
 from pathlib import Path
@@ -39,14 +38,9 @@ def write_backbone(
     vision_num_layers: int = 2,
     vision_num_attention_heads: int = 4,
 ) -> Path:
-    """Write a loadable SmolVLM folder and return it.
+    """Write a loadable SmolVLM folder and return it. Sizes without a prefix are the language model's.
 
-    Args:
-        folder: where to write; created if needed.
-        hidden_size, num_layers, num_attention_heads, num_key_value_heads: the language model.
-        image_size, patch_size: in pixels; an image becomes `(image_size / patch_size)^2` patches, and the
-            connector joins each 2 x 2 of them into one token.
-        vision_hidden_size, vision_num_layers, vision_num_attention_heads: the vision encoder.
+    An image of `image_size` pixels becomes `(image_size / patch_size)^2` patches; 2 x 2 patches become one token.
     """
     tokenizer = _byte_level_tokenizer()
     config = SmolVLMConfig(

@@ -43,21 +43,20 @@ class DrivePast(gym.Env):
         self.action_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """The scene of this seed, or the one given at the start."""
+        """Begin the scene of this seed, or the scene given at the start."""
         super().reset(seed=seed)
         self.scene = self.fixed or draw_scenes(1, int(self.np_random.integers(2**31)) if seed is None else seed)[0]
         self.position = np.array([0.0, self.scene.start_y])
         return self._observation(), {"is_success": False}
 
     def step(self, action: np.ndarray):
-        """One step towards the waypoint."""
-        moved = move(self.position, action, self.scene.obstacle_y)
-        self.position = moved.position
-        success = has_arrived(moved.position) and not moved.hit
-        return self._observation(), float(success), success or moved.hit, False, {"is_success": success}
+        """Take one step towards the waypoint."""
+        self.position, hit = move(self.position, action, self.scene.obstacle_y)
+        success = has_arrived(self.position) and not hit
+        return self._observation(), float(success), success or hit, False, {"is_success": success}
 
     def render(self) -> np.ndarray:
-        """What the camera sees."""
+        """The camera's image."""
         return render(self.position, self.scene.obstacle_y)
 
     def _observation(self) -> dict[str, Any]:
@@ -67,7 +66,7 @@ class DrivePast(gym.Env):
 @EnvConfig.register_subclass("drive_past")
 @dataclass
 class DrivePastConfig(EnvConfig):
-    """With both of `start_y` and `obstacle_y` every episode is that one scene."""
+    """If `start_y` and `obstacle_y` are given, every episode has this scene."""
 
     task: str | None = TASK
     fps: int = FPS
@@ -93,5 +92,5 @@ class DrivePastConfig(EnvConfig):
         return {"start_y": self.start_y, "obstacle_y": self.obstacle_y}
 
 
-# Without gymnasium's wrappers, through which LeRobot 0.4 would not find the task's sentence.
+# Without gymnasium's wrappers, which would hide the task's sentence from LeRobot 0.4.
 gym.register(ID, entry_point=f"{__name__}:DrivePast", order_enforce=False, disable_env_checker=True)

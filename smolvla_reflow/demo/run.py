@@ -13,9 +13,8 @@ from datasets import disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 from smolvla_reflow.demo.backbone import write_backbone
-from smolvla_reflow.demo.driving import repeated_drives
+from smolvla_reflow.demo.driving import draw_paths, repeated_drives
 from smolvla_reflow.demo.flags import LAST, evaluation_flags, one_rectified_flow_flags, reflow_flags
-from smolvla_reflow.demo.picture import draw_paths
 from smolvla_reflow.demo.task import DEMONSTRATIONS, Scene, write_dataset
 from smolvla_reflow.errors import ReflowError
 
@@ -28,15 +27,9 @@ EVALUATION_SEED = 1000  # gives scenes that no demonstration shows
 
 
 def run_demo(folder: Path, seed: int, measure: Callable[[list[str]], object]) -> None:
-    """Run the whole demo.
+    """Run the whole demo in a new folder.
 
-    Args:
-        folder: for everything it makes; must not exist yet.
-        seed: of both trainings and of the noise from which the policies act.
-        measure: `smolvla-reflow-eval`, called with its flags.
-
-    Raises:
-        ReflowError: a training failed.
+    `seed` is that of both trainings and of the policies' noise; `measure` is `smolvla-reflow-eval`, called with flags.
     """
     print(f"[1/4] Recording {DEMONSTRATIONS} demonstrations of driving past an obstacle, above or below it")
     with quiet():
@@ -54,10 +47,10 @@ def run_demo(folder: Path, seed: int, measure: Callable[[list[str]], object]) ->
 
 
 def run_training(program: str, flags: Sequence[str], log_file: Path) -> None:
-    """Run a training command in a process of its own, as a user would, with its output in `log_file`.
+    """Run a training command in a separate process, as a user would, with its output in `log_file`.
 
     Raises:
-        ReflowError: it failed; the message quotes its last line.
+        ReflowError: the command failed; the message quotes its last line.
     """
     print("$ " + shlex.join([program, *flags]))
     # Two loader processes feed the training: one computing thread each is faster on few cores.
@@ -90,10 +83,8 @@ def draw_picture(folder: Path, seed: int) -> None:
     checkpoints = {"teacher": folder / "1rf" / LAST, "student": folder / "2rf" / LAST}
     with quiet():
         panels = {
-            f"{name}, {num_steps} step{'s' if num_steps > 1 else ''}": repeated_drives(
-                checkpoints[name], scene, num_steps, PICTURED, seed
-            )
-            for name, num_steps in (("teacher", 10), ("teacher", 1), ("student", 1))
+            f"{name}, {n} step{'s' * (n > 1)}": repeated_drives(checkpoints[name], scene, n, PICTURED, seed)
+            for name, n in (("teacher", 10), ("teacher", 1), ("student", 1))
         }
     draw_paths(panels, folder / "paths.png")
 

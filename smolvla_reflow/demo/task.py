@@ -1,8 +1,8 @@
-"""Drive past an obstacle: the smallest task on which averaging two good answers is a bad one.
+"""Drive past an obstacle: the smallest task with two good answers whose average is bad.
 
-A vehicle crosses a field from x = 0 to x = 1. A disc stands in the way, in one of three lanes; going
-round it above or below is equally good, going in between means hitting it. Where the disc stands is visible only
-in the camera image. An action is the next waypoint (x, y); an expert demonstration picks a side by coin toss.
+A vehicle crosses a field from x = 0 to x = 1. A disc stands in the way, in one of three lanes. The ways above and below
+the disc are equally good, and the average of both hits it. The disc is visible only in the camera image. An action is
+the next waypoint (x, y). An expert demonstration picks a side by coin toss.
 
     y ^        .-~~-.
       |      .'  __  '.         expert, above
@@ -11,9 +11,9 @@ in the camera image. An action is the next waypoint (x, y); an expert demonstrat
       +------------------------> x
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -36,8 +36,7 @@ START_SPREAD = 0.1
 OBSTACLE_SPREAD = 0.2
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """A starting situation; the vehicle starts at (0, start_y)."""
 
     start_y: float
@@ -78,59 +77,40 @@ def render(position: np.ndarray, obstacle_y: float) -> np.ndarray:
     return image.round().astype(np.uint8)
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Where the vehicle is after one step, (2,), and whether it touched the obstacle on the way."""
+class Move(NamedTuple):
+    """One step of the vehicle."""
 
-    position: np.ndarray
-    hit: bool
+    position: np.ndarray  # (2,), after the step
+    hit: bool  # True if the vehicle touched the obstacle on the way
 
 
-def move(position: np.ndarray, waypoint: np.ndarray, obstacle_y: float) -> Moved:
-    """One step towards `waypoint` (2,), as far as one step goes."""
+def move(position: np.ndarray, waypoint: np.ndarray, obstacle_y: float) -> Move:
+    """Take one step towards `waypoint` (2,), at most MAX_STEP long."""
     way = np.asarray(waypoint, dtype=np.float64) - position
     way = way * min(1.0, MAX_STEP / max(float(np.linalg.norm(way)), 1e-9))
     obstacle = np.array([OBSTACLE_X, obstacle_y])
     along = np.clip((obstacle - position) @ way / max(float(way @ way), 1e-12), 0.0, 1.0)
     hit = np.linalg.norm(obstacle - position - along * way) < OBSTACLE_RADIUS
-    return Moved(position + way, bool(hit))
+    return Move(position + way, bool(hit))
 
 
 def has_arrived(position: np.ndarray) -> bool:
-    """Whether the field is crossed, and not left sideways."""
+    """True if the field is crossed, and not left sideways."""
     return bool(position[0] > 0.9 and abs(position[1]) < VIEW_HALF_HEIGHT)
 
 
 def write_dataset(folder: Path, episodes: int, seed: int = 0) -> LeRobotDataset:
     """Record expert demonstrations into a LeRobotDataset at `folder` (which must not exist)."""
     rng = np.random.default_rng(seed)
-    scenes = draw_scenes(episodes, seed)
-    dataset = LeRobotDataset.create(
-        REPO_ID,
-        fps=FPS,
-        root=folder,
-        use_videos=False,
-        features={
-            "observation.state": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
-            "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
-            CAMERA: {
-                "dtype": "image",
-                "shape": (IMAGE_SIZE, IMAGE_SIZE, 3),
-                "names": ["height", "width", "channel"],
-            },
-        },
-    )
-    for scene in tqdm(scenes, desc="      recording", unit="episode"):
+    vector = {"dtype": "float32", "shape": (2,), "names": ["x", "y"]}
+    image = {"dtype": "image", "shape": (IMAGE_SIZE, IMAGE_SIZE, 3), "names": ["height", "width", "channel"]}
+    features = {"observation.state": vector, "action": vector, CAMERA: image}
+    dataset = LeRobotDataset.create(REPO_ID, fps=FPS, root=folder, use_videos=False, features=features)
+    for scene in tqdm(draw_scenes(episodes, seed), desc="      recording", unit="episode"):
         path = expert_path(scene, side=rng.choice([-1, 1]))
-        for here, there in pairwise(path):
-            dataset.add_frame(
-                {
-                    "observation.state": here.astype(np.float32),
-                    "action": there.astype(np.float32),
-                    CAMERA: render(here, scene.obstacle_y),
-                    "task": TASK,
-                }
-            )
+        for position, waypoint in pairwise(path):
+            vectors = {"observation.state": position.astype(np.float32), "action": waypoint.astype(np.float32)}
+            dataset.add_frame({**vectors, CAMERA: render(position, scene.obstacle_y), "task": TASK})
         dataset.save_episode()
     dataset.finalize()
     return dataset

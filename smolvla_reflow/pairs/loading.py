@@ -23,13 +23,9 @@ def read_in_loader(loader: DataLoader, pairs: Pairs, per_frame: int) -> None:
 
 @dataclass(frozen=True)
 class CollateWithPairs:
-    """A loader's own way to make a batch of frames, and their pairs in it.
+    """A loader's own way to make a batch of frames, followed by `per_frame` pairs of each frame.
 
-    Attributes:
-        collate: the loader's own.
-        pairs: to read from.
-        per_frame: couplings for each frame.
-        process: number of the training process. LeRobot seeds all alike, and each is to choose for itself.
+    LeRobot seeds all training processes alike; `process`, the number of this one, makes each choose its own pairs.
     """
 
     collate: Callable[[list[Any]], Any]
@@ -40,13 +36,13 @@ class CollateWithPairs:
     def __call__(self, items: list[Any]) -> Any:
         batch = self.collate(items)
         if isinstance(batch, dict) and "index" in batch and INFO not in batch:
-            # Pairs that are not in the batch are read by the step; there an error reaches the user as it is.
+            # The step reads pairs that are missing from the batch; an error there reaches the user as it is.
             with contextlib.suppress(ReflowError):
                 self.pairs.bring(batch, self.per_frame, self.generator)
         return batch
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """Seeded once in each process of the loader, from the seed that torch has there."""
+        """Seeded once in each process of the loader, from torch's seed in that process."""
         seed = np.random.SeedSequence([torch.initial_seed(), self.process]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed[0]))

@@ -1,4 +1,4 @@
-"""Stored couplings, read from disk as they are asked for: a source of couplings that needs no teacher."""
+"""Stored couplings, read from disk when they are needed: a source of couplings without a teacher."""
 
 import bisect
 import itertools
@@ -26,27 +26,25 @@ BROUGHT = "smolvla_reflow.pairs"
 
 
 class Pairs:
-    """A finished set of pairs, read from disk as they are asked for; nothing of it stays in memory.
+    """A finished set of pairs, read from disk when they are needed; nothing stays in memory.
 
     Attributes:
-        folder: where it is.
-        manifest: what it holds.
+        folder: of the set, as an absolute path.
+        manifest: the frames it covers, and everything that the pairs depend on.
     """
 
     def __init__(self, folder: str | Path):
         """Open a folder that `smolvla-reflow-pairs` wrote.
 
         Raises:
-            ReflowError: it holds no pairs, or not all of them yet.
+            ReflowError: it holds no pairs, or an unfinished set.
         """
         self.folder = Path(folder).expanduser().resolve()
         self.manifest = read_manifest(self.folder)
-        unfinished = self.manifest.num_shards - len(self.manifest.checksums)
-        if unfinished:
+        if unfinished := len(self.manifest.unfinished):
             raise ReflowError(
-                f"The pairs in {self.folder} are unfinished: {unfinished} of "
-                f"{self.manifest.num_shards} shards are missing. Run smolvla-reflow-pairs again with the same "
-                "flags."
+                f"The pairs in {self.folder} are unfinished: {unfinished} of {self.manifest.num_shards} shards are "
+                "missing. Run smolvla-reflow-pairs again with the same flags."
             )
         starts = [start for start, _ in self.manifest.frames]
         lengths = [stop - start for start, stop in self.manifest.frames]
@@ -60,7 +58,7 @@ class Pairs:
         """Raise ReflowError if a shard is missing, damaged or foreign. Reads every byte.
 
         Args:
-            process: one of several that all make this call. One on each node reads then, and all of them raise.
+            process: this one, where several make this call. One on each node reads, and all raise.
         """
         reads = process is None or process.is_local_main_process
         damaged = check_shards(self.folder, self.manifest) if reads else []
@@ -73,7 +71,7 @@ class Pairs:
             )
 
     def missing(self, frames: Iterable[range]) -> int:
-        """How many of these frames have no pairs."""
+        """Number of these frames without pairs."""
         return sum(
             len(wanted)
             - sum(len(range(max(wanted.start, start), min(wanted.stop, stop))) for start, stop in self.manifest.frames)
@@ -111,7 +109,7 @@ class Pairs:
         )
 
     def in_batch(self, batch: Mapping[str, Any]) -> CouplingSource:
-        """These pairs as the source of one step: first those that the data loader has put into its batch."""
+        """These pairs as the source of one step; pairs that the data loader has put into the batch come first."""
         return partial(self, brought=batch.get(INFO))
 
     def __call__(
@@ -123,22 +121,22 @@ class Pairs:
         per_frame: int,
         brought: Any = None,
     ) -> Coupling:
-        """A source of couplings, see `CouplingSource`: of those stored for each frame, `per_frame` at random.
+        """Couplings as of `CouplingSource`: `per_frame` stored ones of each frame, at random.
 
-        What `bring` has put into `brought` is taken out of it, so that whoever asks again gets others.
+        Couplings that `bring` has put into `brought` are used and removed; the next call reads others.
 
         Raises:
-            ReflowError: the batch does not say which frames it holds, or the caller fixed the noise.
+            ReflowError: the batch does not name its frames, or the caller fixed the noise.
         """
         if noise is not None:
             raise ReflowError("Stored pairs have noise of their own; attach a teacher to couple a given noise.")
         if frames is None:
             raise ReflowError(
-                "The batch has no 'index', by which its frames' pairs are found; take it from a LeRobotDataset "
-                "and call policy.forward(batch)."
+                "The batch has no 'index', and its frames' pairs are found by their index; take the batch from a "
+                "LeRobotDataset and call policy.forward(batch)."
             )
         found = brought.pop(BROUGHT, None) if isinstance(brought, dict) else None
-        if found:  # of the whole batch, the last frames of which are asked for
+        if found:  # for the whole batch; the caller may ask for its last frames
             found = {name: tensor[len(tensor) - len(frames) :] for name, tensor in found.items()}
         if found and found["noise"].shape[1] == per_frame and torch.equal(found["frames"].to(frames.device), frames):
             device = observation.state.device
@@ -146,7 +144,7 @@ class Pairs:
         return self.draw(frames.tolist(), observation.state.device, per_frame)
 
     def bring(self, batch: dict[str, Any], per_frame: int, generator: torch.Generator) -> None:
-        """Put `per_frame` of each frame's pairs into a batch of the dataset, where they get past its preprocessor."""
+        """Put `per_frame` of each frame's pairs into a batch of the dataset, under a name that preprocessors keep."""
         frames = batch["index"]
         coupling = self.draw(frames.tolist(), torch.device("cpu"), per_frame, generator)
         by_frame = {
@@ -155,7 +153,7 @@ class Pairs:
         batch[INFO] = {BROUGHT: {"frames": frames, **by_frame}}
 
     def check_fits(self, config: SmolVLAConfig, stats: Statistics | None = None) -> None:
-        """Raise ReflowError if a policy of this config, on batches normalised by `stats`, cannot learn from them."""
+        """Raise ReflowError if the pairs have another shape than this policy's, or other statistics than `stats`."""
         made = self.manifest.provenance
         for name in ("chunk_size", "max_action_dim"):
             of_policy, of_pairs = getattr(config, name), getattr(made, name)
@@ -178,7 +176,7 @@ class Pairs:
     ) -> Coupling:
         """`per_frame` = K of each frame's pairs at random, (B * K, chunk_size, max_action_dim) float32 on `device`.
 
-        No pair of a frame comes twice before each has come once.
+        All pairs of a frame come once before any comes twice.
         """
         stored = self.manifest.provenance.couplings_per_frame
         rounds = -(-per_frame // stored)
@@ -195,3 +193,19 @@ class Pairs:
         if i < 0 or frame >= self.manifest.frames[i][1]:
             raise ReflowError(f"Frame {frame} has no pairs in {self.folder}.")
         return self._offsets[i] + frame - self._starts[i]
+
+
+def open_source(pairs: str | Path | CouplingSource, config: SmolVLAConfig, stats: Statistics | None) -> CouplingSource:
+    """The couplings that stand in for a teacher: a folder of pairs, or a function.
+
+    Raises:
+        ReflowError: they are neither, or do not fit a policy of this config on batches normalised by `stats`.
+    """
+    source = Pairs(pairs) if isinstance(pairs, str | Path) else pairs
+    if not callable(source):
+        raise ReflowError(f"pairs is a {type(pairs).__name__}; give a folder of pairs, or a function that couples.")
+    if isinstance(source, Pairs):
+        source.check_fits(config, stats)
+    elif stats is not None:
+        raise ReflowError("dataset_stats has no effect on a function that couples; leave it out.")
+    return source

@@ -1,12 +1,12 @@
-"""Maps between the normalised spaces of teacher and student, where their statistics differ.
+"""Maps between the normalised spaces of teacher and student, for different statistics.
 
-A SmolVLA sees state and gives actions in units of the statistics saved with its checkpoint. `train()` normalises
-batches by the current dataset's. Where the two differ (more episodes were recorded, another dataset), the teacher
-is asked in its own space: the state is mapped into it, the actions are mapped back. Every mode of LeRobot's
-normaliser is affine in each dimension, and so are both maps.
+A SmolVLA's state and actions are in units of the statistics saved with its checkpoint. `train()` normalises batches by
+the present dataset's. If the two differ (more episodes, another dataset), the state is mapped into the teacher's space,
+and its actions are mapped back. Every mode of LeRobot's normaliser is affine in each dimension, and so are both maps.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +15,7 @@ import torch
 from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from lerobot.processor import (
-    NormalizerProcessorStep,
-    TransitionKey,
-    UnnormalizerProcessorStep,
-    create_transition,
-)
+from lerobot.processor import NormalizerProcessorStep, TransitionKey, UnnormalizerProcessorStep, create_transition
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,10 +33,10 @@ from smolvla_reflow.smolvla.statistics import (
     saved_statistics,
 )
 
-# In normalised units: what is less is rounding, what is more no teacher has seen.
+# In normalised units: smaller changes are rounding, and a teacher has seen nothing of larger ones.
 NEGLIGIBLE = 1e-6
 HOPELESS = 1e3
-CONSTANT_IN_ONE = "(nearly) constant in the one and not in the other"
+CONSTANT_IN_ONE = "(nearly) constant in one and not in the other"
 OTHER_CONSTANTS = "constant in both, but at different values"
 
 
@@ -61,169 +56,54 @@ class Affine:
         return (self.scale - 1).abs() + self.shift.abs()
 
     def padded(self, width: int) -> "Affine":
-        """The same map, which leaves the dimensions up to `width` alone."""
+        """The same map with the identity in the dimensions up to `width`."""
         missing = (0, width - len(self.scale))
         return Affine(scale=pad(self.scale, missing, value=1.0), shift=pad(self.shift, missing, value=0.0))
 
 
-@dataclass(frozen=True)
-class SpaceMaps:
+class SpaceMaps(NamedTuple):
     """The two maps between the normalised spaces of a student and its teacher."""
 
-    state: Affine | None  # from the student's to the teacher's, None where a state is the same in both
+    state: Affine | None  # from the student's to the teacher's, None if a state is the same in both
     actions: Affine  # from the teacher's to the student's
 
 
 def space_maps(teacher: Checkpoint, stats: Statistics) -> SpaceMaps | None:
-    """The maps for batches normalised by `stats`; None if those are the teacher's own statistics.
+    """The maps for batches normalised by the dataset's `stats`; None if these are the teacher's own statistics.
 
-    Args:
-        teacher: a checkpoint with saved statistics.
-        stats: the dataset's, by feature and statistic.
-
-    Raises:
-        ReflowError: either side lacks statistics, or they differ so that no map can bridge them.
+    Raises ReflowError if a statistic in use is missing, or if no map fits the difference.
     """
     config, saved = teacher.config, saved_statistics(teacher)
-    current = {name: {k: np.asarray(v, np.float32) for k, v in of.items()} for name, of in stats.items()}
+    cameras = [name for name, spec in (config.input_features or {}).items() if spec.type is FeatureType.VISUAL]
+    current = {
+        name: {statistic: np.asarray(value, np.float32) for statistic, value in stats[name].items()}
+        for name in (*TYPES, *cameras)
+        if name in stats
+    }
+    _check_images(config, cameras, saved, current)
     _check(teacher.source, config, saved, current)
-    here, there = _Space(config, current), _Space(config, saved)
-    state, actions = _state_map(here, there, config.max_state_dim), _action_map(here, there, config.max_action_dim)
-    largest = _largest_change(state, actions)
-    if largest.size <= NEGLIGIBLE:
+    state, actions = (_map(_Space(name, config, current), _Space(name, config, saved)) for name in (OBS_STATE, ACTION))
+    changes = {OBS_STATE: state.change(), ACTION: actions.change()}
+    most = max(changes, key=lambda name: changes[name].max().item())
+    if changes[most].max() <= NEGLIGIBLE:
         return None
     if config.adapt_to_pi_aloha:
         raise ReflowError(
-            "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised "
-            "space, so they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
+            "The dataset's statistics are not the teacher's, and adapt_to_pi_aloha=true bends the normalised space, so "
+            "they cannot be mapped. First fine-tune the teacher on this dataset with lerobot-train."
         )
     logging.getLogger(__name__).info(
-        "The dataset's statistics are not the teacher's (most in '%s' dimension %d, by %.3g in normalised units): "
-        "state and actions are mapped to the teacher's space and back.",
-        largest.feature,
-        largest.dimension,
-        largest.size,
+        f"The dataset's statistics are not the teacher's (most in '{most}' dimension {int(changes[most].argmax())}, by "
+        f"{changes[most].max():.3g} in normalised units): state and actions are mapped to the teacher's space and back."
     )
-    return SpaceMaps(state if state.change().max() > NEGLIGIBLE else None, actions)
-
-
-class _Change(NamedTuple):
-    """Where two normalised spaces differ most, and by how much for x in [-1, 1]."""
-
-    feature: str
-    dimension: int
-    size: float
-
-
-def _largest_change(state: Affine, actions: Affine) -> _Change:
-    changes = {OBS_STATE: state.change(), ACTION: actions.change()}
-    feature = max(changes, key=lambda name: changes[name].max().item())
-    dimension = int(changes[feature].argmax())
-    return _Change(feature, dimension, changes[feature][dimension].item())
-
-
-@dataclass(frozen=True)
-class _Space:
-    """The normalised space of the batches, or the teacher's own.
-
-    Attributes:
-        config: the teacher's, which says how a feature is normalised.
-        stats: by which numbers.
-    """
-
-    config: SmolVLAConfig
-    stats: Statistics
-
-    def normaliser(self, feature: str) -> Affine:
-        return _probe(NormalizerProcessorStep, feature, self.config, self.stats)
-
-    def unnormaliser(self, feature: str) -> Affine:
-        return _probe(UnnormalizerProcessorStep, feature, self.config, self.stats)
-
-    def still(self, feature: str) -> Tensor:
-        """Which dimensions never move, (D,) bool."""
-        width = robot_width(self.config, self.stats, feature)
-        return torch.from_numpy(never_moves(self.stats.get(feature, {}), width))
-
-    def value(self, feature: str) -> Tensor:
-        """Where those that never move stand, (D,) float64; of the others it says nothing."""
-        zeros = np.zeros(robot_width(self.config, self.stats, feature))
-        low, high, mean = (self.stats.get(feature, {}).get(name, zeros) for name in ("min", "max", "mean"))
-        return torch.from_numpy(np.where(np.equal(low, high), low, mean).astype(np.float64))
-
-
-def _state_map(here: _Space, there: _Space, width: int) -> Affine:
-    """Into the teacher's units: undo the dataset's normaliser, apply the teacher's."""
-    undone, applied, value = here.normaliser(OBS_STATE), there.normaliser(OBS_STATE), here.value(OBS_STATE)
-    scale = applied.scale / undone.scale
-    moving = Affine(scale, applied.shift - scale * undone.shift)
-    _refuse(OBS_STATE, there.still(OBS_STATE) & ~here.still(OBS_STATE) & _changed(moving), CONSTANT_IN_ONE)
-    return _with_constants(OBS_STATE, moving, undone(value), applied(value), here, there).padded(width)
-
-
-def _action_map(here: _Space, there: _Space, width: int) -> Affine:
-    """Out of the teacher's units as the robot would get them: its unnormaliser, then the inverse of the dataset's."""
-    undone, applied, value = there.unnormaliser(ACTION), here.unnormaliser(ACTION), here.value(ACTION)
-    moving = Affine(undone.scale / applied.scale, (undone.shift - applied.shift) / applied.scale)
-    _refuse(ACTION, here.still(ACTION) & ~there.still(ACTION) & _changed(moving), CONSTANT_IN_ONE)
-    seen_there, seen_here = there.normaliser(ACTION)(value), here.normaliser(ACTION)(value)
-    return _with_constants(ACTION, moving, seen_there, seen_here, here, there).padded(width)
-
-
-def _changed(moving: Affine) -> Tensor:
-    """Which dimensions a map does not leave alone, (D,) bool.
-
-    Statistics without "min" and "max" do not say that a dimension never moves, but are then the very same ones.
-    """
-    return ~(moving.change() <= NEGLIGIBLE)
-
-
-def _with_constants(feature: str, moving: Affine, before: Tensor, after: Tensor, here: _Space, there: _Space) -> Affine:
-    """The map, in which a dimension that never moves gets the value that it has after it.
-
-    Its standard deviation is rounding noise, or 0, by which a map would multiply or divide. But what LeRobot's
-    normaliser makes of its one value is known in both spaces.
-
-    Args:
-        feature: which.
-        moving: the map of the dimensions that move.
-        before, after: (D,), the dataset's constant, normalised in the space that is mapped from, and to.
-        here, there: the space of the batches, and the teacher's.
-
-    Raises:
-        ReflowError: the constants are different ones, or a dimension is so nearly constant that it might as well be.
-    """
-    still, both = here.still(feature), here.still(feature) & there.still(feature)
-    same = torch.isclose(here.value(feature), there.value(feature), rtol=1e-5, atol=1e-6)
-    _refuse(feature, both & ~same, OTHER_CONSTANTS)
-    alike = (after - before).abs() <= NEGLIGIBLE
-    mapped = Affine(
-        scale=torch.where(still, alike.to(moving.scale), moving.scale),
-        shift=torch.where(still, torch.where(alike, 0.0, after), moving.shift),
-    )
-    _refuse(feature, ~(mapped.change() < HOPELESS) & ~both, CONSTANT_IN_ONE)
-    return mapped
-
-
-def _refuse(feature: str, dimensions: Tensor, why: str) -> None:
-    """Raise ReflowError if there is any such dimension, (D,) bool."""
-    if dimensions.any():
-        raise ReflowError(
-            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension "
-            f"{int(dimensions.int().argmax())} is {why}. First fine-tune the teacher on this dataset, with "
-            "lerobot-train."
-        )
+    state = state.padded(config.max_state_dim)
+    return SpaceMaps(state if state.change().max() > NEGLIGIBLE else None, actions.padded(config.max_action_dim))
 
 
 def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
-    """From this checkpoint's normalised actions to the robot's own units, at the robot's width.
+    """The map from a checkpoint's normalised actions to the robot's own units, at the robot's width.
 
-    Args:
-        checkpoint: with saved statistics.
-        policy: its policy, which from Aloha's normalised units has a conversion of its own (`adapt_to_pi_aloha`).
-
-    Raises:
-        ReflowError: the checkpoint has no saved statistics for its actions.
+    `policy` is the checkpoint's; it converts Aloha's normalised units once more (`adapt_to_pi_aloha`).
     """
     saved = saved_statistics(checkpoint)
     _check(checkpoint.source, checkpoint.config, saved, saved)
@@ -231,12 +111,9 @@ def robot_units(checkpoint: Checkpoint, policy: SmolVLAPolicy) -> Affine:
 
 
 def action_deviations(policy: SmolVLAPolicy, stats: Statistics) -> Tensor:
-    """How many standard deviations one normalised unit of each action dimension is, (D,) float32; 0 if it never moves.
+    """Standard deviations in one normalised unit of each action dimension, (D,) float32; 0 if it never moves.
 
-    Args:
-        policy: whose batches are normalised.
-        stats: by which numbers. Where they do not say what a standard deviation is, a unit counts as one, which under
-            LeRobot's "MEAN_STD" it is.
+    A unit counts as one standard deviation if `stats` has none, as it is in LeRobot's "MEAN_STD".
     """
     if "std" not in stats.get(ACTION, {}):
         feature = policy.config.action_feature
@@ -247,7 +124,7 @@ def action_deviations(policy: SmolVLAPolicy, stats: Statistics) -> Tensor:
 
 
 def _robot_units(config: SmolVLAConfig, stats: Statistics, policy: SmolVLAPolicy) -> Affine:
-    unnormalised = _probe(UnnormalizerProcessorStep, ACTION, config, stats)
+    unnormalised = _Space(ACTION, config, stats).probe(UnnormalizerProcessorStep)
     if not config.adapt_to_pi_aloha:
         return unnormalised
     width = len(unnormalised.scale)
@@ -255,72 +132,117 @@ def _robot_units(config: SmolVLAConfig, stats: Statistics, policy: SmolVLAPolicy
     return Affine(scale=unnormalised.scale * (encoded[1] - encoded[0]), shift=unnormalised(encoded[0]))
 
 
-def _probe(
-    kind: type[NormalizerProcessorStep] | type[UnnormalizerProcessorStep],
-    name: str,
-    config: SmolVLAConfig,
-    stats: Statistics,
-) -> Affine:
-    """What LeRobot's (un)normaliser does to one feature, found by its values at 0 and 1."""
-    width = robot_width(config, stats, name)
-    step = kind(
-        features={name: PolicyFeature(TYPES[name], (width,))},
-        norm_map={FeatureType(k): mode for k, mode in config.normalization_mapping.items()},
-        stats={name: dict(stats.get(name, {}))},
+@dataclass(frozen=True)
+class _Space:
+    """The normalised space of one feature: the dataset's or the teacher's, by its statistics."""
+
+    feature: str
+    config: SmolVLAConfig
+    stats: Statistics
+
+    def probe(self, kind: type[NormalizerProcessorStep] | type[UnnormalizerProcessorStep]) -> Affine:
+        """LeRobot's normaliser or unnormaliser as an affine map, found by its values at 0 and 1."""
+        step = kind(
+            features={self.feature: PolicyFeature(TYPES[self.feature], (self.width(),))},
+            norm_map={FeatureType(k): mode for k, mode in self.config.normalization_mapping.items()},
+            stats={self.feature: dict(self.stats.get(self.feature, {}))},
+        )
+
+        def at(value: float) -> Tensor:
+            x = torch.full((self.width(),), value, dtype=torch.float64)
+            if self.feature == ACTION:
+                return step(create_transition(action=x))[TransitionKey.ACTION]
+            return step(create_transition(observation={self.feature: x}))[TransitionKey.OBSERVATION][self.feature]
+
+        shift = at(0.0)
+        return Affine(scale=at(1.0) - shift, shift=shift)
+
+    def width(self) -> int:
+        return robot_width(self.config, self.stats, self.feature)
+
+    def still(self) -> Tensor:
+        """True for dimensions that never move, (D,)."""
+        return torch.from_numpy(never_moves(self.stats.get(self.feature, {}), self.width()))
+
+    def value(self) -> Tensor:
+        """The value of each dimension that never moves, (D,) float64; of the others it says nothing."""
+        zeros = np.zeros(self.width())
+        low, high, mean = (self.stats.get(self.feature, {}).get(name, zeros) for name in ("min", "max", "mean"))
+        return torch.from_numpy(np.where(np.equal(low, high), low, mean).astype(np.float64))
+
+
+def _map(dataset: _Space, teacher: _Space) -> Affine:
+    """The map of a state into the teacher's space, or of actions back, at the robot's width.
+
+    A state is unnormalised by the inverse of the dataset's normaliser, since the policy has seen it normalised. The
+    teacher's actions are unnormalised as for the robot, and normalised by the inverse of the dataset's unnormaliser.
+    """
+    is_state = dataset.feature == OBS_STATE
+    before, after = (dataset, teacher) if is_state else (teacher, dataset)
+    kind = NormalizerProcessorStep if is_state else UnnormalizerProcessorStep
+    undone, applied = before.probe(kind), after.probe(kind)
+    if is_state:
+        scale = applied.scale / undone.scale
+        moving = Affine(scale, applied.shift - scale * undone.shift)
+    else:
+        moving = Affine(undone.scale / applied.scale, (undone.shift - applied.shift) / applied.scale)
+    # Statistics without "min" and "max" do not show that a dimension never moves. If they are the same, no matter.
+    changed = ~(moving.change() <= NEGLIGIBLE)
+    _refuse(dataset.feature, after.still() & ~before.still() & changed, CONSTANT_IN_ONE)
+    still, both = dataset.still(), dataset.still() & teacher.still()
+    same = torch.isclose(dataset.value(), teacher.value(), rtol=1e-5, atol=1e-6)
+    _refuse(dataset.feature, both & ~same, OTHER_CONSTANTS)
+    # A map would multiply or divide a constant by its standard deviation, which is rounding noise or 0. LeRobot's
+    # normaliser gives the constant on both sides of the map.
+    known, wanted = (space.probe(NormalizerProcessorStep)(dataset.value()) for space in (before, after))
+    alike = (wanted - known).abs() <= NEGLIGIBLE
+    mapped = Affine(
+        scale=torch.where(still, alike.to(moving.scale), moving.scale),
+        shift=torch.where(still, torch.where(alike, 0.0, wanted), moving.shift),
     )
+    _refuse(dataset.feature, ~(mapped.change() < HOPELESS) & ~both, CONSTANT_IN_ONE)
+    return mapped
 
-    def at(value: float) -> Tensor:
-        x = torch.full((width,), value, dtype=torch.float64)
-        if name == ACTION:
-            return step(create_transition(action=x))[TransitionKey.ACTION]
-        return step(create_transition(observation={name: x}))[TransitionKey.OBSERVATION][name]
 
-    shift = at(0.0)
-    return Affine(scale=at(1.0) - shift, shift=shift)
+def _refuse(feature: str, dimensions: Tensor, why: str) -> None:
+    """Raise ReflowError if any of these dimensions, (D,) bool, is true."""
+    if dimensions.any():
+        raise ReflowError(
+            f"The dataset's statistics cannot be mapped to the teacher's: '{feature}' dimension "
+            f"{int(dimensions.int().argmax())} is {why}. First fine-tune the teacher on this dataset, with "
+            "lerobot-train."
+        )
 
 
 def _check(source: str, config: SmolVLAConfig, saved: Statistics, current: Statistics) -> None:
-    """Raise ReflowError unless both have every statistic in use, in one shape, and equal ones of images.
+    """Raise ReflowError unless both sides have every statistic in use, in one shape.
 
-    Where LeRobot hands its normaliser the dataset's statistics under the dataset's own names, a renamed state has none,
-    and would be trained unnormalised.
+    LeRobot hands its normaliser the dataset's statistics under the dataset's own names. A renamed state has none, and
+    would be trained unnormalised.
     """
-    _check_images(config, saved, current)
-    for feature in TYPES:
-        for statistic in in_use(config, feature):
-            name = f"{feature}.{statistic}"
-            of_dataset, of_teacher = current.get(feature, {}).get(statistic), saved.get(feature, {}).get(statistic)
-            if of_teacher is None:
-                raise ReflowError(
-                    f"The checkpoint {source} has no saved statistics '{name}', so the space of its actions is "
-                    "unknown; use a checkpoint saved by lerobot-train."
-                )
-            if of_dataset is None:
-                raise ReflowError(
-                    f"The dataset has no statistics '{name}', by which the teacher's {feature} is normalised; a "
-                    "dataset that names this feature differently has to be converted, not mapped."
-                )
-            if of_dataset.shape != of_teacher.shape:
-                raise ReflowError(
-                    f"'{feature}' has {of_dataset.size} dimensions in the dataset and {of_teacher.size} in the teacher "
-                    f"{source} (so say the statistics it was saved with). Name the dataset it was fine-tuned on, or "
-                    "fine-tune it on this one first, with lerobot-train."
-                )
-
-
-def _check_images(config: SmolVLAConfig, saved: Statistics, current: Statistics) -> None:
-    mode = config.normalization_mapping.get(FeatureType.VISUAL.value, NormalizationMode.IDENTITY)
-    cameras = [name for name, spec in (config.input_features or {}).items() if spec.type is FeatureType.VISUAL]
-    for name in (f"{camera}.{statistic}" for camera in cameras for statistic in STATISTICS[mode]):
-        camera, _, statistic = name.rpartition(".")
-        if not _agree(current.get(camera, {}).get(statistic), saved.get(camera, {}).get(statistic)):
+    for feature, statistic in ((name, statistic) for name in TYPES for statistic in in_use(config, name)):
+        of_teacher, of_dataset = (stats.get(feature, {}).get(statistic) for stats in (saved, current))
+        if of_teacher is None or of_dataset is None:
             raise ReflowError(
-                f"The teacher's images were normalised by other statistics: '{name}' is not the "
-                "dataset's. Only state and actions can be mapped."
+                f"{f'The checkpoint {source} has no saved' if of_teacher is None else 'The dataset has no'} statistics "
+                f"'{feature}.{statistic}', and they normalise the teacher's {feature}. Use a checkpoint that "
+                "lerobot-train saved. A dataset with another name for this feature has to be converted."
+            )
+        if of_dataset.shape != of_teacher.shape:
+            raise ReflowError(
+                f"'{feature}' has {of_dataset.size} dimensions in the dataset and {of_teacher.size} in the statistics "
+                f"of the teacher {source}. Name the dataset that the teacher was fine-tuned on, or first fine-tune the "
+                "teacher on this one, with lerobot-train."
             )
 
 
-def _agree(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return one.size == other.size and np.allclose(one.ravel(), other.ravel())
+def _check_images(config: SmolVLAConfig, cameras: Sequence[str], saved: Statistics, current: Statistics) -> None:
+    """Raise ReflowError if images are normalised, and not by the teacher's statistics."""
+    mode = config.normalization_mapping.get(FeatureType.VISUAL.value, NormalizationMode.IDENTITY)
+    for camera, statistic in ((camera, statistic) for camera in cameras for statistic in STATISTICS[mode]):
+        one, other = (np.ravel(stats.get(camera, {}).get(statistic, ())) for stats in (current, saved))
+        if one.size != other.size or not np.allclose(one, other):
+            raise ReflowError(
+                f"The teacher's images were normalised by other statistics: '{camera}.{statistic}' is not the "
+                "dataset's. Only state and actions can be mapped."
+            )

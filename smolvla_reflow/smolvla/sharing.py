@@ -67,13 +67,9 @@ class Sharing:
 def share(
     student: SmolVLAPolicy, teacher: SmolVLAPolicy | None, *, several: bool = False, why_not: str | None = None
 ) -> Sharing:
-    """Let a student share with its teacher, or among a frame's couplings.
+    """Let a student share with its teacher, or among the couplings of a frame if it has `several`.
 
-    Args:
-        student: with its weights.
-        teacher: None if the couplings come from elsewhere.
-        several: True if a frame has several couplings.
-        why_not: a reason against one prefix that the policies do not show; None if there is none.
+    `why_not` is a reason against one prefix that the policies do not show.
     """
     features = None
     if teacher is not None or several:

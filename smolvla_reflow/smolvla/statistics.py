@@ -1,7 +1,7 @@
-"""The numbers by which a policy's state and actions are normalised: which are in use, how many, and which never move.
+"""The numbers that normalise a policy's state and actions, their widths, and the dimensions that never move.
 
-How wide a robot's state and actions are, the statistics say. A checkpoint's `config.json` may still have the widths of
-the base that it was fine-tuned from, which LeRobot never looks at.
+The statistics give the width of a robot's state and actions. A checkpoint's `config.json` may still give the widths of
+the base that it was fine-tuned from, and LeRobot never reads them.
 """
 
 import hashlib
@@ -16,9 +16,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from smolvla_reflow.checkpoint.read import Checkpoint
-from smolvla_reflow.errors import ReflowError
 
-# The statistics each mode of LeRobot's normaliser uses.
+# The statistics that each mode of LeRobot's normaliser uses.
 STATISTICS = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -33,16 +32,12 @@ Statistics = Mapping[str, Mapping[str, Any]]
 
 
 def in_use(config: SmolVLAConfig, feature: str) -> tuple[str, ...]:
-    """The statistics by which this policy's state or action is normalised, if any."""
+    """The statistics that normalise this policy's state or action, if any."""
     return STATISTICS[config.normalization_mapping.get(TYPES[feature].value, NormalizationMode.IDENTITY)]
 
 
 def saved_statistics(checkpoint: Checkpoint) -> Statistics:
-    """The statistics saved with a checkpoint, by feature and statistic.
-
-    Raises:
-        ReflowError: its processors cannot be loaded.
-    """
+    """The statistics saved with a checkpoint, by feature and statistic."""
     nested: dict[str, dict[str, Any]] = {}
     for name, tensor in checkpoint.statistics().items():
         feature, _, statistic = name.rpartition(".")
@@ -51,12 +46,12 @@ def saved_statistics(checkpoint: Checkpoint) -> Statistics:
 
 
 def width_of(stats: Mapping[str, Any]) -> int | None:
-    """How many dimensions a state or an action has by its statistics; None if there are none."""
+    """The number of dimensions in the statistics of a state or an action; None if there are no statistics."""
     return next((len(stats[name]) for name in ("mean", "min", "q01", "q10") if name in stats), None)
 
 
 def robot_width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
-    """How many dimensions a robot's state or action has: what its statistics say, or else what the config says."""
+    """The number of dimensions of a robot's state or action by its statistics, or by the config if it has none."""
     width = width_of(stats.get(feature, {}))
     if width is not None:
         return width
@@ -64,10 +59,9 @@ def robot_width(config: SmolVLAConfig, stats: Statistics, feature: str) -> int:
 
 
 def never_moves(stats: Mapping[str, Any], width: int) -> np.ndarray:
-    """Which dimensions of a state or an action are constant, (width,) bool.
+    """True for the constant dimensions of a state or an action, (width,).
 
-    Its "min" and "max" decide. The standard deviation that LeRobot aggregates over episodes does not tell: of a
-    constant 100.3 it can be 0.06.
+    "min" and "max" decide. A standard deviation that LeRobot aggregates over episodes can be 0.06 for a constant 100.3.
     """
     still = np.zeros(width, bool)
     if "min" in stats and "max" in stats:
@@ -84,17 +78,9 @@ def moving_deviations(stats: Mapping[str, Any]) -> Tensor:
 
 
 def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
-    """SHA-256 of the statistics by which this policy's state and actions are normalised, as float32.
-
-    Raises:
-        ReflowError: one of them is missing.
-    """
+    """SHA-256 of the statistics that normalise this policy's state and actions, as float32."""
     digest = hashlib.sha256()
-    for feature in TYPES:
-        for statistic in in_use(config, feature):
-            name = f"{feature}.{statistic}"
-            if statistic not in stats.get(feature, {}):
-                raise ReflowError(f"There are no statistics '{name}', by which the policy's {feature} is normalised.")
-            digest.update(name.encode())
-            digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
+    for feature, statistic in ((name, statistic) for name in TYPES for statistic in in_use(config, name)):
+        digest.update(f"{feature}.{statistic}".encode())
+        digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
     return digest.hexdigest()

@@ -1,11 +1,11 @@
 """Complete the command line before LeRobot reads it.
 
-LeRobot reads `--policy.*` from the command line itself, when it loads a pretrained policy. So that is where the
-conventions of a reflow run have to be written down: the student starts from the teacher, reflow's learning
-rate holds where the user gave none, and the flags of the earlier fork mean what they meant there. Everything
-here is a plain function from flags to flags.
+LeRobot reads `--policy.*` from the command line itself when it loads a pretrained policy. So a reflow run's conventions
+become flags: the student starts from the teacher, reflow's learning rate holds unless the user gave one, and the flags
+of the earlier fork keep their meaning. Everything in this module is a plain function from flags to flags.
 """
 
+import datetime as dt
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lerobot
-
 from smolvla_reflow.checkpoint.fork.migration import rename_fork_flags
 from smolvla_reflow.checkpoint.read import may_be_hub_id
-from smolvla_reflow.compat import resumes_from_hub
-from smolvla_reflow.errors import ReflowError, known_are
-from smolvla_reflow.losses import get_loss_strategy, is_file_strategy
-from smolvla_reflow.training.config import LEARNING_RATE, RECIPE, ReflowConfig, ReflowTrainPipelineConfig
+from smolvla_reflow.compat import download_last_checkpoint, resumes_from_hub
+from smolvla_reflow.errors import ReflowError, doing
+from smolvla_reflow.training.config import LEARNING_RATE, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
-from smolvla_reflow.training.run_folder import resumable_config
+from smolvla_reflow.training.run_folder import CONFIG, find_config
 
 NOTHING = ("", "null", "none")
 
@@ -33,126 +30,89 @@ class Arguments:
 
     Attributes:
         flags: for LeRobot's parser, each `--name=value`.
-        chosen: what was filled in because the user gave none, by flag name.
-        typed: names of the flags that stood on the command line itself.
-        resume: whether the run continues an earlier one, whose configuration then holds.
-        hub_id: the repository that LeRobot downloads the earlier run's last checkpoint from, if it is not here.
-        config_file: the temporary copy of the user's config file that `flags` name; for the caller to delete.
+        chosen: values filled in because the user gave none, by flag name.
+        typed: names of the flags that the user typed.
+        resume: True if the run continues an earlier one, whose configuration then holds.
+        config_file: temporary copy of the user's config file that `flags` name; for the caller to delete.
     """
 
     flags: list[str]
     chosen: dict[str, Any]
     typed: frozenset[str]
     resume: bool = False
-    hub_id: str | None = None
     config_file: Path | None = None
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """The values of the flags, by their names."""
+        return {name: value for name, _, value in (flag[2:].partition("=") for flag in self.flags)}
 
 
 def complete(argv: Sequence[str]) -> Arguments:
     """Complete the user's command line (without the program's name).
 
     Raises:
-        ReflowError: no teacher or no dataset is named, there is no such run to resume, or flags contradict each other.
+        ReflowError: a teacher or a dataset is missing, flags contradict each other, or a file cannot be read.
     """
-    given = _at_home(_parse(argv))
+    given: dict[str, Any] = _at_home(_parse(argv))
     typed = frozenset(given)
-    _check_names(given)
     if _is_true(given.get("resume")):
         return _resumed(given, typed)
 
     path = given.pop("config_path", None)
-    file = inherit(path, given) if path else Inherited()
-    rest = _at_home(file.rest)
-    given = _at_home({**file.flags, **rename_fork_flags(given)})
-    if rest.get("reward_model"):
-        raise ReflowError(f"--config_path={path} trains a reward model, and only a smolvla policy can be reflowed.")
+    inherited = inherit(path, given) if path else Inherited()
+    rest = _at_home(inherited.rest)
+    given = _at_home({**inherited.flags, **rename_fork_flags(given)})
     if not given.get("reflow.teacher_path"):
         raise ReflowError(
             "Name the teacher, the SmolVLA checkpoint to reflow: --reflow.teacher_path=.../pretrained_model."
         )
     if "dataset.repo_id" not in given and not (rest.get("dataset") or {}).get("repo_id"):
         raise ReflowError("Name the dataset the teacher was trained on: --dataset.repo_id=... (--dataset.root=...).")
-    kind = given.pop("policy.type", "smolvla")
-    if kind != "smolvla":
-        raise ReflowError(f"--policy.type={kind} cannot be reflowed, only smolvla can.")
-    if "policy.pretrained_path" in given:  # another way of saying the same, which LeRobot would let lose
+    if given.get("policy.type") == "smolvla":  # LeRobot takes no type beside the path that is filled in
+        del given["policy.type"]
+    if "policy.pretrained_path" in given:  # another name for the student's start, which LeRobot would overwrite
         given.setdefault("policy.path", given.pop("policy.pretrained_path"))
-    chosen = _choose(given, rest, typed)
+    chosen = _choose(given, rest)
     flags = _flags({**given, **chosen})
     if not rest:
         return Arguments(flags, chosen, typed)
-    config_file = _write_config(rest)
-    return Arguments([f"--config_path={config_file}", *flags], chosen, typed, config_file=config_file)
+    # LeRobot 0.4 reads every config file as JSON.
+    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
+        json.dump(rest, file)
+    return Arguments([f"--config_path={file.name}", *flags], chosen, typed, config_file=Path(file.name))
 
 
-def _resumed(given: Mapping[str, Any], typed: frozenset[str]) -> Arguments:
+def _resumed(given: dict[str, Any], typed: frozenset[str]) -> Arguments:
     """The command line that resumes a run, which goes on with its own configuration and weights."""
-    if not given.get("config_path"):
+    path = given.get("config_path")
+    if not path:
         raise ReflowError("--resume=true needs --config_path=..., the run's folder or one of its checkpoints.")
-    for name in ("policy.path", "policy.pretrained_path"):
-        if name in given:
-            raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
-    path, hub_id = given["config_path"], None
-    if _is_on_hub(path):
-        if not resumes_from_hub():
-            raise ReflowError(
-                f"--config_path={path} does not exist, and LeRobot {lerobot.__version__} says of a hub id that "
-                "resuming from the hub is not supported; download the checkpoint with its training_state, and name "
-                "its folder."
-            )
-        hub_id = path
-    else:
-        path = str(resumable_config(Path(path)))
-    return Arguments(_flags({**given, "config_path": path}), {}, typed, resume=True, hub_id=hub_id)
+    for name in typed & {"policy.path", "policy.pretrained_path"}:
+        raise ReflowError(f"--{name} is for a new run; a resumed one goes on with its own weights. Leave it out.")
+    config = find_config(Path(path))
+    if not config.parent.exists() and may_be_hub_id(path) and resumes_from_hub():
+        folder = given.setdefault("output_dir", f"outputs/train/{dt.datetime.now():%Y-%m-%d/%H-%M-%S}_resume")
+        with doing(f"downloading the last checkpoint of {path}"):
+            config = download_last_checkpoint(path, Path(folder)) / CONFIG
+    if not config.is_file():
+        raise ReflowError(f"--config_path={path} holds no checkpoint of a training run: there is no {config}.")
+    return Arguments(_flags({**given, "config_path": str(config)}), {}, typed, resume=True)
 
 
-def _is_on_hub(path: str) -> bool:
-    """Whether a path is not here, and may be the id of a repository."""
-    return not Path(path).exists() and not Path(path).parent.exists() and may_be_hub_id(path)
-
-
-def _check_names(given: Mapping[str, Any]) -> None:
-    """Raise ReflowError for flags of this package that do not exist, and of LeRobot that train something else."""
-    known = [f"--reflow.{field}" for field in ReflowConfig.__dataclass_fields__]
-    for flag in (f"--{name}" for name in given if name.startswith("reflow.")):
-        if flag not in known:
-            raise ReflowError(f"{flag} is unknown; {known_are(known, flag)} See --help.")
-    if any(name.startswith("reward_model") for name in given):
-        raise ReflowError("--reward_model trains a reward model, and only a smolvla policy can be reflowed.")
-
-
-def _choose(given: Mapping[str, Any], rest: Mapping[str, Any], typed: frozenset[str]) -> dict[str, Any]:
-    """What a reflow run uses where the user gave nothing."""
-    fields = ReflowTrainPipelineConfig.__dataclass_fields__
-    steps = _number("steps", given.get("steps", rest.get("steps", fields["steps"].default)))
-    lr = _number("policy.optimizer_lr", given.get("policy.optimizer_lr", LEARNING_RATE))
-    defaults = {
-        "policy.path": given["reflow.teacher_path"],
-        "policy.optimizer_lr": LEARNING_RATE,
-        **schedule(steps, lr),
-        **_recipe(given, typed),
-    }
+def _choose(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a reflow run uses where the user gave none."""
+    steps = ReflowTrainPipelineConfig.__dataclass_fields__["steps"].default
+    with doing("reading --steps and --policy.optimizer_lr"):
+        usual = schedule(
+            float(given.get("steps", rest.get("steps", steps))), float(given.get("policy.optimizer_lr", LEARNING_RATE))
+        )
+    defaults = {"policy.path": given["reflow.teacher_path"], "policy.optimizer_lr": LEARNING_RATE, **usual}
     return {name: value for name, value in defaults.items() if name not in given} | _published_nowhere(given, rest)
 
 
-def _recipe(given: Mapping[str, Any], typed: frozenset[str]) -> dict[str, Any]:
-    """The recipe of a reflow run, as far as it has an effect on its loss."""
-    strategy = given.get("reflow.strategy", ReflowConfig.strategy)
-    if is_file_strategy(strategy) and "reflow.strategy" not in typed:  # a file to run that a config file names, no user
-        return {}
-    try:
-        unused = get_loss_strategy(strategy).unused
-    except ReflowError:  # there is no such loss, which is said later
-        return {}
-    chosen: dict[str, Any] = {"padding_weight": RECIPE.padding_weight}
-    if not _number("reflow.real_data_ratio", given.get("reflow.real_data_ratio", 0)):
-        # Recorded rows have LeRobot's own loss, and would not have their share of the gradient beside a weighed one.
-        chosen["weighting"] = RECIPE.weighting
-    return {f"reflow.{name}": value for name, value in chosen.items() if name not in unused}
-
-
 def _published_nowhere(given: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """What keeps the student out of the repository that the teacher's config names, unless it has one of its own."""
+    """Flags that keep a student without a named repository out of the teacher's, which the teacher's config names."""
     if str(given.get("policy.repo_id", "")).lower() not in NOTHING:
         return {}
     for name in ("policy.push_to_hub", "save_checkpoint_to_hub"):
@@ -178,38 +138,16 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _at_home(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with `~/` at the start of a value as the home folder, which the shell leaves after a `=`."""
-
-    def expanded(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _at_home(value)
-        return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
-
-    return {name: expanded(value) for name, value in given.items()}
+def _at_home(value: Any) -> Any:
+    """The value, or each value of a mapping, with a leading `~/` expanded; the shell leaves it alone after a `=`."""
+    if isinstance(value, Mapping):
+        return {name: _at_home(inner) for name, inner in value.items()}
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _flags(given: Mapping[str, Any]) -> list[str]:
-    return [f"--{name}={_text(value)}" for name, value in given.items()]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
 
 
 def _is_true(value: Any) -> bool:
     return str(value).lower() in ("true", "1", "yes")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ReflowError(f"--{name}={value} is not a number.") from None
-
-
-def _write_config(rest: Mapping[str, Any]) -> Path:
-    # LeRobot 0.4 reads every config file as JSON.
-    with tempfile.NamedTemporaryFile("w", suffix=".json", prefix="reflow_config_", delete=False) as file:
-        json.dump(rest, file)
-    return Path(file.name)

@@ -1,20 +1,18 @@
-"""The checkpoints of a run: its teacher, which stays the one that it began with, and the one its student starts from.
+"""The checkpoints of a run: the teacher, which stays the same until the run ends, and the student's start.
 
 LeRobot reads `--policy.path` from the command line itself, without a revision, and takes the tokenizer's name from the
-JSON file that it finds there. So the student's checkpoint is handed over as a folder in which all of it holds here, and
-an adapter, which LeRobot would go on with as one, as the stock checkpoint that it is once it is merged into its base.
+JSON file in that folder. So LeRobot is given a folder whose files hold on this machine. An adapter is merged into its
+base there, since LeRobot would go on training the adapter.
 """
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import CONFIG_NAME
-from safetensors import SafetensorError
-from torch import nn
 
 from smolvla_reflow.checkpoint.adapter import ADAPTER_CONFIG_NAME, merge_command
 from smolvla_reflow.checkpoint.backbone import load_tokenizer
@@ -26,26 +24,18 @@ from smolvla_reflow.checkpoint.read import (
     open_checkpoint,
     read_json,
 )
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.teacher import base_policy
 from smolvla_reflow.training.config import ReflowConfig
 
 FILLED_IN = ("teacher_commit", "teacher_fingerprint")
 
 
-def open_teacher(
-    reflow: ReflowConfig, typed: Collection[str], backbone: str | None = None, *, resume: bool = False
-) -> Checkpoint:
-    """Open the teacher and note in the configuration which one it is, so that no other can take its place later.
-
-    Args:
-        reflow: the run's section, which names a teacher; its path, commit and fingerprint are filled in.
-        typed: names of the flags on the command line.
-        backbone: folder or hub id of the vision-language backbone, if the teacher is to have another than it says.
-        resume: whether the run continues an earlier one.
+def open_teacher(reflow: ReflowConfig, typed: Collection[str], backbone: str | None, *, resume: bool) -> Checkpoint:
+    """Open the teacher and note its path, commit and fingerprint, so that no other can take its place later.
 
     Raises:
-        ReflowError: the teacher cannot be used, or is not the one that the configuration was written with.
+        ReflowError: the teacher cannot be used, or another one was there when the configuration was written.
     """
     assert reflow.teacher_path is not None
     for name in FILLED_IN:
@@ -59,11 +49,11 @@ def open_teacher(
         was = f" (commit {reflow.teacher_commit})" if reflow.teacher_commit else ""
         raise ReflowError(
             f"The teacher {teacher.cited()} is not the one that this {'run began' if resume else 'file was written'} "
-            f"with{was}: its weights, configuration or statistics are others. "
+            f"with{was}: its weights, configuration or statistics changed. "
             + (
-                "Put that one back, or start a new run."
+                "Put the run's teacher back, or start a new run."
                 if resume
-                else f"To take it as it is now, name it yourself: --reflow.teacher_path={reflow.teacher_path}"
+                else f"To take the present teacher, name it yourself: --reflow.teacher_path={reflow.teacher_path}"
             )
         )
     reflow.teacher_path, reflow.teacher_commit, reflow.teacher_fingerprint = teacher.source, teacher.commit, found
@@ -71,24 +61,23 @@ def open_teacher(
 
 
 def _revision(reflow: ReflowConfig, typed: Collection[str], named_anew: bool) -> str | None:
-    """Of the teacher on the hub: what was asked for, or else the commit that the run began with."""
+    """The revision of a teacher on the hub: as asked for, or else the commit that the run began with."""
     if "reflow.teacher_revision" in typed:
         return reflow.teacher_revision
-    if named_anew:  # what the file says is of another teacher
+    if named_anew:  # the file's revision is another teacher's
         reflow.teacher_revision = None
     elif not Path(str(reflow.teacher_path)).expanduser().exists():
         return reflow.teacher_commit or reflow.teacher_revision
     return None
 
 
-def open_start(flags: Sequence[str], teacher: Checkpoint, backbone: str | None) -> Checkpoint:
+def open_start(given: Mapping[str, str], teacher: Checkpoint, backbone: str | None) -> Checkpoint:
     """The checkpoint that `--policy.path` names. Raises ReflowError if it cannot be used."""
-    given = by_name(flags)
     path, revision = given["policy.path"], given.get("policy.pretrained_revision")
-    here = Path(path).expanduser()
-    if here.exists():
-        revision = None  # which LeRobot does not look at then
-        if str(here.resolve()) == teacher.source:
+    folder = Path(path).expanduser()
+    if folder.exists():
+        revision = None  # LeRobot ignores the revision of a folder
+        if str(folder.resolve()) == teacher.source:
             return teacher
     elif path == teacher.source and revision in (None, given.get("reflow.teacher_revision"), teacher.commit):
         return teacher
@@ -96,7 +85,7 @@ def open_start(flags: Sequence[str], teacher: Checkpoint, backbone: str | None) 
 
 
 def check_base(start: Checkpoint) -> None:
-    """Raise ReflowError if no adapter can be trained on this checkpoint, of which only the name is saved with it."""
+    """Raise ReflowError if no adapter can be trained on this checkpoint: an adapter saves its base's name alone."""
     if start.base is not None:
         raise ReflowError(
             f"With --peft.* the student is a new adapter, whose base LeRobot has to find again, and {start.source} is "
@@ -106,10 +95,10 @@ def check_base(start: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[list[str]]:
-    """The flags with which LeRobot starts the student from this checkpoint.
+    """The flags that let LeRobot start the student from this checkpoint.
 
-    What the checkpoint says and does not hold here (where its tokenizer is, an adapter that has been merged) is put
-    right in a temporary folder, all else in which are links; and an adapter is merged there.
+    If some of its files do not hold on this machine, `--policy.path` is a temporary folder with corrected files and
+    links to the others, or with the merged adapter.
     """
     if start is None:
         yield list(flags)
@@ -119,7 +108,8 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
         if corrected:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reflow_start_")))
             if start.base is not None:
-                _merge(start, scratch)
+                with doing(f"merging the adapter {start.source} into its base, in {scratch} (TMPDIR names its parent)"):
+                    write_merged(start, scratch)
             else:
                 for path in folder.iterdir():
                     if path.name not in corrected:
@@ -130,62 +120,41 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
         yield [*(flag for flag in flags if not flag.startswith("--policy.path=")), f"--policy.path={folder}"]
 
 
-def _merge(start: Checkpoint, scratch: Path) -> None:
-    try:
-        write_merged(start, scratch)
-    except (OSError, SafetensorError) as error:
-        raise ReflowError(
-            f"The adapter {start.source} is merged into its base in {scratch}, which cannot be written ({error}). Make "
-            "room there, or set TMPDIR to a folder elsewhere."
-        ) from None
-
-
-def name_start(policy: nn.Module, start: Checkpoint) -> None:
-    """Have a student say where it started by a name that lasts, in place of the folder that LeRobot read."""
-    base_policy(policy).config.pretrained_path = Path(start.source)
-    for adapter in getattr(policy, "peft_config", {}).values():
+def name_start(policy: Any, start: Checkpoint) -> None:
+    """Name the student's start by a name that lasts, in place of the folder that LeRobot read."""
+    base = base_policy(policy)
+    base.config.pretrained_path = Path(start.source)
+    for adapter in policy.peft_config.values() if policy is not base else ():
         adapter.base_model_name_or_path, adapter.revision = start.source, start.commit
 
 
 def restore_adapter(policy: Any, saved: Path) -> None:
-    """Give a resumed student the adapter that was saved in this folder, if it is one.
-
-    LeRobot 0.4 wraps it once more, in an adapter that begins at zero and has the saved one for its base.
-    """
-    adapters = getattr(policy, "peft_config", {})
-    for name, adapter in adapters.items():
+    """Give a resumed student the adapter saved in this folder; LeRobot 0.4 begins a new adapter on top."""
+    for name, adapter in policy.peft_config.items() if policy is not base_policy(policy) else ():
         policy.load_adapter(str(saved), name, is_trainable=True)
         noted = read_json(saved / ADAPTER_CONFIG_NAME)
         adapter.base_model_name_or_path, adapter.revision = noted.get("base_model_name_or_path"), noted.get("revision")
 
 
-def by_name(flags: Sequence[str]) -> dict[str, str]:
-    """`--name=value` flags by name."""
-    return {name: value for name, _, value in (flag[2:].partition("=") for flag in flags)}
-
-
 def _corrected(start: Checkpoint) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint that say what does not hold here, by name, as they should be."""
+    """The files of a checkpoint that do not hold on this machine, by name, with their corrected content."""
     corrected = {}
     config = read_json(start.folder / CONFIG_NAME)
     if config.get("use_peft") and not start.config.use_peft:
         corrected[CONFIG_NAME] = {**config, "use_peft": False}
     if start.tokenizer is not None:
         preprocessor = read_json(start.folder / PREPROCESSOR_NAME)
-        step = next(step for step in preprocessor["steps"] if step.get("registry_name") == TOKENIZER_STEP)
-        settings, name = step.get("config") or {}, _lasting_tokenizer(start, start.tokenizer)
+        saved = next(step for step in preprocessor["steps"] if step.get("registry_name") == TOKENIZER_STEP)
+        settings, name = saved.get("config") or {}, _lasting_tokenizer(start, start.tokenizer)
         if settings.get("tokenizer_name") != name:
-            step["config"] = {**settings, "tokenizer_name": name}
-            step.pop("artifacts", None)
+            saved["config"] = {**settings, "tokenizer_name": name}
+            saved.pop("artifacts", None)
             corrected[PREPROCESSOR_NAME] = preprocessor
     return corrected
 
 
 def _lasting_tokenizer(start: Checkpoint, tokenizer: str) -> str:
-    """How the student should name the tokenizer, once it is somewhere else than the checkpoint it started from.
-
-    A tokenizer inside that checkpoint is as a rule the backbone's, which the student needs anyway.
-    """
+    """The tokenizer's name in the student: the backbone's if it is the same, since the student needs the backbone."""
     if not Path(tokenizer).is_relative_to(start.folder.absolute()):
         return tokenizer
     try:

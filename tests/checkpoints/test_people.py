@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from editing import edit_step
 from helpers import as_flags, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
@@ -20,6 +21,9 @@ from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.store import Pairs
 
+FEW_PAIRS = {"couplings_per_frame": 2, "num_workers": 0, "dtype": "float32"}
+SHORT_EVAL = {"num_steps": "[1,2]", "num_frames": 3, "num_noises": 2, "reference_steps": 4}
+
 
 def reflow_flags(people, run: Path, **changes: Any) -> list[str]:
     given = {"reflow__teacher_path": people.teacher, "output_dir": run, "rename_map": None, "steps": 3}
@@ -27,33 +31,11 @@ def reflow_flags(people, run: Path, **changes: Any) -> list[str]:
 
 
 def pairs_flags(people, folder: Path, **changes: Any) -> list[str]:
-    flags = {
-        "reflow.teacher_path": people.teacher,
-        "dataset.repo_id": REPO_ID,
-        "dataset.root": people.dataset,
-        "output_dir": folder,
-        "policy.device": "cpu",
-        "couplings_per_frame": 2,
-        "num_workers": 0,
-        "dtype": "float32",
-    }
-    return as_flags(flags, **changes)
+    return as_flags({**where(people, folder), **FEW_PAIRS, "reflow.teacher_path": people.teacher}, **changes)
 
 
-def eval_flags(people, student: Path, folder: Path, **changes: Any) -> list[str]:
-    flags = {
-        "policy.path": student,
-        "policy.device": "cpu",
-        "teacher_path": people.teacher,
-        "dataset.repo_id": REPO_ID,
-        "dataset.root": people.dataset,
-        "output_dir": folder,
-        "num_steps": "[1,2]",
-        "num_frames": 3,
-        "num_noises": 2,
-        "reference_steps": 4,
-    }
-    return as_flags(flags, **changes)
+def where(people, folder: Path) -> dict[str, Any]:
+    return {"dataset.repo_id": REPO_ID, "dataset.root": people.dataset, "output_dir": folder, "policy.device": "cpu"}
 
 
 def stock_chunk(checkpoint: Path, root: Path, frame: int, noise: torch.Tensor) -> torch.Tensor:
@@ -74,6 +56,12 @@ def first_round(people, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture
+def start(people, tmp_path) -> Path:
+    """A copy of the teacher, to be changed."""
+    return Path(shutil.copytree(people.teacher, tmp_path / "start"))
+
+
 def test_what_the_fixture_is_like(people):
     """Its config still says what the base's said, as LeRobot leaves it; only the statistics know the robot."""
     config = json.loads((people.teacher / "config.json").read_text())
@@ -91,19 +79,16 @@ def test_train_resume_and_the_next_round(people, first_round, tmp_path):
     weights, before = load_file(student / "model.safetensors"), load_file(people.teacher / "model.safetensors")
     assert weights.keys() == before.keys()
     assert any(not torch.equal(weights[name], before[name]) for name in weights)
+    chunk = stock_chunk(student, people.dataset, 3, torch.randn(4, 8))
+    assert chunk.shape == (4, ROBOT_DIM)
+    assert chunk.isfinite().all()
     reflow_train_main([f"--config_path={student / 'train_config.json'}", "--resume=true", "--steps=5"])
     assert (first_round / "checkpoints" / "000005").is_dir()
     reflow_train_main(reflow_flags(people, tmp_path / "3rf", reflow__teacher_path=student))
     assert (tmp_path / "3rf" / LAST / "model.safetensors").is_file()
 
 
-def test_plain_lerobot_runs_the_student(people, first_round):
-    chunk = stock_chunk(first_round / LAST, people.dataset, 3, torch.randn(4, 8))
-    assert chunk.shape == (4, ROBOT_DIM)
-    assert chunk.isfinite().all()
-
-
-def test_pairs_are_what_stock_inference_of_the_teacher_gives(people, tmp_path, capsys):
+def test_pairs_are_what_stock_inference_of_the_teacher_gives(people, tmp_path):
     reflow_pairs.main(pairs_flags(people, tmp_path / "pairs", reflow__solver="euler"))
     pairs = Pairs(tmp_path / "pairs")
     for frame, pair in ((0, 0), (17, 1), (40, 0)):
@@ -113,8 +98,9 @@ def test_pairs_are_what_stock_inference_of_the_teacher_gives(people, tmp_path, c
     reflow_train_main(reflow_flags(people, tmp_path / "2rf", reflow__pairs_path=tmp_path / "pairs"))
 
 
-def test_evaluation(people, first_round, tmp_path, capsys):
-    reflow_eval.main(eval_flags(people, first_round / LAST, tmp_path / "report"))
+def test_evaluation(people, first_round, tmp_path):
+    given = {"policy.path": first_round / LAST, "teacher_path": people.teacher, **where(people, tmp_path / "report")}
+    reflow_eval.main(as_flags({**given, **SHORT_EVAL}))
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
     assert len(rows[0]["action_mae_per_dim"]) == ROBOT_DIM
     assert all(row["flow_rmse"] < 100 for row in rows)  # no dimension is measured in units of rounding noise
@@ -139,9 +125,8 @@ def test_input_features_of_the_dataset_as_lerobots_guide_to_peft_has_it(people, 
     assert (tmp_path / "2rf" / LAST / "adapter_model.safetensors").is_file()
 
     renamed = reflow_flags(people, tmp_path / "no", steps=1, **null, rename_map=json.dumps(RENAME_MAP))
-    assert "observation.images.front, observation.images.wrist, and finds none" in refused(
-        capsys, reflow_train_main, renamed
-    )
+    line = refused(capsys, reflow_train_main, renamed)
+    assert "observation.images.front, observation.images.wrist, and the batches have no such names" in line
     reflow_train_main(reflow_flags(people, tmp_path / "own_names", steps=1, **null))  # its teacher renames for itself
 
 
@@ -159,9 +144,8 @@ def test_pairs_of_other_cameras_are_others(people, tmp_path, capsys):
     reflow_train_main(reflow_flags(people, tmp_path / "run", rename_map=typed, reflow__pairs_path=tmp_path / "pairs"))
 
 
-def test_a_student_in_another_order_of_cameras(people, tmp_path):
-    """The teacher keeps its own (tests/test_cameras.py); the student's is what its config says."""
-    start = Path(shutil.copytree(people.teacher, tmp_path / "start"))
+def test_a_student_in_another_order_of_cameras(people, start, tmp_path):
+    """The teacher keeps its own (tests/method/test_cameras.py); the student's is what its config says."""
     features = json.loads((start / "config.json").read_text())["input_features"]
     edit_json(start / "config.json", input_features=dict(reversed(features.items())))
     run = tmp_path / "run"
@@ -170,13 +154,9 @@ def test_a_student_in_another_order_of_cameras(people, tmp_path):
     assert list(saved) == list(reversed(features))
 
 
-def test_another_way_of_reading_instructions_is_refused(people, tmp_path, capsys):
+def test_another_way_of_reading_instructions_is_refused(people, start, tmp_path, capsys):
     """The batch is tokenised once, by the student's processors, and the teacher would see the same words cut short."""
-    start = Path(shutil.copytree(people.teacher, tmp_path / "start"))
-    path = start / "policy_preprocessor.json"
-    steps = json.loads(path.read_text())["steps"]
-    next(step for step in steps if step["registry_name"] == "tokenizer_processor")["config"]["max_length"] = 5
-    edit_json(path, steps=steps)
+    edit_step(start, "tokenizer_processor", lambda step: step["config"].update(max_length=5))
     line = refused(capsys, reflow_train_main, reflow_flags(people, tmp_path / "run", policy__path=start))
-    assert "reads instructions otherwise than the teacher: max_length is 24" in line
+    assert "Student and teacher tokenize the instruction differently: max_length is 24" in line
     assert not (tmp_path / "run").exists()

@@ -4,8 +4,12 @@ import pytest
 import torch
 from helpers import ACTION_DIM, CHUNK, STATE_DIM, WIDTH, attach_plain, make_batch
 from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.processor import TransitionKey
+from lerobot.processor.converters import batch_to_transition
 
 from smolvla_reflow import ReflowError, Solver, attach
+from smolvla_reflow.checkpoint.read import PREPROCESSOR_NAME, Checkpoint
+from smolvla_reflow.smolvla.features import check_students_cameras, fitted
 from smolvla_reflow.smolvla.observation import observe, recorded_actions
 from smolvla_reflow.teacher import FrozenTeacher
 
@@ -37,38 +41,35 @@ def two(make_policy):
     """A teacher with other cameras in its config than its student: the same weights, other features."""
 
     def make(teachers, students, *, teachers_empty=0, students_empty=0):
-        built = []
-        for cameras, empty in ((teachers, teachers_empty), (students, students_empty)):
-            policy = make_policy(seed=0, input_features=inputs(*cameras), empty_cameras=empty)
+        built = [
+            make_policy(seed=0, input_features=inputs(*cameras), empty_cameras=empty)
+            for cameras, empty in ((teachers, teachers_empty), (students, students_empty))
+        ]
+        for policy in built:
             policy.config.validate_features()
-            built.append(policy)
         return built
 
     return make
 
 
-CASES = {
-    "another order": {"teachers": (TOP, WRIST), "students": (WRIST, TOP), "there": (TOP, WRIST)},
-    "one that was never there": {"teachers": (SIDE, TOP, WRIST), "students": (TOP, WRIST), "there": (WRIST, TOP)},
-    "one that the student leaves out": {"teachers": (TOP, WRIST), "students": (TOP,), "there": (TOP, WRIST)},
-    "an empty one": {"teachers": (TOP,), "students": (TOP,), "there": (TOP,), "teachers_empty": 1},
-    "an empty one of the student": {
-        "teachers": (TOP, WRIST),
-        "students": (TOP, SIDE),
-        "there": (TOP,),
-        "students_empty": 1,
-    },
+CASES = {  # cameras of the teacher, of the student, of the batch; empty ones of teacher and student
+    "another order": ((TOP, WRIST), (WRIST, TOP), (TOP, WRIST), 0, 0),
+    "one that was never there": ((SIDE, TOP, WRIST), (TOP, WRIST), (WRIST, TOP), 0, 0),
+    "one that the student leaves out": ((TOP, WRIST), (TOP,), (TOP, WRIST), 0, 0),
+    "an empty one": ((TOP,), (TOP,), (TOP,), 1, 0),
+    "an empty one of the student": ((TOP, WRIST), (TOP, SIDE), (TOP,), 0, 1),
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", CASES)
 def test_couplings_are_those_of_stock_inference(two, batch_of, case):
-    teacher, student = two(**{k: v for k, v in case.items() if k != "there"})
-    batch, noise = batch_of(*case["there"]), torch.randn(3, CHUNK, WIDTH)
+    teachers, students, there, teachers_empty, students_empty = CASES[case]
+    teacher, student = two(teachers, students, teachers_empty=teachers_empty, students_empty=students_empty)
+    batch, noise = batch_of(*there), torch.randn(3, CHUNK, WIDTH)
     without_actions = {name: value for name, value in batch.items() if not name.startswith("action")}
     expected = teacher.predict_action_chunk(dict(without_actions), noise=noise)
     seen_by_student = student.predict_action_chunk(dict(without_actions), noise=noise)
-    if case in (CASES["another order"], CASES["one that the student leaves out"]):
+    if case in ("another order", "one that the student leaves out"):
         assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
 
     attachment = attach(student, teacher, solver="euler")
@@ -126,3 +127,22 @@ def test_a_batch_with_the_datasets_own_names_is_renamed_for_the_teacher(two, bat
     batch = batch_of(TOP, WRIST)  # in the teacher's names already
     seen = prepared(teacher, batch)[0]
     assert swapped.observe(batch, teacher, seen) is seen
+
+
+def test_a_camera_that_lerobot_drops_is_named(make_config, batch_of, tmp_path, caplog):
+    """Its name lacks the prefix. Dropped silently, it would leave a policy of two cameras with one."""
+    batch = batch_of(TOP)
+    assert "front" not in batch_to_transition({**batch, "front": batch[TOP]})[TransitionKey.OBSERVATION]
+
+    def fit(*cameras):
+        features = {**inputs(*cameras), "action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))}
+        config = make_config(input_features=inputs(*cameras))
+        check_students_cameras(config, features, {})
+        fitted(Checkpoint("T", tmp_path, config, processors={PREPROCESSOR_NAME: []}), features, {})
+
+    fit(TOP, WRIST)
+    assert not caplog.records
+    fit(TOP, "front")
+    assert "LeRobot drops front of the dataset" in caplog.text
+    with pytest.raises(ReflowError, match="student has the cameras front, and the batches have no such names"):
+        fit("front")

@@ -1,4 +1,4 @@
-"""The one place that knows LeRobot's versions, held against the LeRobot that is installed."""
+"""`compat.py` knows LeRobot's versions: held against the LeRobot that is installed."""
 
 import inspect
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_accelerator_is_built_as_lerobot_builds_its_own(make_config, monkeypatch
 
 
 def test_a_lerobot_whose_config_builds_the_accelerator(monkeypatch):
-    """As from 0.6.2 on; the config is left as it was."""
+    """From 0.6.2 on. The config stays as it was."""
     trained_with = []
     monkeypatch.setattr(lerobot_train, "train", lambda cfg: trained_with.append(cfg.accelerator.build("p", cpu=True)))
 

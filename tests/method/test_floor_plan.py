@@ -101,7 +101,9 @@ def test_the_method_stands_flat_on_top():
 
 # Where a missing attribute is no question about LeRobot's version.
 NO_VERSION = {
-    "base_policy": "a PEFT wrapper or DDP",
+    "base_policy": "a PEFT wrapper, or DDP",
+    "_copy_sharing_parameters": "modules of any kind",
+    "detach": "a function or another callable",
 }
 ASKS_VERSION = re.compile(r"lerobot\.__version__|\bVersion\(")
 

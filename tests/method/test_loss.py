@@ -1,13 +1,22 @@
-"""The reflow loss: its value, its gradient, its direction of time, and what it is averaged over."""
+"""The reflow loss: its value, its gradient, its direction of time, and the losses that count in its mean."""
 
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, make_batch, plain
-from oracle import Flow, reflow_losses
+from helpers import (
+    ACTION_DIM,
+    CHUNK,
+    WIDTH,
+    assert_close,
+    attach_plain,
+    gradients,
+    loss_of,
+    losses_of,
+    make_batch,
+    plain,
+)
+from oracle import Flow, by_frame, euler, inputs_of, midpoint, reflow_losses
 
 from smolvla_reflow import Coupling, Solver
-
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(params=[False, True], ids=["one prefix", "own prefix"])
@@ -16,106 +25,50 @@ def own_prefix(request):
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 10])
-@pytest.mark.parametrize("solver", ["midpoint", "euler"])
-def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, solver, num_steps):
-    noise, time = noise_and_time
-    attach_plain(policy, teacher, solver=Solver(solver, num_steps=num_steps))
-    policy.train()
-
-    loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-    policy.zero_grad()
-
-    expected = reflow_losses(policy, teacher, batch, noise, time, num_steps, solver).mean()
-    expected.backward()
-    torch.testing.assert_close(loss, expected, **TOLERANCE)
-    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
-    assert len(gradients) > 10
-    assert gradients.keys() == {name for name, p in policy.named_parameters() if p.grad is not None}
-    for name, parameter in policy.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, **TOLERANCE)
-
-
-def test_reduction_none_gives_one_loss_per_sample(policy, teacher, batch, noise_and_time):
-    noise, time = noise_and_time
-    attach_plain(policy, teacher, solver="midpoint")
-    policy.train()
-    losses, _ = policy.forward(dict(batch), noise=noise, time=time, reduction="none")
-    expected = reflow_losses(policy, teacher, batch, noise, time, 10).mean(dim=(1, 2))
-    torch.testing.assert_close(losses, expected, **TOLERANCE)
+@pytest.mark.parametrize("step", [midpoint, euler])
+def test_loss_and_gradient_equal_an_independent_derivation(policy, teacher, batch, noise_and_time, step, num_steps):
+    attach_plain(policy, teacher, solver=Solver(step.__name__, num_steps=num_steps))
+    loss, metrics = policy.train().forward(dict(batch), *noise_and_time)
+    found = gradients(policy, loss)
+    losses = reflow_losses(policy, teacher, batch, *noise_and_time, num_steps, step)
+    assert_close(loss, losses.mean())
+    assert metrics["loss"] == pytest.approx(loss.item())
+    assert_close(losses_of(policy, batch, *noise_and_time), by_frame(losses))
+    assert len(found) > 10
+    assert_close(found, gradients(policy, losses.mean()))
 
 
 def test_whole_chunk_counts_on_every_lerobot(policy, teacher, batch, noise_and_time):
-    """LeRobot 0.6 drops padded steps and dimensions of recorded actions; a teacher's actions exist there too."""
-    noise, time = noise_and_time
+    """LeRobot 0.6 drops padded steps and dimensions of recorded actions; a teacher's actions exist there too.
+    The recorded actions themselves have no influence."""
     attach_plain(policy, teacher, solver="midpoint")
-    policy.train()
-    padded, _ = policy.forward(dict(batch), noise=noise, time=time)
-    unpadded, _ = policy.forward({**batch, "action_is_pad": torch.zeros(4, CHUNK, dtype=torch.bool)}, noise, time)
-    assert padded == unpadded
-
-    losses = reflow_losses(policy, teacher, batch, noise, time, 10)
+    padded = loss_of(policy, batch, *noise_and_time)
+    no_pad = torch.zeros(4, CHUNK, dtype=torch.bool)
+    others = {**batch, "action_is_pad": no_pad, "action": batch["action"] + 100.0}
+    assert loss_of(policy, others, *noise_and_time) == padded
+    losses = reflow_losses(policy, teacher, batch, *noise_and_time)
     assert abs(losses.mean() - losses[:, :, :ACTION_DIM].mean()) > 1e-3  # the fault would show
-
-
-def test_observations_are_prepared_once_for_both(policy, teacher, batch, monkeypatch):
-    """Student and teacher see the same tensors, not equal ones prepared twice; which one encoding serves, if it can."""
-    attachment = attach_plain(policy, teacher, solver="euler")
-    prepared, seen = [], []
-    prepare = policy.prepare_images
-    monkeypatch.setitem(vars(policy), "prepare_images", lambda b: prepared.append(prepare(b)) or prepared[-1])
-    for model in (policy.model, policy.model.teacher.model):
-        embed = model.embed_prefix
-        monkeypatch.setitem(
-            vars(model),
-            "embed_prefix",
-            lambda *o, state, embed=embed: seen.append((*o, state)) or embed(*o, state=state),
-        )
-    policy.train().forward(dict(batch))
-    assert len(prepared) == 1
-    assert all(one[0][0] is prepared[0][0][0] for one in seen)
-    if attachment.sharing.why_not_shared is None:
-        assert len(seen) == 1
-    else:
-        by_teacher, by_student = seen
-        assert all(a is b for a, b in zip(by_teacher, by_student, strict=True))
-
-
-def test_recorded_actions_have_no_influence(policy, teacher, batch, noise_and_time):
-    noise, time = noise_and_time
-    attach_plain(policy, teacher, solver="midpoint")
-    policy.train()
-    loss, _ = policy.forward(dict(batch), noise=noise, time=time)
-    other, _ = policy.forward({**batch, "action": batch["action"] + 100.0}, noise=noise, time=time)
-    assert loss == other
 
 
 @pytest.mark.parametrize("strategy", ["standard", "reflow"])
 def test_eval_mode_is_the_stock_loss(policy, teacher, batch, noise_and_time, strategy):
-    noise, time = noise_and_time
-    stock_train, _ = policy.train().forward(dict(batch), noise=noise, time=time)
-    stock, stock_metrics = policy.eval().forward(dict(batch), noise=noise, time=time)
-    attach_plain(policy, teacher, strategy=strategy)
-    loss, metrics = policy.forward(dict(batch), noise=noise, time=time)
+    """And in train mode `standard` is, whatever the recipe."""
+    stock_train = loss_of(policy, batch, *noise_and_time)
+    stock, stock_metrics = policy.eval().forward(dict(batch), *noise_and_time)
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.5))
+    policy.model.training_mode = strategy
+    loss, metrics = policy.eval().forward(dict(batch), *noise_and_time)
     assert torch.equal(loss, stock)
     assert metrics == stock_metrics
     if strategy == "standard":
-        assert torch.equal(policy.train().forward(dict(batch), noise=noise, time=time)[0], stock_train)
+        assert torch.equal(loss_of(policy, batch, *noise_and_time), stock_train)
 
 
 def test_coupling_is_the_teachers_stock_sampler_at_full_width(policy, teacher, batch):
-    """Noise drawn, and actions used, at max_action_dim: neither cut to the robot's width nor zero-padded."""
+    """Noise is drawn, and actions are used, at max_action_dim, without a cut to the robot's width or zeros beyond it."""
     attach_plain(policy, teacher, solver="euler")
-    observation = (
-        *policy.prepare_images(batch),
-        batch["observation.language.tokens"],
-        batch["observation.language.attention_mask"],
-        policy.prepare_state(batch),
-    )
     torch.manual_seed(5)
-    coupling = policy.model.generate_reflow_target(*observation)
+    coupling = policy.model.generate_reflow_target(*inputs_of(policy, batch))
     assert isinstance(coupling, Coupling)
     assert coupling.noise.shape == coupling.actions.shape == (4, CHUNK, WIDTH)
     assert coupling.noise[..., ACTION_DIM:].std() > 0.5
@@ -124,8 +77,8 @@ def test_coupling_is_the_teachers_stock_sampler_at_full_width(policy, teacher, b
 
     torch.manual_seed(5)
     with torch.no_grad():
-        assert torch.equal(coupling.actions, teacher.model.sample_actions(*observation))
-        torch.testing.assert_close(coupling.actions, Flow(teacher, batch).euler(coupling.noise, 10), **TOLERANCE)
+        assert torch.equal(coupling.actions, teacher.model.sample_actions(*inputs_of(policy, batch)))
+    assert_close(coupling.actions, Flow(teacher, batch).solved(coupling.noise, 10, euler))
 
 
 def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, batch):
@@ -134,10 +87,8 @@ def test_student_draws_noise_and_time_as_stock_training_does(policy, teacher, ba
     noise = policy.model.sample_noise((4, CHUNK, WIDTH), "cpu")
     time = policy.model.sample_time(4, "cpu")
     attach_plain(policy, teacher, recipe=plain(time_sampling="beta"), solver="midpoint")
-    policy.train()
     torch.manual_seed(7)
-    loss, _ = policy.forward(dict(batch))
-    torch.testing.assert_close(loss, reflow_losses(policy, teacher, batch, noise, time, 10).mean(), **TOLERANCE)
+    assert_close(loss_of(policy, batch), reflow_losses(policy, teacher, batch, noise, time).mean())
 
 
 def test_direction_of_time(make_policy):
@@ -157,12 +108,10 @@ def test_direction_of_time(make_policy):
     batch = make_batch(16)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
-    student.train()
     torch.manual_seed(0)
     for _ in range(150):
-        loss, _ = student.forward(dict(batch))
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(student, batch).backward()
         optimizer.step()
         schedule.step()
 
@@ -171,10 +120,10 @@ def test_direction_of_time(make_policy):
     backwards = noise + (noise - known)  # where a student of the literature's time direction ends
 
     def distance(actions):
-        return (actions - known)[..., :ACTION_DIM].square().mean().sqrt()
+        return (actions[..., :ACTION_DIM] - known[..., :ACTION_DIM]).square().mean().sqrt()
 
     for num_steps in (1, 2, 10):
         student.config.num_steps = num_steps
         sampled = student.predict_action_chunk(dict(batch), noise=noise)
-        assert distance(torch.nn.functional.pad(sampled, (0, WIDTH - ACTION_DIM))) < distance(backwards) / 4
+        assert distance(sampled) < distance(backwards) / 4
         assert distance(noise) > distance(backwards) / 4  # and an untrained student would not pass

@@ -1,4 +1,4 @@
-"""No class, function or module of another package is ever reassigned, be it for the length of one training step."""
+"""No class, function or module of another package is ever reassigned, also during a training step."""
 
 import subprocess
 import sys

@@ -3,18 +3,13 @@
 import lerobot
 import pytest
 import torch
-from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, make_batch, plain
+from helpers import ACTION_DIM, CHUNK, WIDTH, attach_plain, loss_of, losses_of, make_batch, plain
 from packaging.version import Version
 
 from smolvla_reflow import Recipe, Step, attach, register_loss_strategy
 
 BATCH = 8
 LEAVES_OUT_PADDING = Version(lerobot.__version__) >= Version("0.5.0")  # LeRobot's loss on recorded actions
-
-
-@pytest.fixture(params=[False, True], ids=["one prefix", "own prefix"])
-def own_prefix(request):
-    return request.param
 
 
 @pytest.fixture
@@ -26,8 +21,9 @@ def batch():
     return made
 
 
-def weights(policy, batch, reduction="mean", of=None):
-    """The loss of a training step, its gradient to the student's squared errors, and these; recorded rows first."""
+def weights(policy, batch, of=None):
+    """The loss of a step (or of each frame, for the gradient of frame `of`), its gradient to the student's squared
+    errors, the errors with the recorded rows first, and the metrics."""
     leaves, squared_errors = [], Step.squared_errors
 
     def leaf(*asked):
@@ -37,13 +33,13 @@ def weights(policy, batch, reduction="mean", of=None):
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "squared_errors", leaf)
-        loss, metrics = policy.train().forward(dict(batch), reduction=reduction)
-    (loss.sum() if of is None else loss[of]).backward()
+        loss, metrics = policy.train().forward(dict(batch), reduction="mean" if of is None else "none")
+    (loss if of is None else loss[of]).backward()
     return loss.detach(), torch.cat([leaf.grad for leaf in leaves]), torch.cat(leaves).detach(), metrics
 
 
 def counted(batch, recorded):
-    """Entries that count, (BATCH, CHUNK, WIDTH): all of a coupling's, and what is real of the first `recorded` rows."""
+    """Entries that count, (BATCH, CHUNK, WIDTH): all of the couplings', and the real ones of the first `recorded` rows."""
     counts = torch.ones(BATCH, CHUNK, WIDTH)
     if LEAVES_OUT_PADDING:
         counts[:recorded] *= ~batch["action_is_pad"][:recorded, :, None]
@@ -51,13 +47,20 @@ def counted(batch, recorded):
     return counts
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.875])
-def test_every_entry_that_counts_weighs_the_same(policy, teacher, batch, ratio):
-    attach_plain(policy, teacher, recipe=plain(real_data_ratio=ratio))
+@pytest.mark.parametrize(
+    ("ratio", "recorded", "per_frame"),
+    [(0.0, 0, 1), (0.001, 0, 1), (0.25, 2, 1), (0.5, 4, 1), (0.875, 7, 1), (0.25, 2, 3)],
+)
+def test_every_entry_that_counts_weighs_the_same(policy, teacher, batch, ratio, recorded, per_frame):
+    """The couplings of a frame share its weight, and couplings alone have the plain mean, bitwise. A fraction of a frame
+    is rounded down."""
+    attach_plain(policy, teacher, recipe=plain(real_data_ratio=ratio, couplings_per_frame=per_frame))
     loss, gradient, losses, metrics = weights(policy, batch)
-    counts = counted(batch, int(ratio * BATCH))
-    torch.testing.assert_close(gradient, counts / counts.sum())
-    torch.testing.assert_close(loss, (counts * losses).sum() / counts.sum())
+    counts = counted(batch, recorded)
+    expected = (counts / counts.sum() / per_frame).repeat_interleave(per_frame, dim=0)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(loss, (expected * losses).sum())
+    assert recorded or torch.equal(loss, losses.mean())
     assert metrics["loss"] == pytest.approx(loss.item())
 
 
@@ -65,28 +68,19 @@ def test_every_entry_that_counts_weighs_the_same(policy, teacher, batch, ratio):
 def test_so_does_it_in_one_loss_per_frame(policy, teacher, batch, frame):
     """Padded or not, on recorded actions or not."""
     attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.25))
-    by_frame, gradient, losses, _ = weights(policy, batch, "none", of=frame)
+    by_frame, gradient, losses, _ = weights(policy, batch, of=frame)
     counts = counted(batch, 2)
     expected = torch.zeros(BATCH, CHUNK, WIDTH)
     expected[frame] = counts[frame] * BATCH / counts.sum()
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(by_frame, (counts * losses).sum(dim=(1, 2)) * BATCH / counts.sum())
-    torch.testing.assert_close(by_frame.mean(), (counts * losses).sum() / counts.sum())
-
-
-def test_the_recorded_share_of_the_gradient_is_the_ratio(policy, teacher, batch):
-    """On the robot's own dimensions, without padded steps: what the user asked for, on any LeRobot."""
-    batch["action_is_pad"][:] = False
-    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.25))
-    _, gradient, _, _ = weights(policy, batch)
-    own = gradient[..., :ACTION_DIM].sum(dim=(1, 2))
-    torch.testing.assert_close(own[:2].sum() / own.sum(), torch.tensor(0.25))
 
 
 @pytest.mark.parametrize("padding_weight", [1.0, 0.1])
-@pytest.mark.parametrize("weighting", ["t", "huber"])
-def test_weights_leave_the_share_as_it_is(policy, teacher, batch, weighting, padding_weight):
-    """On the robot's own dimensions, and on the padded ones where LeRobot counts those of recorded actions."""
+@pytest.mark.parametrize("weighting", ["none", "t", "huber"])
+def test_the_recorded_share_of_the_gradient_is_the_ratio(policy, teacher, batch, weighting, padding_weight):
+    """On the robot's own dimensions; and on the padded dimensions, if LeRobot counts the padding of recorded actions.
+    Weights of the couplings leave the share as it is, and recorded actions have none."""
     batch["action_is_pad"][:] = False
     recipe = Recipe(weighting=weighting, padding_weight=padding_weight, real_data_ratio=0.25, couplings_per_frame=3)
     attach(policy, teacher, recipe=recipe)
@@ -94,19 +88,11 @@ def test_weights_leave_the_share_as_it_is(policy, teacher, batch, weighting, pad
     by_row = gradient.unflatten(0, (BATCH, 3))
     own = by_row[..., :ACTION_DIM].sum(dim=(1, 2, 3))
     torch.testing.assert_close(own[:2].sum() / own.sum(), torch.tensor(0.25))
-    assert len(own[2:].unique()) > 1  # they are weighed
+    torch.testing.assert_close(own[0], own[1])
+    assert (len(own[2:].unique()) > 1) is (weighting != "none")
     padded = by_row[..., ACTION_DIM:].sum(dim=(1, 2, 3))
     share = 0.0 if LEAVES_OUT_PADDING else 0.25
     torch.testing.assert_close(padded[:2].sum() / padded.sum(), torch.tensor(share))
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.001])
-def test_a_batch_of_couplings_alone_is_the_plain_mean(policy, teacher, batch, ratio):
-    """Also where a fraction of a frame is rounded down to none."""
-    attach_plain(policy, teacher, recipe=plain(real_data_ratio=ratio))
-    loss, gradient, losses, _ = weights(policy, batch)
-    assert torch.equal(loss, losses.mean())
-    torch.testing.assert_close(gradient, torch.full_like(losses, 1 / losses.numel()))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -114,23 +100,16 @@ def test_a_batch_of_couplings_alone_is_the_plain_mean(policy, teacher, batch, ra
     "settings", [{"recipe": plain(real_data_ratio=1.0)}, {"strategy": "standard"}], ids=["ratio 1", "standard"]
 )
 def test_recorded_actions_alone_are_lerobots_own_loss(policy, teacher, batch, settings, reduction):
-    """With its metrics: against stock LeRobot on the same noise and times. Standard training is that, bitwise."""
+    """With its metrics: against stock LeRobot on the same noise and times. Standard training is stock, bitwise."""
     noise, time = torch.randn(BATCH, CHUNK, WIDTH), torch.rand(BATCH)
-    stock, stock_metrics = policy.train().forward(dict(batch), noise=noise, time=time, reduction=reduction)
+    stock, stock_metrics = policy.train().forward(dict(batch), noise, time, reduction)
     attach_plain(policy, teacher, **settings)
-    loss, metrics = policy.train().forward(dict(batch), noise=noise, time=time, reduction=reduction)
+    loss, metrics = policy.forward(dict(batch), noise, time, reduction)
+    torch.testing.assert_close(loss, stock)
+    assert metrics == pytest.approx(stock_metrics)
     if "strategy" in settings:
         assert torch.equal(loss, stock)
         assert metrics == stock_metrics
-    torch.testing.assert_close(loss, stock)
-    assert metrics == pytest.approx(stock_metrics)
-
-
-def test_the_couplings_of_a_frame_share_its_weight(policy, teacher, batch):
-    attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.25, couplings_per_frame=3))
-    _, gradient, _, _ = weights(policy, batch)
-    counts = counted(batch, 2)
-    torch.testing.assert_close(gradient, (counts / counts.sum() / 3).repeat_interleave(3, dim=0))
 
 
 def test_an_uncounted_entry_may_hold_anything(policy, teacher, batch, registry):
@@ -141,17 +120,16 @@ def test_an_uncounted_entry_may_hold_anything(policy, teacher, batch, registry):
         return torch.where(counted(batch, BATCH) == 1, 2.0, torch.nan).requires_grad_()
 
     attach_plain(policy, teacher, strategy="on_recorded")
-    loss, _ = policy.train().forward(dict(batch))
-    by_frame, _ = policy.forward(dict(batch), reduction="none")
-    assert [loss.item(), by_frame.mean().item()] == pytest.approx([2.0, 2.0])
+    losses = loss_of(policy, batch), losses_of(policy, batch).mean()
+    assert [loss.item() for loss in losses] == pytest.approx([2.0, 2.0])
 
 
-def test_it_needs_no_gradient_to_be_known(policy, teacher, batch):
-    """In one's own loop a loss in train mode may be asked for without gradient."""
+def test_a_loss_may_be_asked_for_without_gradient(policy, teacher, batch):
+    """In train mode, by a loop of one's own."""
     noise, time = torch.randn(BATCH, CHUNK, WIDTH), torch.rand(BATCH)
     attach_plain(policy, teacher, recipe=plain(real_data_ratio=0.5), solver="midpoint")
     with torch.no_grad():
-        without, _ = policy.train().forward(dict(batch), noise=noise, time=time)
-    loss, _ = policy.forward(dict(batch), noise=noise, time=time)
+        without = loss_of(policy, batch, noise, time)
+    loss = loss_of(policy, batch, noise, time)
     assert torch.equal(without, loss)
     assert loss.requires_grad

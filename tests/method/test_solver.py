@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import SMOOTH
-from oracle import Flow
+from helpers import SMOOTH, assert_close, prefixes_encoded
+from oracle import Flow, euler, inputs_of, midpoint, solved, three_eighths
 from torchdiffeq import odeint
 
 from smolvla_reflow import ReflowError, Solver, attach
-from smolvla_reflow.smolvla.observation import observe
+from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import ADAPTIVE, FIXED_STEP, JITTERED
 
@@ -61,7 +61,7 @@ def test_a_fixed_step_method_is_torchdiffeqs_of_that_name(start, method):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_jittered_is_the_midpoint_rule_on_a_shifted_grid(start, count):
-    """Against the rule written out on the grid on which the velocity was asked for."""
+    """Against the rule written out, on the grid of the times at which the velocity was evaluated."""
     ends = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -74,12 +74,7 @@ def test_jittered_is_the_midpoint_rule_on_a_shifted_grid(start, count):
         lengths = [before - after for before, after in pairwise(times)]
         if count > 1:  # all equal; the first and the last are two parts of one
             assert [*lengths[1:-1], lengths[0] + lengths[-1]] == pytest.approx([1 / (count - 1)] * (count - 1))
-        x = start
-        for before, after in pairwise(times):
-            h = before - after
-            half_way = x - h / 2 * before * x**2
-            x = x - h * (before - h / 2) * half_way**2
-        torch.testing.assert_close(end, x)
+        torch.testing.assert_close(end, solved(lambda x, t: t * x**2, start, times, midpoint))
         ends.append(end)
     assert count == 1 or not torch.equal(ends[0], ends[1])
 
@@ -87,7 +82,7 @@ def test_jittered_is_the_midpoint_rule_on_a_shifted_grid(start, count):
 def test_shifted_grids_average_out_what_a_fixed_one_repeats():
     """A velocity that is as rough in time as the grid is fine: its integral is 0, and each midpoint sees its crest.
 
-    All that is left is what the two partial steps at the ends do on average, 1 / (4 pi^2) * 2 each.
+    The two partial steps at the ends leave 1 / (4 pi^2) * 2 each on average.
     """
     noise, rough = torch.zeros(1, 1, 1, dtype=torch.float64), lambda x, t: torch.full_like(x, math.cos(8 * math.pi * t))
     fixed = Solver("midpoint", num_steps=4).integrate(rough, noise).item()
@@ -95,15 +90,6 @@ def test_shifted_grids_average_out_what_a_fixed_one_repeats():
     torch.manual_seed(0)
     shifted = [Solver(JITTERED, num_steps=5).integrate(rough, noise).item() for _ in range(400)]
     assert sum(shifted) / len(shifted) == pytest.approx(1 / math.pi**2, abs=0.1)  # 4 standard errors
-
-
-def test_jittered_takes_as_many_evaluations_as_the_stock_sampler():
-    assert Solver(JITTERED).resolved(10) == Solver(JITTERED, num_steps=5)
-    assert Solver(JITTERED).resolved(1) == Solver(JITTERED, num_steps=1)
-    assert Solver(JITTERED, num_steps=3).resolved(10) == Solver(JITTERED, num_steps=3)
-    flow = RiccatiFlow()
-    Solver(JITTERED).integrate(flow, torch.ones(1, 1, 1), num_steps=10)
-    assert flow.evaluations == 10
 
 
 def test_dopri5_meets_its_tolerance_at_the_cost_of_a_fifth_order_method(start):
@@ -116,24 +102,31 @@ def test_dopri5_meets_its_tolerance_at_the_cost_of_a_fifth_order_method(start):
     assert math.log(costs[-1] / costs[0]) / math.log(1e4) == pytest.approx(1 / 5, abs=0.05)
 
 
-def test_the_default_tolerance_is_1e_5(start):
-    assert error(Solver("dopri5"), start) == error(Solver("dopri5", rtol=1e-5, atol=1e-5), start)
+@pytest.mark.parametrize("given", [{}, {"rtol": 1e-3, "atol": 1e-8}, {"rtol": 1e-8, "atol": 1e-3}])
+def test_each_tolerance_is_its_own_and_by_default_1e_5(start, given):
+    """Against torchdiffeq asked directly."""
+    tolerances, times = {"rtol": 1e-5, "atol": 1e-5, **given}, torch.tensor([1.0, 0.0], dtype=torch.float64)
+    expected = odeint(lambda t, x: t * x**2, start, times, method="dopri5", **tolerances)[-1]
+    assert torch.equal(Solver("dopri5", **given).integrate(RiccatiFlow(), start), expected)
 
 
-def test_each_tolerance_is_its_own(start):
-    """Against torchdiffeq asked directly, with tolerances that are far apart."""
-    for tolerances in ({"rtol": 1e-3, "atol": 1e-8}, {"rtol": 1e-8, "atol": 1e-3}):
-        found = Solver("dopri5", **tolerances).integrate(RiccatiFlow(), start)
-        times = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        expected = odeint(lambda t, x: t * x**2, start, times, method="dopri5", **tolerances)[-1]
-        assert torch.equal(found, expected)
-
-
-def test_what_is_left_open_is_filled_in():
-    """As a manifest stores it; what is given stays."""
-    assert Solver("midpoint").resolved(7) == Solver("midpoint", num_steps=7)
-    assert Solver("rk4", num_steps=3).resolved(7) == Solver("rk4", num_steps=3)
-    assert Solver("dopri5", rtol=1e-3).resolved(7) == Solver("dopri5", rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize(
+    ("solver", "own", "resolved", "of_couplings"),
+    [
+        (Solver("midpoint"), 7, {"num_steps": 7}, {"num_steps": 10}),
+        (Solver("euler"), 12, {"num_steps": 12}, {"num_steps": 12}),
+        (Solver("rk4", num_steps=3), 7, {"num_steps": 3}, {"num_steps": 3}),
+        (Solver(JITTERED), 1, {"num_steps": 1}, {"num_steps": 5}),
+        (Solver(JITTERED), 12, {"num_steps": 6}, {"num_steps": 6}),
+        (Solver(JITTERED, num_steps=3), 10, {"num_steps": 3}, {"num_steps": 3}),
+        (Solver("dopri5", rtol=1e-3), 7, {"rtol": 1e-3, "atol": 1e-5}, {"rtol": 1e-3, "atol": 1e-5}),
+    ],
+)
+def test_open_values_are_filled_in(solver, own, resolved, of_couplings):
+    """As a manifest stores them, from the `num_steps` of a config. Couplings take at least ten steps, also of a teacher
+    whose config `--write_num_steps` made 1 or 2. `jittered` takes half as many steps, of two evaluations each."""
+    assert solver.resolved(own) == Solver(solver.method, **resolved)
+    assert solver.of_couplings(own) == Solver(solver.method, **of_couplings)
 
 
 @pytest.mark.parametrize(
@@ -159,61 +152,6 @@ def test_a_velocity_that_is_not_finite_is_an_error(start):
         Solver("dopri5").integrate(lambda x, t: x * float("nan"), start)
 
 
-# --- on SmolVLA -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def solve(policy, observation, noise, solver):
-    return solver.integrate(velocity_of(policy.model, observation), noise, policy.config.num_steps)
-
-
-def midpoint(v, x, t, h):
-    return x - h * v(x - h / 2 * v(x, t), t - h / 2)
-
-
-def three_eighths(v, x, t, h):
-    k1 = v(x, t)
-    k2 = v(x - h * k1 / 3, t - h / 3)
-    k3 = v(x - h * (k2 - k1 / 3), t - 2 * h / 3)
-    k4 = v(x - h * (k1 - k2 + k3), t - h)
-    return x - h / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
-
-
-@pytest.mark.parametrize(("method", "step"), [("midpoint", midpoint), ("rk4", three_eighths)])
-def test_couplings_equal_an_independent_solution(policy, teacher, batch, noise_and_time, method, step):
-    noise, _ = noise_and_time
-    attach(policy, teacher, solver=Solver(method, num_steps=3))
-    coupling = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise)
-
-    flow, x = Flow(teacher, batch), noise
-    with torch.no_grad():
-        for i in range(3):
-            x = step(lambda x, t: flow.velocity(x, torch.full((len(x),), t)), x, 1 - i / 3, 1 / 3)
-    torch.testing.assert_close(coupling.actions, x, rtol=1e-4, atol=1e-5)
-    assert coupling.actions.dtype == torch.float32
-
-
-def test_dopri5_finds_the_solution_that_euler_creeps_up_to(make_policy, batch, noise_and_time):
-    noise, _ = noise_and_time
-    policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
-    attach(policy, teacher, solver=Solver("dopri5", rtol=1e-6, atol=1e-6))
-    actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
-    flow = Flow(teacher, batch)
-    with torch.no_grad():
-        distances = [(flow.euler(noise, n) - actions).abs().max().item() for n in (25, 50, 100)]
-    assert distances[0] / distances[1] == pytest.approx(2, abs=0.2)
-    assert distances[1] / distances[2] == pytest.approx(2, abs=0.2)
-
-
-def test_couplings_take_at_least_ten_steps_whatever_the_teachers_config_says():
-    """One that `--write_num_steps` made 1 or 2. What is asked for is done."""
-    for own, taken in ((1, 10), (2, 10), (10, 10), (12, 12)):
-        assert Solver("euler").of_couplings(own) == Solver("euler", num_steps=taken)
-        assert Solver(JITTERED).of_couplings(own) == Solver(JITTERED, num_steps=taken // 2)
-        assert Solver(num_steps=3).of_couplings(own) == Solver(num_steps=3)
-        assert Solver("dopri5").of_couplings(own) == Solver("dopri5", rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("solver", "words"),
     [
@@ -231,77 +169,76 @@ def test_a_solver_in_words(solver, words):
         assert f"({flow.evaluations} velocity evaluations)" in words
 
 
-def test_a_teacher_of_few_steps_couples_in_ten(policy, teacher, batch, noise_and_time):
-    noise, _ = noise_and_time
-    observation = observe(policy, batch)
-    with torch.no_grad():
-        stock = teacher.model.sample_actions(*observation, noise=noise)  # in ten
-    teacher.config.num_steps = 2
-    with attach(policy, teacher, solver="euler"):
-        assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
-    with torch.no_grad():
-        stock = teacher.model.sample_actions(*observation, noise=noise)
-    with attach(policy, teacher, solver=Solver("euler", num_steps=2)):
-        assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
-    assert torch.equal(solve(teacher, observation, noise, Solver("euler")), stock)  # which is for evaluation
+@torch.no_grad()
+def solve(policy, batch, noise, solver):
+    velocity = velocity_of(policy.model, Observation(*inputs_of(policy, batch)))
+    return solver.integrate(velocity, noise, policy.config.num_steps)
 
 
-def test_euler_is_the_stock_sampler_with_the_teachers_own_steps(policy, teacher, batch, noise_and_time):
-    noise, _ = noise_and_time
-    teacher.config.num_steps = 12
-    observation = observe(policy, batch)
-    with torch.no_grad():
-        stock = teacher.model.sample_actions(*observation, noise=noise)
-    for solver in ("euler", Solver("euler", num_steps=12)):
-        with attach(policy, teacher, solver=solver):
-            assert torch.equal(policy.model.generate_reflow_target(*observation, noise=noise).actions, stock)
+def couplings(policy, batch, noise, teacher, solver=None):
+    with attach(policy, teacher, solver=solver):
+        return policy.model.generate_reflow_target(*inputs_of(policy, batch), noise=noise).actions
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint"])
-def test_the_solvers_own_number_of_steps_comes_before_the_policys(make_policy, batch, noise_and_time, method):
-    teacher = make_policy(seed=1, **SMOOTH)
-    noise, flow = noise_and_time[0].requires_grad_(), Flow(teacher, batch)
-    found = solve(teacher, observe(teacher, batch), noise, Solver(method, num_steps=3))
-    with torch.no_grad():
-        expected = getattr(flow, method)(noise, 3)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not found.requires_grad  # whatever the noise does
+@pytest.mark.parametrize(("method", "step"), [("euler", euler), ("midpoint", midpoint), ("rk4", three_eighths)])
+def test_couplings_equal_an_independent_solution(policy, teacher, batch, noise, method, step):
+    """The solver's own number of steps comes before the teacher's."""
+    noise.requires_grad_()
+    found = couplings(policy, batch, noise, teacher, Solver(method, num_steps=3))
+    assert_close(found, Flow(teacher, batch).solved(noise, 3, step))
+    assert_close(found, solve(teacher, batch, noise, Solver(method, num_steps=3)))
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
     assert teacher.config.num_steps == 10
 
 
-def test_by_default_it_is_jittered_with_as_many_evaluations_as_the_teachers_own_steps(
-    policy, teacher, batch, noise_and_time
+def test_dopri5_finds_the_solution_that_euler_creeps_up_to(make_policy, batch, noise):
+    policy, teacher = make_policy(seed=0, **SMOOTH), make_policy(seed=1, **SMOOTH)
+    actions = couplings(policy, batch, noise, teacher, Solver("dopri5", rtol=1e-6, atol=1e-6))
+    flow = Flow(teacher, batch)
+    distances = [(flow.solved(noise, n, euler) - actions).abs().max().item() for n in (25, 50, 100)]
+    assert distances[0] / distances[1] == pytest.approx(2, abs=0.2)
+    assert distances[1] / distances[2] == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("own", "solver", "taken"),
+    [
+        (12, "euler", 12),
+        (10, Solver("euler", num_steps=12), 12),
+        (2, "euler", 10),
+        (2, Solver("euler", num_steps=2), 2),
+    ],
+)
+def test_euler_is_the_stock_sampler_with_the_teachers_own_steps_but_at_least_ten(
+    policy, teacher, batch, noise, own, solver, taken
 ):
-    noise, _ = noise_and_time
-    teacher.config.num_steps = 14
-    attach(policy, teacher)
-    torch.manual_seed(0)
-    found = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise).actions
-    flow, x, shift = Flow(teacher, batch), noise, torch.manual_seed(0) and torch.rand(()).item()
-    ends = [1.0, *(1 - (k + shift) / 6 for k in range(6)), 0.0]
+    teacher.config.num_steps = taken
     with torch.no_grad():
-        for before, after in pairwise(ends):
-            x = midpoint(lambda x, t: flow.velocity(x, torch.full((len(x),), t)), x, before, before - after)
-    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+        stock = teacher.model.sample_actions(*inputs_of(policy, batch), noise=noise)
+    assert torch.equal(solve(teacher, batch, noise, Solver("euler")), stock)  # evaluations take the config's number
+    teacher.config.num_steps = own
+    assert torch.equal(couplings(policy, batch, noise, teacher, solver), stock)
+
+
+def test_by_default_it_is_jittered_with_as_many_evaluations_as_the_teachers_own_steps(policy, teacher, batch, noise):
+    teacher.config.num_steps = 14
+    torch.manual_seed(0)
+    shift = torch.rand(()).item()
+    torch.manual_seed(0)
+    found = couplings(policy, batch, noise, teacher)
+    times = [1.0, *(1 - (k + shift) / 6 for k in range(6)), 0.0]
+    with torch.no_grad():
+        assert_close(found, solved(Flow(teacher, batch).velocity, noise, times, midpoint))
 
 
 @pytest.mark.parametrize("method", [*FIXED_STEP, *ADAPTIVE])
-def test_the_prefix_is_encoded_once_per_solve(make_policy, batch, noise_and_time, method):
-    noise, _ = noise_and_time
+def test_the_prefix_is_encoded_once_per_solve(make_policy, batch, noise, method):
     teacher = make_policy(seed=1, **SMOOTH)
-    model, encoded, evaluated = teacher.model, [], []
-    embed_prefix, embed_suffix = model.embed_prefix, model.embed_suffix
-    vars(model)["embed_prefix"] = lambda *a, **k: encoded.append(1) or embed_prefix(*a, **k)
-    vars(model)["embed_suffix"] = lambda *a: evaluated.append(1) or embed_suffix(*a)
-    before = dict(vars(model))
-    solve(teacher, observe(teacher, batch), noise, Solver(method, num_steps=None if method in ADAPTIVE else 4))
-    assert len(encoded) == 1
+    model, evaluated, embed = teacher.model, [], teacher.model.embed_suffix
+    vars(model)["embed_suffix"] = lambda *a: evaluated.append(1) or embed(*a)
+    encoded, before = prefixes_encoded(model), dict(vars(model))
+    solve(teacher, batch, noise, Solver(method, num_steps=None if method in ADAPTIVE else 4))
+    assert encoded == [4]
     assert len(evaluated) >= 4
     assert vars(model) == before
-
-
-def test_a_solver_for_the_teacher_does_not_change_the_policys_own_sampling(policy, teacher, batch, noise_and_time):
-    noise, _ = noise_and_time
-    expected = policy.predict_action_chunk(dict(batch), noise=noise)
-    attach(policy, teacher, solver=Solver("rk4", num_steps=2))
-    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)

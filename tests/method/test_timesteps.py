@@ -1,20 +1,17 @@
-"""Distributions of t against what the stock sampler and the stock training do; and that training sees them."""
+"""Distributions of t, against the stock sampler and stock training; and training sees them."""
 
 import pytest
 import torch
+from helpers import loss_of
 from scipy import stats
 
 from smolvla_reflow import Recipe, ReflowError, attach
 from smolvla_reflow.times import KNOWN, TimeSampling
 
 
-def no_stock(size, device):
-    raise AssertionError("SmolVLA's own times were not asked for")
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_a_grid_is_what_the_sampler_visits(steps, make_policy, batch):
-    """The stock sampler itself says at which times it evaluates the velocity."""
+    """Against the times that the stock sampler hands to the velocity."""
     policy, visited = make_policy(num_steps=steps), []
     denoise_step = policy.model.denoise_step
 
@@ -25,7 +22,7 @@ def test_a_grid_is_what_the_sampler_visits(steps, make_policy, batch):
     policy.model.denoise_step = note
     policy.predict_action_chunk(dict(batch))
     torch.manual_seed(0)
-    times = TimeSampling(f"grid:{steps}").draw(1000 * steps, torch.device("cpu"), no_stock)
+    times = TimeSampling(f"grid:{steps}").draw(1000 * steps, torch.device("cpu"), stock=None)
     values, counts = times.unique(return_counts=True)
     assert counts.sum() == 1000 * steps
     torch.testing.assert_close(values, torch.tensor(sorted(visited)), atol=1e-5, rtol=0)
@@ -36,13 +33,6 @@ def test_a_mixture_has_equal_shares():
     torch.manual_seed(0)
     times = TimeSampling("grid:1+beta+beta").draw(9000, torch.device("cpu"), lambda n, device: torch.zeros(n))
     assert stats.binomtest(int((times == 1).sum()), 9000, 1 / 3).pvalue > 1e-3
-
-
-def test_beta_is_the_policys_own(policy):
-    torch.manual_seed(0)
-    drawn = TimeSampling("beta").draw(7, torch.device("cpu"), policy.model.sample_time)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, policy.model.sample_time(7, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -59,5 +49,5 @@ def test_unknown_names_list_the_known(name):
 def test_training_sees_these_times(policy, teacher, batch, options, times, asked):
     attach(policy, teacher, **options)
     for _ in range(8):
-        policy.train().forward(dict(batch))
+        loss_of(policy, batch)
     assert {t for _, _, of_step in asked for t in of_step.tolist()} == times

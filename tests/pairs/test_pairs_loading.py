@@ -1,6 +1,5 @@
 """Stored pairs come with the batch: read by the data loader's processes, chosen at random, and used once."""
 
-import dataclasses
 import os
 import pickle
 
@@ -40,6 +39,20 @@ def items(dataset):
     return [dataset[i] for i in (0, 7, 20, 47)]
 
 
+@pytest.fixture
+def preprocessor(workshop):
+    policy, _ = observed(workshop)
+    return make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))[0]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that pairs are read from, one entry for each time."""
+    paths, safe_open = [], store.safe_open
+    monkeypatch.setattr(store, "safe_open", lambda path, **how: paths.append(path) or safe_open(path, **how))
+    return paths
+
+
 def brought(batch):
     return batch["info"][store.BROUGHT]
 
@@ -63,13 +76,11 @@ def with_pairs(folder, *, per_frame=1, process=0, collate=default_collate):
 
 
 @pytest.mark.parametrize("workers", [{"num_workers": 0}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
-def test_pairs_get_through_loader_accelerator_and_preprocessor(workshop, stored, dataset, workers):
+def test_pairs_get_through_loader_accelerator_and_preprocessor(stored, dataset, preprocessor, workers):
     """The batch that the policy gets holds, for each frame, the noise and the actions of one of its pairs."""
     loader = DataLoader(dataset, batch_size=24, **workers)
     read_in_loader(loader, Pairs(stored), per_frame=2)
     loader = Accelerator(cpu=True).prepare(loader)
-    policy, _ = observed(workshop)
-    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
     files = [load_file(shard_path(stored, shard))["actions"].float() for shard in range(3)]
     seen = []
     for loaded in loader:
@@ -83,7 +94,7 @@ def test_pairs_get_through_loader_accelerator_and_preprocessor(workshop, stored,
     assert seen == list(range(48))
 
 
-def test_a_batch_of_its_own_kind_is_left_alone(workshop, stored, items):
+def test_a_batch_of_its_own_kind_is_left_alone(workshop, stored, items, preprocessor):
     """Nothing to find the pairs by, an "info" that the dataset has, and a batch of which a collate made nothing."""
     without = [{name: value for name, value in item.items() if name != "index"} for item in items]
     assert "info" not in with_pairs(stored)(without)
@@ -91,7 +102,6 @@ def test_a_batch_of_its_own_kind_is_left_alone(workshop, stored, items):
     assert batch["info"].tolist() == [3] * 4
     assert with_pairs(stored, collate=lambda items: None)(items) is None
     policy, _ = observed(workshop)
-    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
     batch = {**preprocessor(batch), "action": torch.zeros(4, CHUNK, 2)}
     with attach(policy, pairs=stored):
         assert torch.isfinite(policy.train().forward(batch)[0])
@@ -141,15 +151,11 @@ def test_a_used_collate_can_be_sent_to_another_process(stored, items):
 # --- used in the step -----------------------------------------------------------------------------------------
 
 
-def test_a_step_takes_what_its_batch_brought_and_reads_if_asked_again(workshop, stored, items, monkeypatch, asked):
+def test_a_step_uses_the_pairs_in_its_batch_once(workshop, stored, items, preprocessor, opened, asked):
     policy, _ = observed(workshop)
-    preprocessor, _ = make_pre_post_processors(policy.config, str(workshop / "1rf" / LAST))
     batch = preprocessor(with_pairs(stored, per_frame=2)(items))
     batch["action"] = torch.zeros(4, CHUNK, 2)
     noise, actions = (brought(batch)[name].flatten(0, 1) for name in ("noise", "actions"))
-    opened = []
-    safe_open = store.safe_open
-    monkeypatch.setattr(store, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
     attach(policy, pairs=stored, recipe=Recipe(couplings_per_frame=2))
     policy.train().forward(batch)
     assert not opened
@@ -173,10 +179,7 @@ def test_what_does_not_belong_to_the_batch_is_not_used(workshop, stored, items, 
         assert any(torch.equal(noise, pair_noise(0, frame, pair, (CHUNK, WIDTH))) for pair in range(3))
 
 
-def test_a_batch_opens_each_file_once(stored, monkeypatch):
-    opened = []
-    safe_open = store.safe_open
-    monkeypatch.setattr(store, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
+def test_a_batch_opens_each_file_once(stored, opened):
     pairs, frames = Pairs(stored), [40, 3, 20, 41, 4, 21, 3]
     coupling = pairs.draw(frames, torch.device("cpu"), per_frame=3)
     assert len(opened) == len(set(opened)) == 3
@@ -230,15 +233,3 @@ def test_each_start_hashes_every_file_once(workshop, stored, tmp_path, monkeypat
     assert len(hashed) == 1
     reflow_train_main([f"--config_path={tmp_path / 'run' / LAST / 'train_config.json'}", "--resume=true", "--steps=2"])
     assert len(hashed) == 2
-
-
-def test_only_the_first_process_of_a_node_reads_and_all_learn_of_it(copied):
-    @dataclasses.dataclass
-    class Process:
-        is_local_main_process: bool
-
-    pairs = Pairs(copied)
-    shard_path(copied, 1).unlink()
-    with pytest.raises(ValueError, match="pairs-00001.safetensors is not the file that was written"):
-        pairs.check(Process(is_local_main_process=True))
-    pairs.check(Process(is_local_main_process=False))  # it would learn it from the other, which is not there

@@ -8,7 +8,18 @@ import pytest
 import torch
 from helpers import lerobot_train_main, reflow_run, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed, pairs_flags, weights
+from pairs_helpers import (
+    CHUNK,
+    FRAMES,
+    WIDTH,
+    assert_close,
+    loss_and_gradient,
+    make_pairs,
+    moved,
+    observed,
+    pairs_flags,
+    weights,
+)
 
 from smolvla_reflow import Coupling, Pairs, Recipe, ReflowError, Solver, attach, detach, is_attached
 from smolvla_reflow.commands import pairs as pairs_command
@@ -26,28 +37,13 @@ from smolvla_reflow.smolvla.vision import vision_encoder
 def test_loss_and_gradient_equal_online_reflow(workshop, tmp_path, solver):
     flags = {"reflow__solver": solver.method, "reflow__num_steps": solver.num_steps}
     folder = make_pairs(workshop, tmp_path / "pairs", couplings_per_frame=1, dtype="float32", **flags)
-    policy, batch = observed(workshop)
-    batch["action"] = torch.full((4, CHUNK, 2), 100.0)  # what was recorded has no influence
+    policy, batch, time = moved(workshop)
     noise = torch.stack([pair_noise(0, frame, 0, (CHUNK, WIDTH)) for frame in (0, 7, 20, 47)])
-    time = torch.tensor([0.1, 0.4, 0.7, 0.99])
-    with torch.no_grad():  # a student that has moved away from its teacher
-        policy.model.action_out_proj.weight.mul_(1.1)
-
-    def loss_and_gradient(noise):
-        policy.zero_grad()
-        loss, _ = policy.train().forward(dict(batch), noise=noise, time=time)
-        loss.backward()
-        return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
     with attach(policy, workshop / "1rf" / LAST, solver=solver):
-        expected, expected_gradient = loss_and_gradient(noise)
+        expected = loss_and_gradient(policy, batch, noise=noise, time=time)
     with attach(policy, pairs=folder):
-        loss, gradient = loss_and_gradient(None)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    assert gradient.keys() == expected_gradient.keys()
-    assert len(gradient) > 10
-    for name in gradient:
-        torch.testing.assert_close(gradient[name], expected_gradient[name], rtol=1e-3, atol=1e-5)
+        found = loss_and_gradient(policy, batch, time=time)
+    assert_close(found, expected, loss={"rtol": 1e-4, "atol": 1e-6}, gradient={"rtol": 1e-3, "atol": 1e-5})
 
 
 def test_no_teacher_is_in_memory(workshop, stored):
@@ -82,18 +78,12 @@ def test_each_visit_draws_one_of_the_frames_pairs(stored):
     pairs = Pairs(stored)
     torch.manual_seed(0)
     drawn = [pairs.draw([5, 40], torch.device("cpu")) for _ in range(60)]
+    assert drawn[0].noise.shape == drawn[0].actions.shape == (2, CHUNK, WIDTH)
     for i, frame in enumerate((5, 40)):
         every = [pairs.lookup(frame, k) for k in range(3)]
-        picks = [
-            next(
-                k
-                for k in range(3)
-                if torch.equal(every[k].noise, c.noise[i]) and torch.equal(every[k].actions, c.actions[i])
-            )
-            for c in drawn
-        ]
+        picks = [[torch.equal(pair.noise, c.noise[i]) for pair in every].index(True) for c in drawn]
+        assert all(torch.equal(every[k].actions, c.actions[i]) for k, c in zip(picks, drawn, strict=True))
         assert all(picks.count(k) > 8 for k in range(3))
-    assert drawn[0].noise.shape == drawn[0].actions.shape == (2, CHUNK, WIDTH)
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -122,6 +112,7 @@ OTHER = {
     "statistics": "1" * 64,
     "chunk_size": 7,
     "max_action_dim": 5,
+    "rename_map": {"observation.images.top": "observation.images.left"},
 }
 
 
@@ -180,11 +171,15 @@ def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
 def test_what_attach_refuses(workshop, stored, copied):
     policy, batch = observed(workshop)
     batch["action"] = torch.zeros(4, CHUNK, 2)
-    with pytest.raises(ReflowError, match="either a teacher or the pairs"):
-        attach(policy, workshop / "1rf" / LAST, pairs=stored)
-    for solver in ("euler", Solver("euler", num_steps=10)):
+    source = lambda observation, **asked: None  # noqa: E731
+    for pairs in (stored, source):
+        with pytest.raises(ReflowError, match="either a teacher or the pairs"):
+            attach(policy, workshop / "1rf" / LAST, pairs=pairs)
         with pytest.raises(ReflowError, match="solved when the pairs were made, so that solver has no effect"):
-            attach(policy, pairs=stored, solver=solver)
+            attach(policy, pairs=pairs, solver=Solver("euler", num_steps=10))
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+        attach(policy, pairs=source, dataset_stats=LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats)
+    assert not is_attached(policy)
     attach(policy, pairs=stored)
     policy.train()
     with pytest.raises(ReflowError, match="noise of their own"):
@@ -221,21 +216,11 @@ def test_attach_takes_the_statistics_that_the_manifest_pins_and_no_others(worksh
 
 
 def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(workshop):
-    policy, batch = observed(workshop)
-    batch["action"] = torch.full((4, CHUNK, 2), 100.0)
-    drawn, time = torch.randn(4, CHUNK, WIDTH), torch.tensor([0.1, 0.4, 0.7, 0.99])
-    with torch.no_grad():  # a student that has moved away from its teacher
-        policy.model.action_out_proj.weight.mul_(1.1)
-
-    def loss_and_gradient(**fixed):
-        policy.zero_grad()
-        loss, _ = policy.train().forward(dict(batch), time=time, **fixed)
-        loss.backward()
-        return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
-
+    policy, batch, time = moved(workshop)
+    drawn = torch.randn(4, CHUNK, WIDTH)
     with attach(policy, workshop / "1rf" / LAST, solver="midpoint"):
         actions = policy.model.generate_reflow_target(*observe(policy, batch), noise=drawn).actions
-        expected, expected_gradient = loss_and_gradient(noise=drawn)
+        expected = loss_and_gradient(policy, batch, noise=drawn, time=time)
 
     def made_before(observation, *, frames, noise, per_frame):
         assert frames.tolist() == [0, 7, 20, 47]
@@ -247,35 +232,15 @@ def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(worksh
     with attach(policy, pairs=made_before) as attachment:
         assert attachment.source is made_before
         assert attachment.teacher is policy.model.teacher is None
-        loss, gradient = loss_and_gradient()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    assert gradient.keys() == expected_gradient.keys()
-    for name in gradient:
-        torch.testing.assert_close(gradient[name], expected_gradient[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("noise_shape", "actions_shape", "message"),
-    [
-        ((4, CHUNK, WIDTH), (8, CHUNK, WIDTH), r"gave noise of shape \(4, 6, 4\); \(8, 6, 4\) was asked for"),
-        ((8, CHUNK, WIDTH), (8, CHUNK, 2), r"gave actions of shape \(8, 6, 2\); \(8, 6, 4\) was asked for"),
-    ],
-)
-def test_a_source_that_gives_another_shape_is_refused_by_name(workshop, noise_shape, actions_shape, message):
-    policy, batch = observed(workshop)
-    batch["action"] = torch.zeros(4, CHUNK, 2)
-    source = lambda observation, **asked: Coupling(torch.zeros(noise_shape), torch.zeros(actions_shape))  # noqa: E731
-    with attach(policy, pairs=source, recipe=Recipe(couplings_per_frame=2)):
-        policy.train()
-        with pytest.raises(ReflowError, match=message):
-            policy.forward(dict(batch))
+        found = loss_and_gradient(policy, batch, time=time)
+    assert_close(found, expected, loss={"rtol": 1e-6, "atol": 0}, gradient={"rtol": 1e-5, "atol": 1e-7})
 
 
 def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(workshop):
     policy, _ = observed(workshop)
     stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
     source = lambda observation, **asked: None  # noqa: E731
-    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on a function that couples"):
         attach(policy, pairs=source, dataset_stats=stats)
     with pytest.raises(ReflowError, match="solver has no effect"):
         attach(policy, pairs=source, solver="euler")

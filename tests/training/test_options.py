@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags, torchrun
+from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -19,6 +19,19 @@ from smolvla_reflow.demo.flags import LAST
 since_0_6_2 = pytest.mark.skipif(
     "parallelism" not in TrainPipelineConfig.__dataclass_fields__, reason="exists from LeRobot 0.6.2 on"
 )
+
+
+# Joints of two arms.
+ALOHA = {
+    "adapt_to_pi_aloha": True,
+    "max_state_dim": 14,
+    "max_action_dim": 14,
+    "input_features": {
+        "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
+        "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+    },
+    "output_features": {"action": PolicyFeature(FeatureType.ACTION, (14,))},
+}
 
 
 def acts(policy, **observation):
@@ -55,49 +68,39 @@ def test_lora(workshop, tmp_path):
     assert (run / "checkpoints/000006").is_dir()
 
 
+def test_real_time_chunking_stays_configured(workshop, tmp_path):
+    rtc = '{"enabled": true, "execution_horizon": 3}'
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, policy__rtc_config=rtc))
+    student = SmolVLAPolicy.from_pretrained(tmp_path / "run" / LAST)
+    assert isinstance(student.config.rtc_config, RTCConfig)
+    assert student.config.rtc_config.execution_horizon == 3
+    assert student.rtc_processor is not None
+    assert acts(student)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option",
-    [
-        {"policy__compile_model": "true", "policy__compile_mode": "default", "policy__num_steps": 1},
-        {"policy__use_amp": "true"},
-        {"policy__rtc_config": '{"enabled": true, "execution_horizon": 3}'},
-    ],
-    ids=["compile_model", "use_amp", "rtc_config"],
+    [{"compile_model": "true", "compile_mode": "default", "num_steps": 1}, {"use_amp": "true"}],
+    ids=["compile_model", "use_amp"],
 )
 def test_an_option_of_the_policy(workshop, tmp_path, option):
     # In a process of its own: accelerate allows one kind of precision for each.
-    flags = reflow_run(workshop, tmp_path / "run", steps=2, **option)
+    flags = reflow_run(workshop, tmp_path / "run", steps=2, **{f"policy__{name}": v for name, v in option.items()})
     subprocess.run([sys.executable, "-m", "smolvla_reflow.commands.train", *flags], check=True, capture_output=True)
-    (name, value), *_ = option.items()
-    name = name.removeprefix("policy__")
     student = SmolVLAPolicy.from_pretrained(tmp_path / "run" / LAST)
-    if name == "rtc_config":
-        assert isinstance(student.config.rtc_config, RTCConfig)
-        assert student.config.rtc_config.execution_horizon == 3
-        assert student.rtc_processor is not None
-    else:
-        assert getattr(student.config, name) is (value == "true")
+    assert getattr(student.config, next(iter(option))) is True
     before = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).state_dict()
     assert any(not torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
     assert acts(student)
 
 
 def test_adapt_to_pi_aloha(make_policy):
-    """Its joints are those of two arms, 14 numbers; the state is decoded once, for both, and no target is encoded."""
-    features = {
-        "input_features": {
-            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
-            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
-        },
-        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (14,))},
-    }
-    policy, teacher = (
-        make_policy(seed=seed, adapt_to_pi_aloha=True, max_state_dim=14, max_action_dim=14, **features)
-        for seed in (0, 1)
-    )
+    """The state is decoded once, for both, and no target is encoded."""
+    policy, teacher = (make_policy(seed=seed, **ALOHA) for seed in (0, 1))
     batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
     noise, time = torch.randn(4, 5, 14), torch.rand(4)
-    attach(policy, teacher, solver="midpoint")
+    attach(policy, teacher, solver="midpoint", recipe=Recipe(weighting="none"))
     policy.train()
     loss, _ = policy.forward({k: v.clone() for k, v in batch.items()}, noise=noise, time=time)
     decoded = {**batch, "observation.state": policy._pi_aloha_decode_state(batch["observation.state"].clone())}
@@ -110,15 +113,8 @@ def test_adapt_to_pi_aloha(make_policy):
 
 @pytest.mark.parametrize("share", ["all", "half"])
 def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy, make_config, share):
-    """The stock loss for recorded frames, and the caller's batch left as LeRobot's own forward leaves it."""
-    features = {
-        "input_features": {
-            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
-            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
-        },
-        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (14,))},
-    }
-    policy = make_policy(adapt_to_pi_aloha=True, max_state_dim=14, max_action_dim=14, **features).train()
+    """The stock loss for recorded frames; the caller's batch is left as LeRobot's forward leaves it, or as it was."""
+    policy = make_policy(**ALOHA).train()
     batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
     fixed = {"noise": torch.randn(4, 5, 14), "time": torch.rand(4), "reduction": "none"}
 
@@ -132,7 +128,8 @@ def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy,
     found, left = losses()
     count = 4 if share == "all" else 2
     torch.testing.assert_close(found[:count], expected[:count])
-    assert all(torch.equal(left[name], expected_batch[name]) for name in batch)
+    wholly = [all(torch.equal(left[name], one[name]) for name in batch) for one in (expected_batch, batch)]
+    assert wholly[0] or (share == "half" and wholly[1])
 
 
 def tensors(folder):
@@ -164,11 +161,3 @@ def test_gradient_accumulation(workshop, tmp_path):
     reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **options))
     reflowed = tensors(tmp_path / "reflow" / LAST)
     assert any(not torch.equal(trained[name], reflowed[name]) for name in trained)
-
-
-@since_0_6_2
-def test_parallelism(workshop, tmp_path):
-    flags = reflow_run(workshop, tmp_path / "run", steps=2, batch_size=4, parallelism__dp_replicate=2)
-    torchrun("-m", "smolvla_reflow.commands.train", *flags)
-    before, after = tensors(workshop / "1rf" / LAST), tensors(tmp_path / "run" / LAST)
-    assert any(not torch.equal(before[name], after[name]) for name in before)

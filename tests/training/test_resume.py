@@ -1,32 +1,37 @@
-"""Resuming: what a path may mean, which files a checkpoint has to have, and what is said where it has not."""
+"""How a run goes on: what a path may mean, runs that broke off at any moment, and what is said about it."""
 
 import json
+import math
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import reflow_run, reflow_train_main, refused
-from lerobot.configs import train as lerobot_config
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow import ReflowError
-from smolvla_reflow.compat import resumes_from_hub, saves_final_checkpoint_alone
+from smolvla_reflow import register_loss_strategy
+from smolvla_reflow.compat import resumes_from_hub
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.training.arguments import complete
-from smolvla_reflow.training.preflight import check_numbers
-from smolvla_reflow.training.run import how_to_continue
-from smolvla_reflow.training.run_folder import find_config, flaw, last_good, resumable_config
+from smolvla_reflow.training.run import Run
+from smolvla_reflow.training.run_folder import complete_checkpoints, find_config, how_to_go_on, is_complete, last_good
 
 CONFIG = "pretrained_model/train_config.json"
 
 
 @pytest.fixture(scope="module")
 def finished(workshop, tmp_path_factory):
-    """A run of two steps with a checkpoint at each."""
+    """A run of three steps with a checkpoint at each."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    reflow_train_main(reflow_run(workshop, folder, steps=2, save_freq=1))
+    reflow_train_main(reflow_run(workshop, folder, steps=3, save_freq=1))
     return folder
 
 
@@ -43,8 +48,12 @@ def edit(file, **fields):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-def flags(*argv):
-    return dict(flag[2:].split("=", 1) for flag in complete(argv).flags)
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def resume_flags(folder, step="last", *more):
+    return [f"--config_path={folder}/checkpoints/{step}/{CONFIG}", "--resume=true", *more]
 
 
 # --- what a path means ------------------------------------------------------------------------------------------
@@ -53,8 +62,8 @@ def flags(*argv):
 @pytest.mark.parametrize(
     ("path", "step"),
     [
-        ("", "000002"),
-        ("checkpoints", "000002"),
+        ("", "last"),
+        ("checkpoints", "last"),
         ("checkpoints/last", "last"),
         ("checkpoints/000001", "000001"),
         ("checkpoints/000001/pretrained_model", "000001"),
@@ -64,247 +73,232 @@ def flags(*argv):
 )
 def test_every_way_to_name_a_checkpoint(run, path, step, monkeypatch):
     expected = run / "checkpoints" / step / CONFIG
-    assert resumable_config(run / path) == find_config(run / path) == expected
+    assert find_config(run / path) == expected
     monkeypatch.chdir(run.parent)
-    assert flags("--resume=true", f"--config_path=run/{path}")["config_path"] == str(expected)
     monkeypatch.setenv("HOME", str(run.parent))
-    assert flags("--resume=true", f"--config_path=~/run/{path}")["config_path"] == str(expected)
+    for named in (f"run/{path}", f"~/run/{path}"):
+        given = complete(["--resume=true", f"--config_path={named}"]).by_name
+        assert given["config_path"] == str(expected)
 
 
 def test_a_run_among_other_checkpoints(run, tmp_path):
     """Its own folder may lie in one of that name, and be a number."""
     (tmp_path / "checkpoints").mkdir()
     moved = run.rename(tmp_path / "checkpoints" / "2026")
-    assert resumable_config(moved) == moved / "checkpoints/000002" / CONFIG
+    assert find_config(moved) == moved / "checkpoints/last" / CONFIG
 
 
-def test_a_runs_folder_resumes_from_its_newest_whole_checkpoint(run):
-    (run / "checkpoints/000002/training_state/optimizer_state.safetensors").unlink()
-    reflow_train_main(["--resume=true", f"--config_path={run}", "--steps=3"])
-    assert flaw(run / "checkpoints/000003") is None
+@pytest.mark.parametrize("broken", ["no last", "last is cut off"])
+def test_where_last_is_of_no_use_the_newest_complete_checkpoint_is_meant(run, broken):
+    """LeRobot takes `last` away before it makes it anew; a kill in between leaves none."""
+    last = run / "checkpoints/last"
+    if broken == "no last":
+        last.unlink()
+    else:
+        (last / "training_state/scheduler_state.json").unlink()
+    newest = "000003" if broken == "no last" else "000002"
+    for path in ("", "checkpoints", "checkpoints/last", f"checkpoints/last/{CONFIG}"):
+        assert find_config(run / path) == run / "checkpoints" / newest / CONFIG
+    reflow_train_main(resume_flags(run, "last", "--steps=4"))
+    assert os.readlink(last) == "000004"
+    assert is_complete(last)
+
+
+def test_a_checkpoint_is_complete_if_no_file_is_cut_off_and_the_last_one_is_there(run):
+    checkpoint = run / "checkpoints/000002"
+    assert next(complete_checkpoints(run)).name == "000003"
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert len(files) >= 12
+    for path in files:
+        content = path.read_bytes()
+        cut(path)
+        assert not is_complete(checkpoint), path
+        path.write_bytes(content)
+    assert is_complete(checkpoint)
+    (checkpoint / "training_state/scheduler_state.json").unlink()
+    assert not is_complete(checkpoint)
+    edit(checkpoint / CONFIG, scheduler=None)
+    assert is_complete(checkpoint)
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "more", "said"),
     [
-        ("nowhere.json", "nowhere.json does not exist."),
-        ("no/such/folder", "no/such/folder does not exist."),
-        (
-            "run/checkpoints/000009",
-            "000009 does not exist. The newest whole one of that run is --config_path={run}/checkpoints/000002/",
-        ),
-        ("run/checkpoints/lst", "lst does not exist. The newest whole one of that run is --config_path={run}/"),
-        ("run/checkpoints/000001/training_state", "training_state holds no checkpoint of a training run."),
-        ("run/wandb", "run/wandb holds no checkpoint of a training run."),
-        ("hand.yaml", "hand.yaml does not belong to a whole checkpoint: {parent}/config.json is missing."),
+        ("nowhere.json", [], "--config_path=nowhere.json holds no checkpoint of a training run: there is no "),
+        ("run/checkpoints/000009", [], "000009 holds no checkpoint of a training run"),
+        ("run/wandb", [], "run/wandb holds no checkpoint of a training run"),
+        ("run", ["--policy.path=elsewhere"], "--policy.path is for a new run"),
+        ("run", ["--frobnicate=3"], "unrecognized arguments: --frobnicate=3"),
     ],
 )
-def test_paths_that_mean_none(run, path, said, monkeypatch, capsys):
+def test_flags_that_cannot_resume(run, path, more, said, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
-    (run / "wandb").mkdir()
-    (run.parent / "hand.yaml").write_text("steps: 3")
-    line = refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}"])
-    assert said.format(run=run, parent=run.parent.name) in line
-
-
-def test_a_run_without_a_whole_checkpoint(run, capsys):
-    for folder in run.glob("checkpoints/0*"):
-        (folder / "training_state/rng_state.safetensors").unlink()
-    for path in (run, run / "checkpoints/last"):
-        line = refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}"])
-        assert ("holds no whole checkpoint" in line) is (path == run)
-    assert line.endswith(": training_state/rng_state.safetensors is missing. That run has none.")
-
-
-def test_weights_cannot_be_chosen_for_a_resumed_run(run, capsys):
-    argv = ["--resume=true", f"--config_path={run}", "--policy.path=elsewhere"]
-    assert "--policy.path is for a new run" in refused(capsys, reflow_train_main, argv)
-    argv[-1] = "--reflow.num_stepz=3"
-    assert "--reflow.num_stepz is unknown" in refused(capsys, reflow_train_main, argv)
-
-
-def test_a_file_that_another_lerobot_saved(run, capsys, workshop):
-    edit(run / "checkpoints/000002" / CONFIG, frobnicate=3)
-    line = refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={run}"])
-    assert "`frobnicate` are not valid" in line
-    assert "saved has such fields; resume with the one that saved it." in line
-    line = refused(capsys, reflow_train_main, [f"--config_path={run}"])
-    assert "take them out of the file." in line
-
-
-# --- which files a checkpoint has -------------------------------------------------------------------------------
-
-
-def test_every_file_that_lerobot_saves_is_needed(run):
-    """Missing, and cut off."""
-    checkpoint = run / "checkpoints/000002"
-    files = [path for path in checkpoint.glob("*/*") if path.is_file()]  # deeper down is what a tokenizer has saved
-    assert len(files) == 12
-    for path in files:
-        name, content = path.relative_to(checkpoint), path.read_bytes()
-        path.unlink()
-        assert flaw(checkpoint) == f"{name} is missing"
-        path.write_bytes(content[:-5])
-        assert flaw(checkpoint) == f"{name} is not complete"
-        path.write_bytes(content)
-    assert flaw(checkpoint) is None
-
-
-def test_other_layouts(run):
-    """An adapter; what LeRobot 0.6.2 adds: a tokenizer, averaged weights, and the shards of several processes."""
-    checkpoint = run / "checkpoints/000002"
-    policy, state, config = checkpoint / "pretrained_model", checkpoint / "training_state", checkpoint / CONFIG
-    weights = (policy / "model.safetensors").rename(policy / "adapter_model.safetensors")
-    assert flaw(checkpoint) == "pretrained_model/model.safetensors is missing"
-    fields = json.loads(config.read_text())["policy"]
-    edit(config, policy={**fields, "use_peft": True})
-    assert flaw(checkpoint) == "pretrained_model/adapter_config.json is missing"
-    (policy / "adapter_config.json").write_text("{}")
-    assert flaw(checkpoint) is None
-
-    edit(config, ema={"enable": True})
-    assert flaw(checkpoint) == "training_state/ema_state.pt is missing"
-    torch.save({"shadow": torch.zeros(1000)}, state / "ema_state.pt")
-    assert flaw(checkpoint) is None
-    os.truncate(state / "ema_state.pt", 2000)
-    assert flaw(checkpoint) == "training_state/ema_state.pt is not complete"
-    edit(config, ema={"enable": False})
-
-    preprocessor = policy / "policy_preprocessor.json"
-    steps = json.loads(preprocessor.read_text())["steps"]
-    steps[0]["artifacts"] = {"tokenizer_name": "words"}
-    edit(preprocessor, steps=steps)
-    assert flaw(checkpoint) == "pretrained_model/words is missing"
-    (policy / "words").mkdir()
-    (policy / "words" / "tokenizer.json").write_text("{")
-    assert flaw(checkpoint) == "pretrained_model/words/tokenizer.json is not complete"
-    (policy / "words" / "tokenizer.json").write_text("{}")
-    assert flaw(checkpoint) is None
-
-    edit(config, checkpoint_format="DCP")
-    weights.unlink()
-    for folder in (policy / "pytorch_model_fsdp_0", state / "optimizer_0"):
-        if folder.parent == state:  # its place may also be taken by the state of one process
-            assert flaw(checkpoint) is None
-        folder.mkdir()
-        assert flaw(checkpoint) == f"{folder.relative_to(checkpoint)}/.metadata is missing"
-        (folder / ".metadata").touch()
-        assert flaw(checkpoint) == f"{folder.relative_to(checkpoint)}/.metadata is not complete"
-        (folder / ".metadata").write_bytes(b"\x80")
-    (state / "optimizer_state.safetensors").unlink()
-    assert flaw(checkpoint) is None
-
-
-def test_a_run_without_a_scheduler_needs_none(run):
-    checkpoint = run / "checkpoints/000002"
-    (checkpoint / "training_state/scheduler_state.json").unlink()
-    assert flaw(checkpoint) is not None
-    edit(checkpoint / CONFIG, scheduler=None)
-    assert flaw(checkpoint) is None
-
-
-@pytest.mark.parametrize("name", ["pretrained_model/model.safetensors", "training_state/optimizer_state.safetensors"])
-def test_a_good_checkpoint_is_finite(run, name):
-    assert last_good(run).name == "000002"
-    file = run / "checkpoints/000002" / name
-    tensors = load_file(file)
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("inf"))
-    save_file(tensors, file)
-    assert last_good(run).name == "000001"
+    assert said in refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}", *more])
 
 
 # --- how one goes on --------------------------------------------------------------------------------------------
 
 
-def test_what_a_resumed_run_was_told_is_told_again(run):
-    """Its last checkpoint was saved before."""
+def test_the_flags_of_a_resumed_run_are_repeated(run):
+    """Its last checkpoint was saved before they were typed."""
     cfg = SimpleNamespace(output_dir=run, reflow=SimpleNamespace(strategy="reflow"))
-    arguments = complete(["--resume=true", f"--config_path={run}", "--steps=9", "--job_name=a b"])
-    said = how_to_continue(cfg, arguments)
-    assert said.endswith(f"--config_path={run}/checkpoints/000002/{CONFIG} --resume=true --steps=9 '--job_name=a b'")
+
+    def said(*argv):
+        return Run(cfg, complete(argv), *[None] * 4).how_to_continue()
+
+    resumed = said("--resume=true", f"--config_path={run}", "--steps=9", "--job_name=a b")
+    assert resumed.endswith(f"--config_path={run}/checkpoints/000003/{CONFIG} --resume=true --steps=9 '--job_name=a b'")
     plugin = "--env.discover_packages_path=my_envs"
-    arguments = complete(["--reflow.teacher_path=T", "--dataset.repo_id=ID", "--steps=9", plugin])
     cfg.reflow.strategy = "/mine.py:x"
-    assert how_to_continue(cfg, arguments).endswith(f"--resume=true {plugin} --reflow.strategy=/mine.py:x")
+    new = said("--reflow.teacher_path=T", "--dataset.repo_id=ID", "--steps=9", plugin)
+    assert new.endswith(f"--resume=true {plugin} --reflow.strategy=/mine.py:x")
 
 
-@pytest.mark.parametrize("save_freq", [0, -1])
-def test_the_final_checkpoint_alone(workshop, tmp_path, capsys, save_freq):
+@pytest.mark.parametrize("name", ["pretrained_model/model.safetensors", "training_state/optimizer_state.safetensors"])
+def test_the_last_good_checkpoint_is_finite(run, name):
+    assert last_good(run).name == "000003"
+    file = run / "checkpoints/000003" / name
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("inf"))
+    save_file(tensors, file)
+    assert last_good(run).name == "000002"
+    assert "/000002/pretrained_model/train_config.json --resume=true" in how_to_go_on(run)
+    shutil.rmtree(run / "checkpoints")
+    assert last_good(run) is None
+    assert "No checkpoint was saved yet; start again with another --output_dir than" in how_to_go_on(run)
+
+
+def test_a_cut_off_checkpoint_fails_and_the_last_good_one_is_named(run, capsys):
+    cut(run / "checkpoints/000003/training_state/optimizer_state.safetensors")
+    line = refused(capsys, reflow_train_main, resume_flags(run, "000003", "--steps=4"))
+    assert "While training: SafetensorError: " in line
+    assert f"Go on from the last good checkpoint with --config_path={run}/checkpoints/000002/" in line
+    assert not (run / "checkpoints/000004").exists()
+
+
+@pytest.fixture
+def losing(registry):
+    """A strategy whose couplings' actions are multiplied by `by` in the call numbered `at` and later."""
+
+    def make(at, by):
+        registry.pop("losing", None)
+        calls = iter(range(1, 100))
+
+        @register_loss_strategy("losing")
+        def losing(step):
+            coupling = step.recorded()
+            return step.losses(replace(coupling, actions=coupling.actions * (by if next(calls) >= at else 1)))
+
+    return make
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workshop, tmp_path, capsys, losing):
+    losing(at=3, by=math.nan)
     run = tmp_path / "run"
-    argv = reflow_run(workshop, run, steps=2, save_freq=save_freq)
-    if saves_final_checkpoint_alone():
-        reflow_train_main(argv)
-    else:
-        line = refused(capsys, reflow_train_main, argv)
-        assert "--save_freq=2, the number of steps, saves the final checkpoint alone" in line
-        assert not run.exists()
-        reflow_train_main([*argv, "--save_freq=2"])
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "last"]
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, run, save_freq=1, reflow__strategy="losing"))
+    assert "The loss is nan in step 3, so the run was stopped" in line
+    hint = f"Go on from the last good checkpoint with --config_path={run}/checkpoints/000002/{CONFIG} --resume=true"
+    assert hint in line
+    losing(at=2, by=math.nan)
+    assert "in step 4, so the run was stopped" in refused(capsys, reflow_train_main, hint.partition("with ")[2].split())
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"000001", "000002", "000003", "last"}
 
 
-def test_numbers_that_cannot_be():
-    usable = {"steps": 1, "batch_size": 1, "save_freq": 1, "num_workers": 0}
-    check_numbers(SimpleNamespace(**usable))
-    for name in ("steps", "batch_size", "num_workers"):
-        with pytest.raises(ReflowError, match=f"--{name}={usable[name] - 1}: at least {usable[name]}"):
-            check_numbers(SimpleNamespace(**{**usable, name: usable[name] - 1}))
+def test_an_absurd_learning_rate(workshop, tmp_path, capsys):
+    rates = {"policy__optimizer_lr": 1e6, "policy__scheduler_warmup_steps": 0}
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", steps=20, save_freq=1, **rates))
+    assert "in step 2, so the run was stopped. A lower --policy.optimizer_lr helps" in line
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------
+def test_a_full_disk(workshop, tmp_path, capsys):
+    """Files may grow to 50 kB: the configuration fits, the weights do not."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "error: While training: " in line
+    assert "File too large" in line
+    assert f"No checkpoint was saved yet; start again with another --output_dir than {tmp_path}/run." in line
 
 
-@pytest.mark.skipif(resumes_from_hub(), reason="from LeRobot 0.6.0 on it resumes from there")
-def test_this_lerobot_does_not_resume_from_the_hub(capsys):
-    line = refused(capsys, reflow_train_main, ["--resume=true", "--config_path=me/2rf"])
-    assert "says of a hub id that resuming from the hub is not supported; download the checkpoint" in line
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
+    """Half of the kills wait for a checkpoint that is just being written. Ends with the steps that were asked for."""
+    run = tmp_path / "run"
+    flags = reflow_run(workshop, run, steps=60, save_freq=1, log_freq=1)
+    script = f"""
+        import os, random, signal, sys, time
+        from pathlib import Path
+        from smolvla_reflow.commands import train
+        from smolvla_reflow.training.run_folder import complete_checkpoints, training_step
+
+        run, rng = Path({str(run)!r}), random.Random(0)
+        resume = ["--config_path=" + str(run / "checkpoints/last/pretrained_model/train_config.json"), "--resume=true"]
+        begun = lambda: set(run.glob("checkpoints/0*"))
+        reached = lambda: next((training_step(c) for c in complete_checkpoints(run)), 0)
+
+        def start():
+            child = os.fork()
+            if child:
+                return child
+            try:
+                train.main(resume if reached() else {flags!r})
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+
+        steps = []
+        for kill in range(10):
+            before, had, child = begun(), reached(), start()
+            while len(begun() - before) < 1 + (kill % 3):  # re-written ones are no new folders
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05 if kill % 2 else 0.5))
+            newest = max(begun())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            steps.append(reached())
+            assert steps[-1] >= max(had, int(newest.name) - 1), (steps, newest)
+        print(steps, file=sys.stderr)
+        assert os.waitpid(start(), 0)[1] == 0
+        assert reached() == 60
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert is_complete(run / "checkpoints/last")
+    assert all(torch.isfinite(t).all() for t in load_file(run / LAST / "model.safetensors").values())
+
+
+# --- the hub, and the home folder -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not resumes_from_hub(), reason="before LeRobot 0.6.0 it does not resume from there")
-class TestHub:
-    def test_no_such_repository(self, capsys):
-        line = refused(capsys, reflow_train_main, ["--resume=true", "--config_path=me/2rf"])
-        assert "--config_path=me/2rf does not exist, and as a hub id it cannot be resumed (" in line
+def test_a_repositorys_last_checkpoint_is_downloaded_once_and_gone_on_from(run, tmp_path, monkeypatch, capsys):
+    from lerobot.common import train_utils
 
-    @pytest.fixture
-    def hub(self, run, monkeypatch):
-        """A repository `me/2rf` that holds the checkpoints of a run; counts its downloads."""
-        from lerobot.common import train_utils
+    downloads = []
 
-        downloads = []
+    def snapshot_download(repo_id, *, allow_patterns, local_dir, **kwargs):
+        downloads.append(local_dir)
+        step = allow_patterns.removesuffix("/*")
+        shutil.copytree(run / step, Path(local_dir) / step)
 
-        def snapshot_download(repo_id, *, allow_patterns, local_dir, **kwargs):
-            downloads.append(local_dir)
-            step = allow_patterns.removesuffix("/*")
-            shutil.copytree(run / step, Path(local_dir) / step)
-
-        monkeypatch.setattr(lerobot_config, "hf_hub_download", lambda **asked: str(run / "checkpoints/000002" / CONFIG))
-        monkeypatch.setattr(train_utils, "find_latest_hub_checkpoint", lambda repo_id: "checkpoints/000002")
-        monkeypatch.setattr(train_utils, "snapshot_download", snapshot_download)
-        return downloads
-
-    def test_its_last_checkpoint_is_downloaded_once_and_gone_on_from(self, hub, run, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        reflow_train_main(["--resume=true", "--config_path=me/2rf", "--steps=3"])
-        (made,) = hub
-        assert flaw(Path(made) / "checkpoints/000003") is None
-        assert not (run / "checkpoints/000003").exists()
-
-    def test_what_was_pushed_has_to_be_whole(self, hub, run, tmp_path, capsys):
-        (run / "checkpoints/000002/training_state/optimizer_param_groups.json").unlink()
-        argv = ["--resume=true", "--config_path=me/2rf", f"--output_dir={tmp_path / 'here'}"]
-        line = refused(capsys, reflow_train_main, argv)
-        assert "is not whole: training_state/optimizer_param_groups.json is missing" in line
-
-    def test_what_is_no_reflow_run_is_not_downloaded(self, hub, run, capsys):
-        edit(run / "checkpoints/000002" / CONFIG, reflow={})
-        line = refused(capsys, reflow_train_main, ["--resume=true", "--config_path=me/2rf"])
-        assert "names no teacher" in line
-        assert hub == []
-
-
-# --- the home folder --------------------------------------------------------------------------------------------
+    argv = ["--resume=true", "--config_path=me/2rf", "--steps=4"]
+    assert "While downloading the last checkpoint of me/2rf: " in refused(capsys, reflow_train_main, argv)
+    monkeypatch.setattr(train_utils, "find_latest_hub_checkpoint", lambda repo_id: "checkpoints/000003")
+    monkeypatch.setattr(train_utils, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    reflow_train_main(argv)
+    (made,) = downloads
+    assert is_complete(Path(made) / "checkpoints/000004")
+    assert not (run / "checkpoints/000004").exists()
 
 
 def test_a_tilde_is_the_home_folder(workshop, tmp_path, monkeypatch):

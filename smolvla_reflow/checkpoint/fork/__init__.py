@@ -1,1 +1,4 @@
-"""The earlier fork: its checkpoints and flags. This folder can be deleted in one go."""
+"""The earlier fork's checkpoints and flags.
+
+To drop its support, delete this folder, `commands/migrate.py`, the guide `from_the_fork.md`, and their imports.
+"""

@@ -29,7 +29,7 @@ def checkpoint(make_config, monkeypatch, tmp_path):
     """A teacher of three state and two action dimensions, whose config has another robot's widths."""
     widths = {"observation.state.mean": torch.zeros(STATE_DIM), "action.mean": torch.zeros(ACTION_DIM)}
     monkeypatch.setattr(Checkpoint, "statistics", lambda self: widths)
-    monkeypatch.setattr(Checkpoint, "steps", lambda self, processor: [])
+    monkeypatch.setattr(Checkpoint, "processor_steps", lambda self, processor: [])
 
     def make(*cameras, **overrides):
         inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (6,)), **visual(*cameras)}
