@@ -237,3 +237,8 @@ def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
 def can_hold_out(dataset: DatasetConfig) -> bool:
     """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
     return hasattr(dataset, "eval_split")
+
+
+def installed() -> str:
+    """The installed LeRobot's name and version, for messages."""
+    return f"LeRobot {lerobot.__version__}"

@@ -9,7 +9,6 @@ from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lerobot
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs.policies import PreTrainedConfig
@@ -28,6 +27,7 @@ from smolvla_reflow.checkpoint.adapter import (
 from smolvla_reflow.checkpoint.backbone import tokenizer_or_none
 from smolvla_reflow.checkpoint.fork.marks import refuse_forked
 from smolvla_reflow.checkpoint.saved_steps import SavedStep, named_files, saved_steps
+from smolvla_reflow.compat import installed
 from smolvla_reflow.errors import ReflowError, doing, sha256
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
@@ -188,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> SmolVLAConfig:
     """The config as the installed LeRobot reads it. Raises ReflowError if LeRobot cannot, or it is not SmolVLA's."""
-    with doing(f"reading {folder / CONFIG_NAME} with LeRobot {lerobot.__version__}"):
+    with doing(f"reading {folder / CONFIG_NAME} with {installed()}"):
         try:
             config = PreTrainedConfig.from_pretrained(folder, local_files_only=True)
         except SystemExit:  # how draccus reports an unknown type of policy

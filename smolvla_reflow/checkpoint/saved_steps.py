@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeGuard
 
-import lerobot
 from lerobot.policies.smolvla import processor_smolvla  # noqa: F401 - registers SmolVLA's own step
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 from lerobot.utils.import_utils import register_third_party_plugins
 
+from smolvla_reflow.compat import installed
 from smolvla_reflow.errors import ReflowError, doing
 
 # Modules of LeRobot with the steps of a SmolVLA. Other policies' steps may run code that a checkpoint names.
@@ -61,7 +61,7 @@ def _read(file: Path, entry: Mapping[str, Any]) -> SavedStep:
     kind = _registered(name) if registered else _loaded(name)
     if kind is None or (kind.__module__.startswith("lerobot.") and not kind.__module__.startswith(OWN_MODULES)):
         raise ReflowError(
-            f"{file} names '{name}', which is no processor step of SmolVLA in LeRobot {lerobot.__version__}. If a "
+            f"{file} names '{name}', which is no processor step of SmolVLA in {installed()}. If a "
             "package of yours has it, load the package with --env.discover_packages_path=PACKAGE."
         )
     config, artifacts, state_file = entry.get("config") or {}, entry.get("artifacts") or {}, entry.get("state_file")

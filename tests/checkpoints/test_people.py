@@ -106,14 +106,6 @@ def test_evaluation(people, first_round, tmp_path):
     assert all(row["flow_rmse"] < 100 for row in rows)  # no dimension is measured in units of rounding noise
 
 
-def test_what_no_robot_of_the_teacher_has_is_refused(people, tmp_path, capsys):
-    flags = reflow_flags(people, tmp_path / "run", rename_map='{"observation.images.front": "observation.images.top"}')
-    line = refused(capsys, reflow_train_main, flags)
-    assert "needs one of the cameras observation.images.camera1" in line
-    assert "--rename_map" in line
-    assert not (tmp_path / "run").exists()
-
-
 def test_input_features_of_the_dataset_as_lerobots_guide_to_peft_has_it(people, tmp_path, capsys):
     """The student then has the dataset's own names, so the teacher has to have them too."""
     null = {"policy__input_features": "null", "policy__output_features": "null"}
