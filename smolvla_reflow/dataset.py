@@ -36,7 +36,7 @@ from smolvla_reflow.compat import (
     open_metadata_as_training,
     statistics_command,
 )
-from smolvla_reflow.errors import ReflowError, doing, first_line, in_one_line
+from smolvla_reflow.errors import ReflowError, doing, first_line, in_one_line, kind_and_line
 from smolvla_reflow.smolvla.statistics import TYPES, Statistics, in_use
 
 # Default of lerobot-train's --tolerance_s, in seconds.
@@ -120,7 +120,7 @@ def _cannot_open(dataset: DatasetConfig, root: Path, error: Exception) -> Reflow
     info, where = _info(root), _where(dataset)
     if info is None:
         old = isinstance(error, BackwardCompatibilityError)  # its later lines say how to convert a dataset on the hub
-        said = in_one_line(error) if old else _said(error)
+        said = in_one_line(error) if old else f"{kind_and_line(error)}."
         inside = root / dataset.repo_id
         hint = f" Did you mean --dataset.root={inside}?" if (inside / INFO_PATH).is_file() else ""
         return ReflowError(f"There is no LeRobotDataset at {where}, and LeRobot cannot download it: {said}{hint}")
@@ -131,17 +131,7 @@ def _cannot_open(dataset: DatasetConfig, root: Path, error: Exception) -> Reflow
         hint = f" Convert it with: {conversion_command(dataset.repo_id, root)}"
     elif found != CODEBASE_VERSION:
         hint = f" The dataset's format is {found}, and this LeRobot reads {CODEBASE_VERSION}."
-    return ReflowError(f"While opening the dataset at {where}: {_said(error)}{hint}")
-
-
-def _said(error: BaseException) -> str:
-    """Kind and first line of an error, preceded by those of its first cause."""
-    first = error
-    while cause := first.__cause__ or first.__context__:
-        first = cause
-    said = [f"{type(each).__name__}: {first_line(each)}".rstrip(".") for each in (first, error)]
-    # LeRobot asks the hub where a file is missing, and the hub's error alone would hide which.
-    return ", and then ".join(dict.fromkeys(said)) + "."
+    return ReflowError(f"While opening the dataset at {where}: {kind_and_line(error)}.{hint}")
 
 
 def _no_frames(dataset: DatasetConfig) -> ReflowError:
@@ -264,7 +254,7 @@ def open_configured(cfg: TrainPipelineConfig, held_out: bool = False) -> LeRobot
         return open_as_training(cfg, held_out=held_out)
     except Exception as error:  # the errors of the hub client, Arrow and LeRobot share no base class
         where = _where(cfg.dataset)
-        raise ReflowError(f"While opening {where} or downloading its missing files: {_said(error)}") from error
+        raise ReflowError(f"While opening {where} or downloading its missing files: {kind_and_line(error)}.") from error
 
 
 def load_batches(
@@ -299,7 +289,7 @@ def frame_error(error: Exception, tolerance_s: float) -> ReflowError:
             f"--tolerance_s, now {tolerance_s:g} seconds; half the time between two frames is a sensible maximum."
         )
     return ReflowError(
-        f"While reading the dataset's frames: {_said(error)} If a video cannot be decoded, try another "
+        f"While reading the dataset's frames: {kind_and_line(error)}. If a video cannot be decoded, try another "
         "--dataset.video_backend (pyav needs nothing installed)."
     )
 

@@ -36,6 +36,15 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def kind_and_line(error: BaseException) -> str:
+    """Kind and first line of an error, after those of its first cause, which may name the file."""
+    first = error
+    while cause := first.__cause__ or first.__context__:
+        first = cause
+    lines = [f"{type(each).__name__}: {first_line(each)}".rstrip(".") for each in (first, error)]
+    return ", and then ".join(dict.fromkeys(lines))
+
+
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
     """Translate any error within the block into a ReflowError: what was being done, the error's kind and first line.
@@ -47,7 +56,7 @@ def doing(what: str) -> Iterator[None]:
     except ReflowError:
         raise
     except Exception as error:
-        raise ReflowError(f"While {what}: {type(error).__name__}: {first_line(error)}") from error
+        raise ReflowError(f"While {what}: {kind_and_line(error)}") from error
 
 
 def in_one_line(error: object) -> str:

@@ -16,6 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from smolvla_reflow.checkpoint.read import Checkpoint
+from smolvla_reflow.errors import ReflowError
 
 # The statistics that each mode of LeRobot's normaliser uses.
 STATISTICS = {
@@ -81,6 +82,10 @@ def fingerprint(config: SmolVLAConfig, stats: Statistics) -> str:
     """SHA-256 of the statistics that normalise this policy's state and actions, as float32."""
     digest = hashlib.sha256()
     for feature, statistic in ((name, statistic) for name in TYPES for statistic in in_use(config, name)):
-        digest.update(f"{feature}.{statistic}".encode())
-        digest.update(np.asarray(stats[feature][statistic], np.float32).tobytes())
+        values = stats.get(feature, {}).get(statistic)
+        if values is None:
+            raise ReflowError(
+                f"There are no statistics '{feature}.{statistic}', by which the policy's {feature} is normalised."
+            )
+        digest.update(f"{feature}.{statistic}".encode() + np.asarray(values, np.float32).tobytes())
     return digest.hexdigest()

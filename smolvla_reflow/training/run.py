@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
+from lerobot.datasets.video_utils import FrameTimestampError
 from lerobot.utils.utils import format_big_number
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import prints_metrics, refuse_remote_job
 from smolvla_reflow.compat import train as lerobot_train
+from smolvla_reflow.dataset import frame_error
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.losses import LossStrategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
@@ -84,9 +86,13 @@ class Run:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.how_to_continue()) from None
         except ReflowError as error:
-            if not Path(self.cfg.output_dir or ".").exists():  # nothing was written
-                raise
-            raise ReflowError(f"{str(error).rstrip('.')}. {self.how_to_continue()}") from error.__cause__
+            cause = error.__cause__
+            said = str(error)
+            if isinstance(cause, FrameTimestampError):
+                said = str(frame_error(cause, self.cfg.tolerance_s))
+            if Path(self.cfg.output_dir or ".").exists():  # something was written
+                said = f"{said.rstrip('.')}. {self.how_to_continue()}"
+            raise ReflowError(said) from cause
 
     def hooked(self, accelerator: Accelerator) -> Accelerator:
         """The Accelerator that LeRobot trains with, hooked up to this run."""

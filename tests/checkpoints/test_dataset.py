@@ -124,7 +124,7 @@ LOUD = {  # LeRobot says what is wrong; the sentence says what was being done, a
     "format v2.1": (info(codebase_version="v2.1"), "is in 2.1 format.*convert_dataset_v21_to_v30 --repo-id="),
     "format v2.0": (info(codebase_version="v2.0"), "Discord.*format is v2.0, and this LeRobot reads v3"),
 }
-CUT_DATA = (cut(DATA), "While opening --dataset.root=.*Parquet magic bytes not found")
+CUT_DATA = (cut(DATA), "While (opening --dataset.root=|training).*Parquet magic bytes not found")
 
 
 @pytest.mark.parametrize("name", [*SILENT, *LOUD])

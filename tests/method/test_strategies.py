@@ -180,7 +180,10 @@ TRAINED = {"reflow__train_state_proj": "true"}
         ({"reflow__strategy": "standard", "reflow__solver": "rk4"}, "--reflow.solver=rk4 has no effect"),
         ({"reflow__augment_pairs": "true"}, "--reflow.augment_pairs=true has no effect without --reflow.pairs_path"),
         ({**TRAINED, "policy__train_state_proj": "false"}, "add --policy.train_state_proj=true, or leave it out"),
-        ({**TRAINED, "reflow__strategy": "standard"}, "has no effect with --reflow.strategy=standard, which trains it"),
+        (
+            {**TRAINED, "reflow__strategy": "standard"},
+            "has no effect with --reflow.strategy=standard, which trains state_proj",
+        ),
         ({"reflow__strategy": EXAMPLE}, "--reflow.strategy=.*: add the name of the loss in that file, strategy="),
     ],
 )
