@@ -177,7 +177,7 @@ def test_what_attach_refuses(workshop, stored, copied):
             attach(policy, workshop / "1rf" / LAST, pairs=pairs)
         with pytest.raises(ReflowError, match="solver has no effect beside pairs"):
             attach(policy, pairs=pairs, solver=Solver("euler", num_steps=10))
-    with pytest.raises(ReflowError, match="dataset_stats has no effect on couplings of another source"):
+    with pytest.raises(ReflowError, match="dataset_stats has no effect on a function that couples"):
         attach(policy, pairs=source, dataset_stats=LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats)
     assert not is_attached(policy)
     attach(policy, pairs=stored)
