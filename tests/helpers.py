@@ -17,6 +17,7 @@ from lerobot.scripts import lerobot_train
 from torch import nn
 
 from smolvla_reflow import Attachment, Recipe, attach
+from smolvla_reflow.commands import eval as reflow_eval
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.dataset import load_batches, open_dataset
@@ -180,3 +181,26 @@ def refused(capsys, main, flags) -> str:
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     return line
+
+
+def driven_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
+    """Flags of a short `smolvla-reflow-eval` in three batches of frames that drives the demo's environment, too."""
+    driven = {"env__type": "drive_past", "eval__n_episodes": 4, "eval__batch_size": 4, "eval__use_async_envs": "false"}
+    small = {"num_frames": 5, "batch_size": 2, "num_noises": 2, "reference_steps": 4}
+    plugin = "--env.discover_packages_path=smolvla_reflow.demo"
+    return [plugin, *eval_flags(workshop, output_dir, **{**driven, **small, **changes})]
+
+
+def eval_main(flags: Sequence[str]) -> dict[str, Any]:
+    """`smolvla-reflow-eval` in this process; returns its report."""
+    reflow_eval.main(list(flags))
+    (folder,) = (flag.removeprefix("--output_dir=") for flag in flags if flag.startswith("--output_dir="))
+    return json.loads((Path(folder) / "report.json").read_text())
+
+
+def change_config(checkpoint: Path, **changes: Any) -> dict[str, Any]:
+    """Change fields of a checkpoint's config.json; returns all its fields."""
+    path = checkpoint / "config.json"
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps(fields))
+    return fields

@@ -1,29 +1,23 @@
 """Closed loop: success and its interval by hand, the drives against a loop of its own, the command as run."""
 
-import json
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import eval_flags, refused
+from helpers import driven_flags, eval_main, refused
 from lerobot.configs.default import EvalConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-from smolvla_reflow.checkpoint.read import open_checkpoint
-from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, TASK, draw_scenes
 from smolvla_reflow.evaluation.closed_loop import drive
-from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.success import Episodes, Success
 
-PLUGIN = "--env.discover_packages_path=smolvla_reflow.demo"
 # An obstacle out of the way of most drives, so that a barely trained policy arrives in some and not in others.
 EASY = {"start_y": 0.05, "obstacle_y": 0.3}
 EPISODES = 12
@@ -42,17 +36,11 @@ def test_the_interval_is_wilsons(k, n):
 
 
 def test_tasks_are_told_apart():
-    found = Success.count(
-        {"reach/0": Episodes([True, False], [1.0, 0.25]), "press/0": Episodes([True] * 4, [3.0, 3.0, 3.0, 4.0])}
-    )
+    reach, press = Episodes([True, False], [1.0, 0.25]), Episodes([True] * 4, [3.0, 3.0, 3.0, 4.0])
+    found = Success.count({"reach/0": reach, "press/0": press})
     assert found.by_task == {"reach/0": 0.5, "press/0": 1.0}
     assert (found.rate, found.episodes) == (5 / 6, 6)
     assert found.best_reward == 14.25 / 6
-
-
-@pytest.fixture(scope="module")
-def measured(workshop):
-    return load_measured_policy("policy", open_checkpoint(str(workshop / "1rf" / LAST)), "cpu", {})
 
 
 def reward_height(monkeypatch):
@@ -132,78 +120,49 @@ def test_every_episode_has_a_scene_of_its_own_that_the_seed_decides(measured, mo
         seen.clear()
 
 
-def flags(workshop: Path, output_dir: Path, **changes) -> list[str]:
-    driven = {
-        "num_frames": 2,
-        "num_noises": 2,
-        "reference_steps": 4,
-        "env__type": "drive_past",
-        "eval__n_episodes": 4,
-        "eval__batch_size": 4,
-        "eval__use_async_envs": "false",
-    }
-    return [PLUGIN, *eval_flags(workshop, output_dir, **{**driven, **changes})]
-
-
 def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
-    eval_command.main(flags(workshop, tmp_path / "a", env__start_y=0.05, env__obstacle_y=0.3, eval__n_episodes=8))
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    easy = {f"env__{name}": value for name, value in EASY.items()}
+    report = eval_main(driven_flags(workshop, tmp_path, **easy, eval__n_episodes=8))
     assert [row["success"]["episodes"] for row in report["rows"]] == [8, 8, 8]
-    env = report["made_with"]["env"]
-    assert (env["type"], env["start_y"], env["obstacle_y"]) == ("drive_past", 0.05, 0.3)
-    row = report["rows"][0]["success"]
+    assert {"type": "drive_past", **EASY}.items() <= report["made_with"]["env"].items()
+    row, in_words = report["rows"][0]["success"], (tmp_path / "report.md").read_text()
     text = f"{row['rate']:.1%} ({row['low']:.0%} to {row['high']:.0%})"
     assert text in capsys.readouterr().out
-    assert text in (tmp_path / "a" / "report.md").read_text()
-    assert "best reward" not in (tmp_path / "a" / "report.md").read_text()  # it is 1 for success and 0 otherwise
-    height, width, _ = matplotlib.image.imread(tmp_path / "a" / "report.png").shape
-    assert (width, height) == (1020, 1290)  # a second panel under the first
+    assert text in in_words
+    assert "best reward" not in in_words  # it is 1 for success and 0 otherwise
+    assert matplotlib.image.imread(tmp_path / "report.png").shape[:2] == (1290, 1020)  # a second panel under the first
 
 
 def test_a_reward_that_says_more_than_success_has_a_column(workshop, tmp_path, monkeypatch):
     reward_height(monkeypatch)
-    eval_command.main(flags(workshop, tmp_path / "a"))
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    table = [line for line in (tmp_path / "a" / "report.md").read_text().splitlines() if line.startswith("|")]
+    report = eval_main(driven_flags(workshop, tmp_path))
+    table = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|")]
     titles, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table]
     shown = [row[titles.index("best reward")] for row in rows]
     assert shown == [f"{row['success']['best_reward']:.3f}" for row in report["rows"]]
 
 
+RENAMED = '{"observation.image": "observation.images.top"}'  # which is all that PushT lacks
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"env__type": "pusht"},
-            "needs one of the cameras observation.images.top, and --env.type=pusht has observation.image",
-        ),
+        ({"env__type": "pusht"}, "cameras observation.images.top, and --env.type=pusht has observation.image"),
+        ({"env__type": "pusht", "rename_map": RENAMED}, "While starting --env.type=pusht: ModuleNotFoundError"),
         ({"env__type": "holodeck"}, "holodeck"),
         ({"env__obstakle": 1}, "env.obstakle"),
-        ({"env__discover_packages_path": "no.such.package"}, "--env.discover_packages_path=no.such.package"),
-        ({"env__discover_packages_path": "fractions"}, "--env.discover_packages_path=fractions"),
+        (
+            {"env__discover_packages_path": "broken_envs"},
+            "=broken_envs, the name of a package: RuntimeError: no display",
+        ),
     ],
 )
-def test_user_errors(workshop, tmp_path, capsys, changes, message):
-    assert message in refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", **changes))
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_package_that_cannot_be_imported(workshop, tmp_path, capsys, monkeypatch):
-    (tmp_path / "broken_envs").mkdir()
-    (tmp_path / "broken_envs" / "__init__.py").write_text("raise RuntimeError('no display')")
-    monkeypatch.syspath_prepend(tmp_path)
-    changes = {"env__discover_packages_path": "broken_envs"}
-    line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", **changes))
-    assert "--env.discover_packages_path=broken_envs" in line
-    assert "RuntimeError: no display" in line
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_simulator_that_is_not_installed(workshop, tmp_path, capsys, monkeypatch):
-    """PushT has the cameras and widths once they are renamed, but its package is not here."""
+def test_user_errors(workshop, tmp_path, capsys, monkeypatch, changes, message):
+    """Two packages among them that cannot be imported: PushT's, which is not here, and a broken one."""
     monkeypatch.setitem(sys.modules, "gym_pusht", None)
     monkeypatch.delitem(gym.registry, "gym_pusht/PushT-v0", raising=False)
-    rename = '{"observation.image": "observation.images.top"}'
-    line = refused(capsys, eval_command.main, flags(workshop, tmp_path / "r", env__type="pusht", rename_map=rename))
-    assert "While starting --env.type=pusht: ModuleNotFoundError" in line
+    (tmp_path / "broken_envs.py").write_text("raise RuntimeError('no display')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert message in refused(capsys, eval_main, driven_flags(workshop, tmp_path / "r", **changes))
     assert not (tmp_path / "r").exists()

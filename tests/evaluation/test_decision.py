@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from smolvla_reflow.evaluation.decision import Decision, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import Decision, decide
 from smolvla_reflow.evaluation.intervals import Interval, over_frames
 from smolvla_reflow.evaluation.measure import Cell
 from smolvla_reflow.evaluation.success import Episodes, Success, episodes_needed, is_not_inferior
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
 
-TEACHER = Cell("teacher", 10)
+TEACHER, ALONE = Cell("teacher", 10), Cell("policy", 10)
 
 
 def test_the_interval_holds_the_mean_as_often_as_it_says():
@@ -31,9 +31,6 @@ def test_the_width_is_that_of_the_central_limit():
     assert found.value == pytest.approx(numbers.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * numbers.std(ddof=1) / 1000**0.5, rel=0.06)
     assert over_frames(numbers, seed=0) == found != over_frames(numbers, seed=1)
-
-
-def test_numbers_that_are_all_alike_and_one_alone():
     assert over_frames([0.25] * 5, seed=0) == Interval(0.25, 0.25, 0.25)
     assert over_frames([0.25], seed=0) == Interval(0.25, -math.inf, math.inf)
 
@@ -80,26 +77,20 @@ def test_the_number_of_episodes_that_would_do():
     assert episodes_needed(counted(93, 100), there, 0.05) is None  # by just the margin
 
 
-MARGINS = {"success_margin": 0.05, "energy_margin": 0.01}
+def decided(distances: dict, successes: dict | None = None, bar: Cell = TEACHER) -> Decision:
+    """The decision on the last policy of these energy distances; a mere number of steps is the student's.
 
-
-def decided(
-    distances: dict[Cell, list[float]], successes: dict[Cell, Success] | None = None, bar: Cell = TEACHER
-) -> Decision:
-    """The decision on the last policy of these energy distances, one for each frame."""
-    tables = [pd.DataFrame({**cell._asdict(), "energy_distance": of}) for cell, of in distances.items()]
-    *_, judged = distances
-    return decide(pd.concat(tables), successes or {}, bar, judged.policy, **MARGINS)
-
-
-def around(value: float, frames: int = 100, width: float = 0.01) -> list[float]:
-    """Energy distances of this mean, whose differences from others of the same mean are all the same."""
-    return list(value + width * np.linspace(-1, 1, frames))
+    An array has a distance for each frame. Frames of a mean are off it, in every policy by the same amounts.
+    """
+    cells = [key if isinstance(key, Cell) else Cell("student", key) for key in distances]
+    frames = [of if isinstance(of, np.ndarray) else of + 0.01 * np.linspace(-1, 1, 100) for of in distances.values()]
+    tables = [pd.DataFrame({**c._asdict(), "energy_distance": of}) for c, of in zip(cells, frames, strict=True)]
+    driven = {cell: successes[key] for cell, key in zip(cells, distances, strict=True) if key in (successes or {})}
+    return decide(pd.concat(tables), driven, bar, cells[-1].policy, success_margin=0.05, energy_margin=0.01)
 
 
 def test_the_smallest_number_whose_energy_distance_is_within_the_margin():
-    student = {1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001}
-    decision = decided({TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, d in student.items()})
+    decision = decided({TEACHER: 0.003, 1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001})
     assert (decision.recommended, decision.evidence, decision.margin) == (2, "energy distance", 0.01)
     said = decision.in_words()
     assert "Recommended: num_steps=2" in said
@@ -108,76 +99,56 @@ def test_the_smallest_number_whose_energy_distance_is_within_the_margin():
 
 
 def test_too_few_frames_are_said_as_such_with_the_number_that_would_do():
-    generator = np.random.default_rng(0)
-    noise = generator.normal(0, 0.05, 30)
+    noise = np.random.default_rng(0).normal(0, 0.05, 30)
     noise -= noise.mean()
-    decision = decided({TEACHER: [0.003] * 30, Cell("student", 1): list(0.003 + noise)})
+    decision = decided({TEACHER: np.full(30, 0.003), 1: 0.003 + noise})
     (only,) = decision.comparisons
     assert decision.recommended is None
     assert not only.not_inferior
     width = 1.96 * noise.std(ddof=1) / 30**0.5  # of a normal interval, which the bootstrap's is close to
     assert only.needed == pytest.approx(30 * (width / 0.01) ** 2, rel=0.25)
-    assert decision.in_words().startswith(
-        "No number of steps that was measured is shown to be as good as the teacher's own 10 steps"
-    )
-    assert f"too few frames to decide, some {only.needed} would do" in decision.in_words()
+    said = decision.in_words()
+    assert said.startswith("No number of steps that was measured is shown to be as good as the teacher's own 10 steps")
+    assert f"too few frames to decide, some {only.needed} would do" in said
 
 
 def test_success_decides_where_it_was_driven():
     """The same energy distances as above would have given 2."""
-    student = {1: (0.2, 178), 2: (0.011, 189), 5: (0.002, 197), 10: (0.001, 198)}
-    distances = {TEACHER: around(0.003)} | {Cell("student", n): around(d) for n, (d, _) in student.items()}
-    successes = {TEACHER: counted(196, 200)} | {Cell("student", n): counted(k, 200) for n, (_, k) in student.items()}
-    decision = decided(distances, successes)
+    successes = {key: counted(k, 200) for key, k in {TEACHER: 196, 1: 178, 2: 189, 5: 197, 10: 198}.items()}
+    decision = decided({TEACHER: 0.003, 1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001}, successes)
     assert (decision.recommended, decision.evidence) == (5, "success")
     said = decision.in_words()
     assert "it succeeds in 98.5% of 200 episodes, against 98.0%" in said
     assert "margin 5 points, one-sided test of Agresti & Caffo at 5 %" in said
     assert "At 1 step it succeeds in 89.0% of 200 episodes, against 98.0%." in said
     needed = episodes_needed(counted(189, 200), counted(196, 200), 0.05)
-    assert (
-        f"At 2 steps it succeeds in 94.5% of 200 episodes, against 98.0%; that is too few episodes to decide, some {needed} would do."
-        in said
-    )
+    too_few = f"that is too few episodes to decide, some {needed} would do."
+    assert f"At 2 steps it succeeds in 94.5% of 200 episodes, against 98.0%; {too_few}" in said
 
 
-def test_success_of_a_teacher_that_hardly_ever_succeeds_decides_nothing():
-    cell = Cell("student", 1)
-    successes = {TEACHER: counted(8, 200), cell: counted(0, 200)}
-    decision = decided({TEACHER: around(0.003), cell: around(0.5)}, successes)
+@pytest.mark.parametrize("driven", [{TEACHER: 8, 1: 0, 2: 0}, {TEACHER: 198, 1: 100}], ids=["failing", "unfinished"])
+def test_success_decides_nothing_if_the_teacher_hardly_ever_succeeds_or_the_closed_loop_is_not_finished(driven):
+    decision = decided({TEACHER: 0.003, 1: 0.5, 2: 0.5}, {key: counted(k, 200) for key, k in driven.items()})
     assert (decision.recommended, decision.evidence) == (None, "energy distance")
 
 
-def test_nor_does_a_closed_loop_that_was_not_finished():
-    cells = [Cell("student", n) for n in (1, 2)]
-    distances = {TEACHER: around(0.003)} | {cell: around(0.004) for cell in cells}
-    decision = decided(distances, {TEACHER: counted(198, 200), cells[0]: counted(100, 200)})
-    assert decision.evidence == "energy distance"
-
-
 def test_a_policy_alone_is_told_whether_it_needs_reflow():
-    bar = Cell("policy", 10)
-
     def said(one_step: float) -> str:
-        distances = {Cell("policy", 1): around(one_step), Cell("policy", 2): around(0.02), bar: around(0.003)}
-        return decided(distances, bar=bar).in_words()
+        return decided({Cell("policy", 1): one_step, Cell("policy", 2): 0.02, ALONE: 0.003}, bar=ALONE).in_words()
 
-    unimodal = said(0.004)
-    assert "Recommended: num_steps=1" in unimodal
-    assert "One step loses nothing that counts: reflow is not needed." in unimodal
+    assert "Recommended: num_steps=1, " in said(0.004)
+    assert "One step loses nothing that counts: reflow is not needed." in said(0.004)
     multimodal = said(0.3)
     assert "Recommended: num_steps=10, the policy's own 10 steps" in multimodal
     assert "At 1 step it has an energy distance of 0.3000, against 0.0030" in multimodal
     assert "One step loses 0.2970 of energy distance: reflow is needed for as few." in multimodal
-    assert "reflow" not in decided({bar: around(0.003)}, bar=bar).in_words()
+    assert "reflow" not in decided({ALONE: 0.003}, bar=ALONE).in_words()
 
 
 def test_a_policy_alone_by_success():
-    bar, one = Cell("policy", 10), Cell("policy", 1)
-
     def said(successes: int) -> str:
-        driven = {bar: counted(98, 100), one: counted(successes, 100)}
-        return decided({one: around(0.3), bar: around(0.003)}, driven, bar).in_words()
+        driven = {ALONE: counted(98, 100), Cell("policy", 1): counted(successes, 100)}
+        return decided({Cell("policy", 1): 0.3, ALONE: 0.003}, driven, ALONE).in_words()
 
     assert "One step loses 58.0 points of success: reflow is needed for as few." in said(40)
     assert "too few episodes to decide" in said(95)
@@ -186,21 +157,12 @@ def test_a_policy_alone_by_success():
 
 
 def test_a_student_that_needs_as_many_steps_as_its_teacher_is_told_so():
-    distances = {TEACHER: around(0.003), Cell("student", 1): around(0.3), Cell("student", 10): around(0.003)}
-    assert "So reflow has saved no steps yet." in decided(distances).in_words()
-
-
-def test_a_low_bar_is_called_out():
-    assert bar_is_low(Cell("teacher", 5)) is None
-    said = bar_is_low(Cell("teacher", 2))
-    assert "it is the teacher with 2 steps" in said
-    assert "--bar_num_steps=10" in said
+    assert "So reflow has saved no steps yet." in decided({TEACHER: 0.003, 1: 0.3, 10: 0.003}).in_words()
 
 
 def test_the_bar_itself_is_never_short_of_episodes():
     """A policy alone, on 20 episodes, too few to show that anything is as good as itself."""
-    bar = Cell("policy", 10)
-    assert decided({bar: around(0.003)}, {bar: counted(20, 20)}, bar).recommended == 10
+    assert decided({ALONE: 0.003}, {ALONE: counted(20, 20)}, ALONE).recommended == 10
 
 
 @pytest.mark.parametrize(("r", "c"), [(0.032, 0.076), (0.08, 0.01), (0.0, 0.3)])
@@ -215,16 +177,12 @@ def test_the_fit_finds_what_a_synthetic_student_was_made_of(r, c):
     assert found.residual < 1e-4
 
 
-def test_nothing_is_said_where_the_law_does_not_hold():
-    found = fit({1: 0.05, 2: 0.05, 5: 0.09, 10: 0.15})  # a student that more steps spoil
-    assert not found.holds
-    assert found.residual > 0.02
-    assert advice(found, 1) is None
-    assert fit({1: 0.1, 10: 0.05}) is None
-
-
-def test_advice_follows_the_larger_error():
+def test_advice_follows_the_larger_error_and_nothing_is_said_where_the_law_does_not_hold():
     noisy, misplaced = TwoErrors(0.02, 0.1, 0.0, True), TwoErrors(0.06, 0.1, 0.0, True)
     assert "noise that is left over (c/n = 0.100 against r = 0.020)" in advice(noisy, 1)
     assert "noise that is left over" in advice(misplaced, 1)
     assert "actions in the wrong place (r = 0.060 against c/n = 0.050)" in advice(misplaced, 2)
+    spoilt = fit({1: 0.05, 2: 0.05, 5: 0.09, 10: 0.15})  # a student that more steps spoil
+    assert (spoilt.holds, advice(spoilt, 1)) == (False, None)
+    assert spoilt.residual > 0.02
+    assert fit({1: 0.1, 10: 0.05}) is None

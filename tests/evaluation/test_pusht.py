@@ -78,9 +78,8 @@ def test_it_shows_the_pose_and_an_image_now_and_then(environment, stand_in, ever
 
 
 def test_lerobot_makes_it_with_three_hundred_steps_and_no_sentence(environment, stand_in):
-    (envs,) = make_env(environment.PushTPoseConfig(image_every=8), n_envs=2, use_async_envs=False)[
-        "pusht_pose"
-    ].values()
+    tasks = make_env(environment.PushTPoseConfig(image_every=8), n_envs=2, use_async_envs=False)["pusht_pose"]
+    (envs,) = tasks.values()
     assert envs.call("_max_episode_steps") == (300, 300)
     assert envs.envs[0].unwrapped.obs_type == "state"
     with pytest.raises(AttributeError):

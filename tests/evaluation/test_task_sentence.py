@@ -1,31 +1,21 @@
 """The task's sentence: the environment's own by LeRobot's rollout, the warning, and another sentence instead."""
 
-import json
 from dataclasses import dataclass, field
 
 import gymnasium as gym
 import pytest
 import torch
-from helpers import eval_flags
+from helpers import driven_flags, eval_main
 from lerobot.configs.default import EvalConfig
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env
 
 from smolvla_reflow.checkpoint.backbone import load_tokenizer
-from smolvla_reflow.checkpoint.read import open_checkpoint
-from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.demo.environment import DrivePast, DrivePastConfig
-from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import TASK
 from smolvla_reflow.evaluation import closed_loop, task_sentence
 from smolvla_reflow.evaluation.closed_loop import drive
-from smolvla_reflow.evaluation.policy import load_measured_policy
-from smolvla_reflow.evaluation.task_sentence import (
-    in_words,
-    shown_sentences,
-    unseen_sentences,
-    with_sentence,
-)
+from smolvla_reflow.evaluation.task_sentence import in_words, shown_sentences, unseen_sentences, with_sentence
 
 SAYING_ID = "smolvla_reflow/Saying-v0"
 SETTINGS = EvalConfig(n_episodes=2, batch_size=2, use_async_envs=False)
@@ -80,11 +70,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured(workshop):
-    return load_measured_policy("policy", open_checkpoint(str(workshop / "1rf" / LAST)), "cpu", {})
-
-
 @pytest.fixture
 def spied(measured, monkeypatch):
     """The policy, and its inputs and actions as `select_action` gets and returns them."""
@@ -102,13 +87,9 @@ def spied(measured, monkeypatch):
 def words(workshop, batches) -> set[str]:
     """What the tokens that the policy saw say, without padding."""
     tokenizer = load_tokenizer(str(workshop / "backbone"))
-    return {
-        tokenizer.decode(tokens[mask.bool()])
-        for batch in batches
-        for tokens, mask in zip(
-            batch["observation.language.tokens"], batch["observation.language.attention_mask"], strict=True
-        )
-    }
+    names = ("observation.language.tokens", "observation.language.attention_mask")
+    rows = (row for batch in batches for row in zip(*(batch[name] for name in names), strict=True))
+    return {tokenizer.decode(tokens[mask.bool()]) for tokens, mask in rows}
 
 
 @pytest.mark.parametrize(("env", "sentence"), CASES.values(), ids=CASES)
@@ -125,24 +106,19 @@ def three_tasks(monkeypatch):
     """Two groups of tasks, as the simulators with many have them, of which two show the same sentence."""
 
     def make(env, n_envs, **settings):
-        first, second, third = (
-            make_env(SayingConfig(says={"task": sentence}), n_envs=n_envs)["saying"][0] for sentence in ("a", "b", "a")
-        )
+        saying = [SayingConfig(says={"task": sentence}) for sentence in ("a", "b", "a")]
+        first, second, third = (make_env(each, n_envs=n_envs)["saying"][0] for each in saying)
         return {"these": {0: first, 1: second}, "those": {0: third}}
 
     for module in (task_sentence, closed_loop):
         monkeypatch.setattr(module, "make_env", make)
 
 
-def test_each_sentence_of_many_tasks_once(three_tasks):
-    assert shown_sentences(DrivePastConfig(), seed=0) == ["a", "b"]
-
-
-def test_the_environments_are_closed(monkeypatch):
+def test_each_sentence_of_many_tasks_once(three_tasks, monkeypatch):
     closed = []
-    monkeypatch.setattr(Saying, "close", lambda env: closed.append(env))
-    shown_sentences(SayingConfig(), seed=0)
-    assert len(closed) == 1
+    monkeypatch.setattr(Saying, "close", closed.append)
+    assert shown_sentences(DrivePastConfig(), seed=0) == ["a", "b"]
+    assert len(closed) == 3
 
 
 @pytest.mark.parametrize(
@@ -199,22 +175,15 @@ def test_an_environments_own_processor_comes_first():
     assert given == {"state": 1, "task": ["a", "b"]}
 
 
+UNSEEN = f'--env.type=saying shows the policy an empty sentence, and no training episode does: they have "{TASK}"'
+
+
 @pytest.mark.parametrize(
-    ("task", "warning"),
-    [
-        (
-            None,
-            f'--env.type=saying shows the policy an empty sentence, and no training episode does: they have "{TASK}"',
-        ),
-        (TASK, None),
-        ("fly", '--env_task shows the policy "fly"'),
-    ],
+    ("task", "warning"), [(None, UNSEEN), (TASK, None), ("fly", '--env_task shows the policy "fly"')]
 )
 def test_the_command_warns_of_a_sentence_that_is_in_no_episode(workshop, tmp_path, capsys, task, warning):
-    driven = {"env__type": "saying", "eval__n_episodes": 2, "eval__batch_size": 2, "eval__use_async_envs": "false"}
-    small = {"num_frames": 2, "num_noises": 2, "num_steps": "[1]", "reference_steps": 2}
-    eval_command.main(eval_flags(workshop, tmp_path / "r", **driven, **small, env_task=task and f'"{task}"'))
-    report, said = json.loads((tmp_path / "r" / "report.json").read_text()), capsys.readouterr().out
+    changes = {"env__type": "saying", "num_steps": "[1]", "env_task": task and f'"{task}"'}
+    report, said = eval_main(driven_flags(workshop, tmp_path, **changes)), capsys.readouterr().out
     assert report["made_with"]["env_task"] == task
     assert len(report["notes"]) == ("Warning: " in said) == (warning is not None)
     if warning is not None:
