@@ -334,10 +334,7 @@ OTHER = LORA_A.replace("state_proj", "other")
     ("change", "said"),
     [
         (lambda w: w.pop(LORA_A), "does not fit its base: it lacks base_model.model.model.state_proj.lora_A"),
-        (
-            lambda w: w.update({OTHER: torch.zeros(4, 4)}),
-            "does not fit its base: it has the unknown .*model.other.lora_A",
-        ),
+        (lambda w: w.update({OTHER: torch.zeros(4, 4)}), "not fit its base: it has the unknown .*model.other.lora_A"),
         (lambda w: w.update({LORA_A: torch.zeros(4, 5)}), "loading the policy .*size mismatch .*state_proj"),
         (lambda w: w[LORA_A].fill_(torch.nan), "model.state_proj.weight in .* holds NaN"),
     ],
