@@ -1,6 +1,7 @@
 """Functions that many tests call: a batch and its losses, the commands in this process, flags of short runs."""
 
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -177,7 +178,7 @@ def refused(capsys, main, flags) -> str:
     """A command that must fail with exit code 2 and one line; return the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        main(flags)
+        main([str(flag) for flag in flags])
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     return line
@@ -204,3 +205,12 @@ def change_config(checkpoint: Path, **changes: Any) -> dict[str, Any]:
     fields = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps(fields))
     return fields
+
+
+def assert_can_be_run(command: str) -> None:
+    """A command in a message, `python -m MODULE --FLAG...`: the module is installed, and takes these flags."""
+    module, *words = command.partition("python -m ")[2].split()
+    tool = importlib.util.find_spec(module)
+    assert tool is not None
+    for flag in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        assert f'"{flag}"' in Path(tool.origin).read_text()

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.noise import pair_noise
 
 FRAMES, CHUNK, WIDTH = 48, 6, 4  # of the workshop's dataset and teacher
+FRAMES_SEEN = (0, 7, 20, 47)
 
 
 def pairs_flags(workshop: Path, folder: Path, **changes: Any) -> list[str]:
@@ -45,8 +47,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def observed(workshop: Path, dataset: str = "dataset", frames=(0, 7, 20, 47)):
-    """The teacher, and some frames as plain LeRobot shows them to it."""
+def which_pairs(frame: int, noises: torch.Tensor) -> list[int]:
+    """The numbers of a frame's three stored pairs whose noise this is. Raises ValueError for any other noise."""
+    stored = [pair_noise(0, frame, pair, (CHUNK, WIDTH)) for pair in range(3)]
+    return [[torch.equal(noise, other) for other in stored].index(True) for noise in noises]
+
+
+def observed(workshop: Path, dataset: str | Path = "dataset", frames=FRAMES_SEEN):
+    """The teacher, and some frames as plain LeRobot shows them to it; `dataset` lies in the workshop or is absolute."""
     checkpoint = workshop / "1rf" / LAST
     teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval()
     preprocessor, _ = make_pre_post_processors(teacher.config, str(checkpoint))

@@ -123,3 +123,7 @@ def fine_tune(base: Path, root: Path, run: Path, **changes: Any) -> Path:
 def edit_json(path: Path, **fields: Any) -> None:
     """Change fields of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=4))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -10,7 +10,7 @@ from smolvla_reflow.demo.flags import LAST
 
 
 @pytest.fixture
-def checkpoint(workshop, tmp_path):
+def teacher(workshop, tmp_path):
     """A copy of the workshop's 1-RF."""
     return Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
 

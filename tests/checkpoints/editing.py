@@ -34,6 +34,16 @@ def edit_step(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) 
     edit(folder / PREPROCESSOR, lambda s: [change(step) for step in s["steps"] if step["registry_name"] == name])
 
 
+def tokenizer_at(name: str) -> Callable[[dict[str, Any]], None]:
+    """A change of the step: its tokenizer is at `name`, and not inside the checkpoint as from LeRobot 0.6.2 on."""
+
+    def change(step: dict[str, Any]) -> None:
+        step["config"]["tokenizer_name"] = name
+        step.pop("artifacts", None)
+
+    return change
+
+
 def add_step(file: Path, step: dict[str, Any]) -> None:
     """Put a step in front of those of a saved processor."""
     edit(file, lambda saved: saved["steps"].insert(0, step))

@@ -2,8 +2,8 @@
 
 import dataclasses
 import errno
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 from helpers import EPISODES_HAVE_TO_EXIST, reflow_run, reflow_train_main, refused, torchrun
 from pairs_helpers import contents, make_pairs, pairs_flags
+from people import edit_json
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError, Solver
@@ -22,8 +23,6 @@ from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.pairs import make as make_module
 from smolvla_reflow.pairs.manifest import not_as_written, read_manifest
-
-# --- nothing lost ---------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -102,10 +101,6 @@ def test_a_finished_set_is_left_alone(workshop, copied, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-10])
-
-
 def flip(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -116,16 +111,14 @@ def swap(file):
     file.write_bytes(file.with_name("pairs-00002.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, swap, Path.unlink])
+@pytest.mark.parametrize("damage", [flip, swap, Path.unlink])
 def test_a_damaged_shard_is_named_and_repaired_alone(workshop, stored, copied, tmp_path, capsys, damage):
     damage(copied / "pairs-00001.safetensors")
     line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__pairs_path=copied))
-    assert "pairs-00001.safetensors is not the file that was written" in line
-    assert "with the same flags and --repair." in line
+    assert re.search(r"-00001\.safetensors is not the file that was written.*with the same flags and --repair\.", line)
     assert not (tmp_path / "run").exists()
     line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
-    assert "pairs-00001.safetensors" in line
-    assert "add --repair to make it again" in line
+    assert re.search(r"pairs-00001\.safetensors.*add --repair to make it again", line)
     others = [copied / f"pairs-0000{i}.safetensors" for i in (0, 2)]
     before = [path.stat().st_mtime_ns for path in others]
     pairs_command.main([*pairs_flags(workshop, copied), "--repair"])
@@ -137,15 +130,6 @@ def test_several_damaged_shards_are_named_together():
     assert not_as_written([1]) == "pairs-00001.safetensors is not the file that was written"
     names = "pairs-00000.safetensors, pairs-00001.safetensors, pairs-00002.safetensors"
     assert not_as_written([0, 1, 2, 3]) == f"{names} and 1 more are not the files that were written"
-
-
-def test_a_second_run_in_the_same_folder_is_refused(workshop, copied, capsys):
-    with FileLock(copied / ".lock"):
-        line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
-    assert "Another smolvla-reflow-pairs is at work" in line
-
-
-# --- nothing left behind --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -186,13 +170,13 @@ def test_a_run_that_was_killed_before_its_first_shard_holds_no_folder(workshop, 
 
 def test_a_refused_run_changes_nothing(workshop, copied, capsys):
     before = contents(copied)
+    with FileLock(copied / ".lock"):
+        line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied))
+    assert "Another smolvla-reflow-pairs is at work" in line
     line = refused(capsys, pairs_command.main, pairs_flags(workshop, copied, seed=1))
     assert "holds other pairs: seed is 0 in the pairs and 1 here" in line
     assert contents(copied) == before
     assert not (copied / ".lock").exists()
-
-
-# --- user errors ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,11 +185,7 @@ def test_a_refused_run_changes_nothing(workshop, copied, capsys):
         ({"reflow__teacher_path": None}, "Name the teacher"),
         ({"dataset__repo_id": None}, "Name the teacher's dataset"),
         ({"output_dir": None}, "Name the folder for the pairs"),
-        pytest.param(
-            {"dataset__episodes": "[0,8]"},
-            "--dataset.episodes: the dataset has 8, and no episode 8",
-            marks=EPISODES_HAVE_TO_EXIST,
-        ),
+        pytest.param({"dataset__episodes": "[0,8]"}, "has 8, and no episode 8", marks=EPISODES_HAVE_TO_EXIST),
         ({"output_dir": "{workshop}/1rf"}, "1rf exists and holds no pairs"),
         ({"couplings_per_frame": 0}, "--couplings_per_frame=0: at least 1 is needed"),
         ({"frames_per_shard": -1}, "--frames_per_shard=-1: at least 1 is needed"),
@@ -215,7 +195,6 @@ def test_a_refused_run_changes_nothing(workshop, copied, capsys):
         ({"reflow__solver": "jittered"}, "--reflow.solver=jittered draws a random number for each batch"),
         ({"repair": "true"}, "there are no pairs in"),
         ({"policy__device": "abacus"}, "abacus"),
-        ({"dataset__image_transforms__enable": "true"}, "from the images as they were recorded"),
     ],
 )
 def test_user_errors(workshop, tmp_path, capsys, flags, message):
@@ -234,20 +213,10 @@ def test_a_teacher_whose_actions_are_too_large(workshop, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-# --- a teacher whose config says few steps -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(workshop, tmp_path):
-    """The teacher, after `smolvla-reflow-eval --write_num_steps` made it a policy of 2 steps."""
-    folder = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_steps": 2}))
-    return folder
-
-
-def test_it_is_solved_in_ten(workshop, quick, tmp_path, capsys):
-    """As the manifest and the line at the start say; what is asked for is done."""
+def test_a_teacher_whose_config_says_few_steps_is_solved_in_ten(workshop, tmp_path, capsys):
+    """`smolvla-reflow-eval --write_num_steps` makes such a config. What is asked for is done."""
+    quick = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "quick"))
+    edit_json(quick / "config.json", num_steps=2)
     common = {"reflow__teacher_path": quick, "reflow__solver": None}
     for asked, taken in ((None, 10), (3, 3)):
         folder = make_pairs(workshop, tmp_path / str(taken), reflow__num_steps=asked, **common)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatching
+from lerobot.policies.smolvla.modeling_smolvla import VLAFlowMatching
 from pairs_helpers import CHUNK, FRAMES, WIDTH, make_pairs, observed
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +19,6 @@ from smolvla_reflow.demo.task import REPO_ID, write_dataset
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.manifest import differences, read_manifest, shard_path
 from smolvla_reflow.smolvla.observation import observe
-
-# --- noise ----------------------------------------------------------------------------------------------------
 
 
 def test_noise_depends_on_seed_frame_and_pair_alone():
@@ -48,9 +46,6 @@ def test_noise_of_old_sets_stays_what_it_was():
     torch.testing.assert_close(pair_noise(7, 11, 2, (2, 2)), golden, rtol=1e-6, atol=0)
 
 
-# --- what is stored -------------------------------------------------------------------------------------------
-
-
 def assert_stock_samples(workshop: Path, pairs: Pairs, frames: tuple[int, ...], pair: int) -> None:
     """The stored actions are the teacher's own samples from the stored noise, rounded to float16."""
     teacher, batch = observed(workshop, frames=frames)
@@ -70,15 +65,14 @@ def test_stored_actions_are_the_teachers_stock_samples(workshop, stored):
 
 def test_the_prefix_is_encoded_once_for_all_pairs_of_a_frame(workshop, tmp_path, monkeypatch):
     encoded, solved = [], []
-    embed_prefix, embed_suffix = VLAFlowMatching.embed_prefix, VLAFlowMatching.embed_suffix
-    monkeypatch.setattr(
-        VLAFlowMatching,
-        "embed_prefix",
-        lambda self, images, *a, **k: encoded.append(len(images[0])) or embed_prefix(self, images, *a, **k),
-    )
-    monkeypatch.setattr(
-        VLAFlowMatching, "embed_suffix", lambda self, x, t: solved.append(len(x)) or embed_suffix(self, x, t)
-    )
+
+    def counted(name, sizes, size_of):
+        method = getattr(VLAFlowMatching, name)
+        counting = lambda self, x, *a, **k: sizes.append(size_of(x)) or method(self, x, *a, **k)  # noqa: E731
+        monkeypatch.setattr(VLAFlowMatching, name, counting)
+
+    counted("embed_prefix", encoded, lambda images: len(images[0]))
+    counted("embed_suffix", solved, len)
     make_pairs(workshop, tmp_path / "pairs", batch_size=16, couplings_per_frame=5, reflow__num_steps=2)
     assert encoded == [16] * 3
     assert solved == [16 * 5] * 2 * 3
@@ -137,38 +131,24 @@ def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
     write_dataset(tmp_path / "other", episodes=4, seed=9)
     pairs = Pairs(make_pairs(workshop, tmp_path / "pairs", dataset__root=tmp_path / "other", dtype="float32"))
     assert capsys.readouterr().err.count("The dataset's statistics are not the teacher's (most in '") == 1
-    checkpoint = workshop / "1rf" / LAST
-    teacher = SmolVLAPolicy.from_pretrained(checkpoint).eval()
-    preprocessor, postprocessor = make_pre_post_processors(teacher.config, str(checkpoint))
-    recorded = LeRobotDataset(REPO_ID, root=tmp_path / "other")
-    batch = preprocessor(torch.utils.data.default_collate([recorded[3], recorded[20]]))
+    teacher, batch = observed(workshop, tmp_path / "other", frames=(3, 20))
+    _, postprocessor = make_pre_post_processors(None, str(workshop / "1rf" / LAST))
     couplings = [pairs.lookup(frame, 0) for frame in (3, 20)]
-    chunk = teacher.predict_action_chunk(batch, noise=torch.stack([c.noise for c in couplings]))
+    actions = torch.stack([coupling.actions for coupling in couplings])
+    chunk = teacher.predict_action_chunk(batch, noise=torch.stack([coupling.noise for coupling in couplings]))
     expected = torch.stack([postprocessor(chunk[:, i]) for i in range(CHUNK)], dim=1)
-    mean, std = (torch.as_tensor(recorded.meta.stats["action"][name]).float() for name in ("mean", "std"))
-    actions = torch.stack([c.actions for c in couplings])[..., :2] * std + mean
-    torch.testing.assert_close(actions, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(torch.stack([c.actions for c in couplings])[..., :2], chunk, atol=1e-2)
+    stats = LeRobotDatasetMetadata(REPO_ID, root=tmp_path / "other").stats["action"]
+    mean, std = (torch.as_tensor(stats[name]).float() for name in ("mean", "std"))
+    torch.testing.assert_close(actions[..., :2] * std + mean, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(actions[..., :2], chunk, atol=1e-2)
 
 
-# --- the manifest ---------------------------------------------------------------------------------------------
+ENTRIES = [{"frames": [[10, 5]]}, {"frames": []}, {"checksums": [1]}, {"surprise": 1}, {"frames_per_shard": 0}]
+ORIGIN = [{"provenance": None}, {"dtype": "object"}, {"chunk_size": "6"}, {"solver": {"method": "rk5"}}]
+HALF_A_STEP = {"solver": {"method": "euler", "num_steps": 2.5}}
 
 
-DAMAGED = [
-    {"frames": [[10, 5]]},
-    {"frames": []},
-    {"checksums": [1]},
-    {"surprise": 1},
-    {"frames_per_shard": 0},
-    {"provenance": None},
-    {"dtype": "object"},
-    {"chunk_size": "6"},
-    {"solver": {"method": "rk5"}},
-    {"solver": {"method": "euler", "num_steps": 2.5}},
-]
-
-
-@pytest.mark.parametrize("changes", ["{", "[]", *DAMAGED])
+@pytest.mark.parametrize("changes", ["{", "[]", *ENTRIES, *ORIGIN, HALF_A_STEP])
 def test_a_damaged_manifest_is_refused(copied, changes):
     file = copied / "manifest.json"
     values = json.loads(file.read_text())
@@ -198,9 +178,6 @@ def test_differences_name_every_value_of_the_solver(stored):
         "rtol is 0.001 in the pairs and None here",
         "atol is 0.0001 in the pairs and None here",
     ]
-
-
-# --- memory ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from Linux's /proc")

@@ -11,6 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from pairs_helpers import (
     CHUNK,
     FRAMES,
+    FRAMES_SEEN,
     WIDTH,
     assert_close,
     loss_and_gradient,
@@ -19,6 +20,7 @@ from pairs_helpers import (
     observed,
     pairs_flags,
     weights,
+    which_pairs,
 )
 
 from smolvla_reflow import Coupling, Pairs, Recipe, ReflowError, Solver, attach, detach, is_attached
@@ -30,15 +32,13 @@ from smolvla_reflow.pairs.manifest import read_manifest
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.vision import vision_encoder
 
-# --- the loss -------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("solver", [Solver("euler"), Solver("midpoint", num_steps=4)], ids=["euler", "midpoint"])
 def test_loss_and_gradient_equal_online_reflow(workshop, tmp_path, solver):
     flags = {"reflow__solver": solver.method, "reflow__num_steps": solver.num_steps}
     folder = make_pairs(workshop, tmp_path / "pairs", couplings_per_frame=1, dtype="float32", **flags)
     policy, batch, time = moved(workshop)
-    noise = torch.stack([pair_noise(0, frame, 0, (CHUNK, WIDTH)) for frame in (0, 7, 20, 47)])
+    noise = torch.stack([pair_noise(0, frame, 0, (CHUNK, WIDTH)) for frame in FRAMES_SEEN])
     with attach(policy, workshop / "1rf" / LAST, solver=solver):
         expected = loss_and_gradient(policy, batch, noise=noise, time=time)
     with attach(policy, pairs=folder):
@@ -67,9 +67,8 @@ def test_several_of_a_frames_pairs_in_one_step(workshop, stored, per_frame, aske
     encoder.eval()
     policy.forward(dict(batch))[0].backward()
     assert counts == [4]
-    for noise, frame in zip(asked[0][1].split(per_frame), (0, 7, 20, 47), strict=True):
-        stored_noises = [pair_noise(0, frame, pair, (CHUNK, WIDTH)) for pair in range(3)]
-        pairs = [[torch.equal(one, other) for other in stored_noises].index(True) for one in noise]
+    for noise, frame in zip(asked[0][1].split(per_frame), FRAMES_SEEN, strict=True):
+        pairs = which_pairs(frame, noise)
         assert len(set(pairs)) == min(per_frame, 3)
         assert max(map(pairs.count, pairs)) == (1 if per_frame <= 3 else 2)
 
@@ -80,13 +79,9 @@ def test_each_visit_draws_one_of_the_frames_pairs(stored):
     drawn = [pairs.draw([5, 40], torch.device("cpu")) for _ in range(60)]
     assert drawn[0].noise.shape == drawn[0].actions.shape == (2, CHUNK, WIDTH)
     for i, frame in enumerate((5, 40)):
-        every = [pairs.lookup(frame, k) for k in range(3)]
-        picks = [[torch.equal(pair.noise, c.noise[i]) for pair in every].index(True) for c in drawn]
-        assert all(torch.equal(every[k].actions, c.actions[i]) for k, c in zip(picks, drawn, strict=True))
+        picks = which_pairs(frame, [c.noise[i] for c in drawn])
+        assert all(torch.equal(pairs.lookup(frame, k).actions, c.actions[i]) for k, c in zip(picks, drawn, strict=True))
         assert all(picks.count(k) > 8 for k in range(3))
-
-
-# --- the command ----------------------------------------------------------------------------------------------
 
 
 def test_training_from_pairs_writes_a_stock_checkpoint_and_resumes(workshop, stored, tmp_path, capsys):
@@ -134,25 +129,20 @@ def test_pairs_of_another_run_are_refused_with_both_values(workshop, copied, tmp
         ({"reflow__num_steps": 5}, "num_steps is 10 in the pairs and 5 here"),
         ({"reflow__solver": "rk4"}, "solver is euler in the pairs and rk4 here"),
         ({"dataset__image_transforms__enable": "true"}, "say --reflow.augment_pairs=true"),
-        ({"reflow__pairs_path": "{tmp}/none"}, "holds no pairs: there is no manifest.json"),
+        ({"reflow__pairs_path": "no/such/folder"}, "holds no pairs: there is no manifest.json"),
     ],
 )
 def test_flags_that_contradict_the_pairs(workshop, stored, tmp_path, capsys, flags, message):
     flags = {"reflow__num_steps": None, "reflow__pairs_path": stored, **flags}
-    flags = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in flags.items()}
     assert message in refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", **flags))
     assert not (tmp_path / "run").exists()
 
 
 def test_augmented_images_when_asked_for(workshop, stored, tmp_path):
-    flags = {
-        "dataset__image_transforms__enable": "true",
-        "reflow__augment_pairs": "true",
-        "reflow__pairs_path": stored,
-    }
-    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **flags))
-    reflow_train_main(reflow_run(workshop, tmp_path / "as_recorded", steps=1, reflow__pairs_path=stored))
-    augmented, plain = weights(tmp_path / "run"), weights(tmp_path / "as_recorded")
+    asked_for = {"dataset__image_transforms__enable": "true", "reflow__augment_pairs": "true"}
+    for run, flags in (("augmented", asked_for), ("plain", {})):
+        reflow_train_main(reflow_run(workshop, tmp_path / run, steps=1, reflow__pairs_path=stored, **flags))
+    augmented, plain = weights(tmp_path / "augmented"), weights(tmp_path / "plain")
     assert any(not torch.equal(augmented[name], plain[name]) for name in plain)
 
 
@@ -163,9 +153,6 @@ def test_frames_without_pairs_are_counted(workshop, tmp_path, capsys):
     assert "36 of the 48 frames to train on have no pairs" in line
     assert "which covers 12" in line
     reflow_train_main(reflow_run(workshop, tmp_path / "run", dataset__episodes="[3]", **flags))
-
-
-# --- what attach refuses --------------------------------------------------------------------------------------
 
 
 def test_what_attach_refuses(workshop, stored, copied):
@@ -208,11 +195,8 @@ def test_attach_takes_the_statistics_that_the_manifest_pins_and_no_others(worksh
         with pytest.raises(ReflowError, match="in the normalised space of other statistics than dataset_stats"):
             attach(policy, pairs=stored, dataset_stats=others)
         assert not is_attached(policy)
-    with pytest.raises(ReflowError, match="no statistics 'observation.state.mean', by which the policy's"):
+    with pytest.raises(KeyError, match="observation.state"):
         attach(policy, pairs=stored, dataset_stats={"action": stats["action"]})
-
-
-# --- a source of one's own ------------------------------------------------------------------------------------
 
 
 def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(workshop):
@@ -234,16 +218,3 @@ def test_a_function_as_source_gives_the_loss_of_the_same_couplings_online(worksh
         assert attachment.teacher is policy.model.teacher is None
         found = loss_and_gradient(policy, batch, time=time)
     assert_close(found, expected, loss={"rtol": 1e-6, "atol": 0}, gradient={"rtol": 1e-5, "atol": 1e-7})
-
-
-def test_what_belongs_to_a_teacher_is_refused_beside_a_source_of_ones_own(workshop):
-    policy, _ = observed(workshop)
-    stats = LeRobotDataset(REPO_ID, root=workshop / "dataset").meta.stats
-    source = lambda observation, **asked: None  # noqa: E731
-    with pytest.raises(ReflowError, match="dataset_stats has no effect on a function that couples"):
-        attach(policy, pairs=source, dataset_stats=stats)
-    with pytest.raises(ReflowError, match="solver has no effect"):
-        attach(policy, pairs=source, solver="euler")
-    with pytest.raises(ReflowError, match="either a teacher or the pairs"):
-        attach(policy, policy, pairs=source)
-    assert not is_attached(policy)
