@@ -14,6 +14,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import utils as dataset_utils
 from lerobot.scripts import lerobot_train
+from safetensors.torch import load_file
 from torch import nn
 
 from smolvla_reflow import Attachment, Recipe, attach
@@ -155,7 +156,7 @@ def reflow_train_main(flags: Sequence[str]) -> None:
 
 def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path) -> list[str]:
     """Flags of a `lerobot-train` into `stock_run` that is configured like the run of this package's command, `run`."""
-    saved = json.loads((run / LAST / "train_config.json").read_text())["policy"]
+    saved = saved_config(run)["policy"]
     fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
     stock = [f for f in flags if not f.startswith("--reflow.")]
     stock += [f"--policy.{name}={saved[name]}" for name in fields]
@@ -180,3 +181,18 @@ def refused(capsys, main, flags) -> str:
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     return line
+
+
+def saved_weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
+    """The weights that a training run saved at a step."""
+    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
+
+
+def saved_config(run: Path) -> dict[str, Any]:
+    """The train_config.json of a run's last checkpoint."""
+    return json.loads((run / LAST / "train_config.json").read_text())
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Both hold the same names and, bitwise, the same values."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
