@@ -1,5 +1,6 @@
 """Properties that hold for anything hypothesis thinks of: attaching, times, pair indexing, configuration, fuzz."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -31,7 +32,6 @@ quick = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 
-# --- attach and detach ----------------------------------------------------------------------------------------
 
 ACTIONS = ("attach", "detach", "train", "eval", "forward", "save", "strategy")
 
@@ -48,17 +48,13 @@ def held(policy):
 @given(actions=st.lists(st.sampled_from(ACTIONS), max_size=12))
 def test_any_sequence_leaves_the_policy_as_it_was(make_policy, batch, tmp_path_factory, actions):
     policy = make_policy(seed=0)
-    before = held(policy)
-    names, attached = list(policy.state_dict()), False
+    before, names, attached = held(policy), list(policy.state_dict()), False
     for action in actions:
         if action in ("attach", "detach"):
-            act = attach if action == "attach" else detach
-            if (action == "attach") == attached:
-                with pytest.raises(ReflowError):
-                    act(policy)
-            else:
-                act(policy)
-                attached = not attached
+            twice = (action == "attach") is attached
+            with pytest.raises(ReflowError) if twice else contextlib.nullcontext():
+                {"attach": attach, "detach": detach}[action](policy)
+            attached = action == "attach"
         elif action in ("train", "eval"):
             policy.train(action == "train")
         elif action == "forward":
@@ -74,8 +70,6 @@ def test_any_sequence_leaves_the_policy_as_it_was(make_policy, batch, tmp_path_f
     policy.eval()
     assert held(policy) == before
 
-
-# --- times ----------------------------------------------------------------------------------------------------
 
 terms = st.one_of(st.just("beta"), st.integers(1, 20).map(lambda k: f"grid:{k}"))
 
@@ -97,20 +91,9 @@ def test_any_other_name_is_refused(name):
         TimeSampling(name)
 
 
-# --- pair indexing --------------------------------------------------------------------------------------------
-
-PROVENANCE = Provenance(
-    teacher="t",
-    dataset="d",
-    total_frames=10_000,
-    statistics="s",
-    solver=Solver("euler", num_steps=10),
-    chunk_size=2,
-    max_action_dim=3,
-    seed=0,
-    couplings_per_frame=1,
-    dtype="float32",
-)
+NUMBERS = {"total_frames": 10_000, "chunk_size": 2, "max_action_dim": 3, "seed": 0, "couplings_per_frame": 1}
+NAMES = {"teacher": "t", "dataset": "d", "statistics": "s", "dtype": "float32"}
+PROVENANCE = Provenance(**NAMES, **NUMBERS, solver=Solver("euler", num_steps=10))
 
 
 @st.composite
@@ -121,13 +104,7 @@ def manifests(draw):
     for gap, length in gaps_and_lengths:
         frames.append([at + gap, at + gap + length])
         at += gap + length
-    return Manifest(
-        provenance=PROVENANCE,
-        made_from={},
-        package_version="0",
-        frames=frames,
-        frames_per_shard=draw(st.integers(1, 50)),
-    )
+    return Manifest(PROVENANCE, {}, "0", frames, frames_per_shard=draw(st.integers(1, 50)))
 
 
 @quick
@@ -152,8 +129,6 @@ def test_every_frame_has_one_place(manifest, wanted, tmp_path_factory):
     assert pairs.missing(ranges) == sum(frame not in every for frames in ranges for frame in frames)
 
 
-# --- configuration --------------------------------------------------------------------------------------------
-
 numbers = st.floats(1e-9, 1.0)
 reflow_fields = st.fixed_dictionaries(
     {},
@@ -174,25 +149,18 @@ reflow_fields = st.fixed_dictionaries(
 def test_what_is_typed_is_what_is_resumed(workshop, tmp_path_factory, fields, steps):
     """Command line -> config -> train_config.json -> config of the resumed run."""
     folder = tmp_path_factory.mktemp("config")
-    typed = {
-        f"reflow__{name}": str(value).lower() if isinstance(value, bool) else value for name, value in fields.items()
-    }
-    changes = {"reflow__num_steps": None, **typed, "steps": steps}
-    flags = complete(reflow_run(workshop, folder / "run", **changes)).flags
-    with command_line("smolvla-reflow-train", flags):
+    typed = {f"reflow__{name}": json.dumps(value).strip('"') for name, value in fields.items()}
+    run = reflow_run(workshop, folder / "run", **{"reflow__num_steps": None, **typed, "steps": steps})
+    with command_line("smolvla-reflow-train", complete(run).flags):
         cfg = parse()
-    for name, value in fields.items():
-        assert getattr(cfg.reflow, name) == value
-    assert cfg.steps == steps
+    assert fields.items() <= vars(cfg.reflow).items()
     cfg.save_pretrained(folder)
     with command_line("smolvla-reflow-train", [f"--config_path={folder / 'train_config.json'}", "--resume=true"]):
         again = parse()
     assert isinstance(again, ReflowTrainPipelineConfig)
     assert again.reflow == cfg.reflow
-    assert again.steps == steps
+    assert again.steps == cfg.steps == steps
 
-
-# --- fuzz -----------------------------------------------------------------------------------------------------
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 anything = st.recursive(
@@ -249,9 +217,8 @@ def fuzz(files: Sequence[Path], reads: Sequence[Callable[[], object]], max_examp
             file.write_text(text)
 
     spoilt()
-    assert all(outcomes[n, how] > max_examples // 20 for n in range(len(reads)) for how in ("read", "refused")), (
-        outcomes
-    )
+    counts = [outcomes[number, how] for number in range(len(reads)) for how in ("read", "refused")]
+    assert min(counts) > max_examples // 20, outcomes
 
 
 def test_fuzzed_configs_raise_nothing_but_our_error(fuzzed):
