@@ -15,6 +15,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets import utils as dataset_utils
 from lerobot.scripts import lerobot_train
+from safetensors.torch import load_file
 from torch import nn
 
 from smolvla_reflow import Attachment, Recipe, attach
@@ -157,7 +158,7 @@ def reflow_train_main(flags: Sequence[str]) -> None:
 
 def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path) -> list[str]:
     """Flags of a `lerobot-train` into `stock_run` that is configured like the run of this package's command, `run`."""
-    saved = json.loads((run / LAST / "train_config.json").read_text())["policy"]
+    saved = saved_config(run)["policy"]
     fields = ("optimizer_lr", "scheduler_decay_lr", "scheduler_warmup_steps", "scheduler_decay_steps")
     stock = [f for f in flags if not f.startswith("--reflow.")]
     stock += [f"--policy.{name}={saved[name]}" for name in fields]
@@ -214,3 +215,19 @@ def assert_can_be_run(command: str) -> None:
     assert tool is not None
     for flag in [word.partition("=")[0] for word in words if word.startswith("--")]:
         assert f'"{flag}"' in Path(tool.origin).read_text()
+
+
+def saved_weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
+    """The weights that a training run saved at a step."""
+    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
+
+
+def saved_config(run: Path) -> dict[str, Any]:
+    """The train_config.json of a run's last checkpoint."""
+    return json.loads((run / LAST / "train_config.json").read_text())
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """True if the values are the same, bitwise. The names have to be."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)

@@ -169,6 +169,14 @@ def assert_starts_from(student: Path, start: Path) -> None:
     assert all(torch.allclose(weights[name], expected[name], atol=1e-6) for name in expected)
 
 
+def test_a_resumed_run_keeps_its_adapter(workshop, adapter, tmp_path, capsys):
+    run = tmp_path / "run"
+    reflow_train_main(reflow_run(workshop, run, reflow__teacher_path=adapter, steps=1))
+    edit_weights(adapter / "adapter_model.safetensors", doubled)
+    line = refused(capsys, reflow_train_main, [f"--config_path={run}", "--resume=true", "--steps=2"])
+    assert "is not the one that this run began with" in line
+
+
 def test_attaching_one(workshop, trained, merged):
     student = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST)
     teacher = attach(student, teacher=trained).teacher.state_dict()

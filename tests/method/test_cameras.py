@@ -40,55 +40,51 @@ def batch_of():
 def two(make_policy):
     """A teacher with other cameras in its config than its student: the same weights, other features."""
 
-    def make(teachers, students, *, teachers_empty=0, students_empty=0):
-        built = [
-            make_policy(seed=0, input_features=inputs(*cameras), empty_cameras=empty)
-            for cameras, empty in ((teachers, teachers_empty), (students, students_empty))
-        ]
-        for policy in built:
-            policy.config.validate_features()
-        return built
+    def build(cameras, empty):
+        policy = make_policy(seed=0, input_features=inputs(*cameras), empty_cameras=empty)
+        policy.config.validate_features()
+        return policy
 
-    return make
-
-
-CASES = {  # cameras of the teacher, of the student, of the batch; empty ones of teacher and student
-    "another order": ((TOP, WRIST), (WRIST, TOP), (TOP, WRIST), 0, 0),
-    "one that was never there": ((SIDE, TOP, WRIST), (TOP, WRIST), (WRIST, TOP), 0, 0),
-    "one that the student leaves out": ((TOP, WRIST), (TOP,), (TOP, WRIST), 0, 0),
-    "an empty one": ((TOP,), (TOP,), (TOP,), 1, 0),
-    "an empty one of the student": ((TOP, WRIST), (TOP, SIDE), (TOP,), 0, 1),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_couplings_are_those_of_stock_inference(two, batch_of, case):
-    teachers, students, there, teachers_empty, students_empty = CASES[case]
-    teacher, student = two(teachers, students, teachers_empty=teachers_empty, students_empty=students_empty)
-    batch, noise = batch_of(*there), torch.randn(3, CHUNK, WIDTH)
-    without_actions = {name: value for name, value in batch.items() if not name.startswith("action")}
-    expected = teacher.predict_action_chunk(dict(without_actions), noise=noise)
-    seen_by_student = student.predict_action_chunk(dict(without_actions), noise=noise)
-    if case in ("another order", "one that the student leaves out"):
-        assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
-
-    attachment = attach(student, teacher, solver="euler")
-    step = attachment.step(*prepared(student, batch), noise=noise, time=None, batch=batch, strategy="reflow")
-    torch.testing.assert_close(step.coupling().actions[..., :ACTION_DIM], expected, rtol=1e-5, atol=1e-6)
+    return lambda teachers, students, empty=(0, 0): (build(teachers, empty[0]), build(students, empty[1]))
 
 
 def prepared(policy, batch):
     return observe(policy, batch), recorded_actions(policy, batch)
 
 
+def step_of(attachment, student, batch, noise=None):
+    return attachment.step(*prepared(student, batch), noise=noise, time=None, batch=batch, strategy="reflow")
+
+
+CASES = {  # cameras of the teacher, of the student, of the batch; empty ones of teacher and student
+    "another order": ((TOP, WRIST), (WRIST, TOP), (TOP, WRIST), (0, 0)),
+    "one that was never there": ((SIDE, TOP, WRIST), (TOP, WRIST), (WRIST, TOP), (0, 0)),
+    "one that the student leaves out": ((TOP, WRIST), (TOP,), (TOP, WRIST), (0, 0)),
+    "an empty one": ((TOP,), (TOP,), (TOP,), (1, 0)),
+    "an empty one of the student": ((TOP, WRIST), (TOP, SIDE), (TOP,), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_couplings_are_those_of_stock_inference(two, batch_of, case):
+    teachers, students, there, empty = CASES[case]
+    teacher, student = two(teachers, students, empty)
+    batch, noise = batch_of(*there), torch.randn(3, CHUNK, WIDTH)
+    without_actions = {name: value for name, value in batch.items() if not name.startswith("action")}
+    expected, seen_by_student = (p.predict_action_chunk(dict(without_actions), noise=noise) for p in (teacher, student))
+    if case in ("another order", "one that the student leaves out"):
+        assert (expected - seen_by_student).abs().max() > 1e-4  # so that giving it the student's images would show
+
+    step = step_of(attach(student, teacher, solver="euler"), student, batch, noise)
+    torch.testing.assert_close(step.coupling().actions[..., :ACTION_DIM], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_forward_pass_uses_them(two, batch_of):
     """The loss of a reflow pass, against stock's loss on the couplings of the teacher's own stock inference."""
     teacher, student = two((TOP, WRIST), (WRIST, TOP))
-    batch = batch_of(TOP, WRIST)
-    noise, time = torch.randn(3, CHUNK, WIDTH), torch.rand(3)
-    full = teacher.model.sample_actions(*prepared(teacher, batch)[0], noise=noise)
-    observation = prepared(student, batch)[0]
-    expected = student.model.forward(*observation, full, noise, time).mean()
+    batch, noise, time = batch_of(TOP, WRIST), torch.randn(3, CHUNK, WIDTH), torch.rand(3)
+    full = teacher.model.sample_actions(*observe(teacher, batch), noise=noise)
+    expected = student.model.forward(*observe(student, batch), full, noise, time).mean()
     attach_plain(student, teacher, solver="euler")
     loss, _ = student.train().forward(batch, noise=noise, time=time)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -106,10 +102,7 @@ def test_images_without_names_do_only_where_the_cameras_agree(two, batch_of):
 
 def test_images_are_encoded_once_where_the_cameras_agree(two, batch_of):
     teacher, student = two((SIDE, TOP), (TOP,))
-    attachment = attach(student, teacher)
-    batch = batch_of(TOP)
-    step = attachment.step(*prepared(student, batch), noise=None, time=None, batch=batch, strategy="reflow")
-    assert step.teachers_observation is None
+    assert step_of(attach(student, teacher), student, batch_of(TOP)).teachers_observation is None
 
 
 def test_a_batch_with_the_datasets_own_names_is_renamed_for_the_teacher(two, batch_of):
@@ -117,15 +110,14 @@ def test_a_batch_with_the_datasets_own_names_is_renamed_for_the_teacher(two, bat
     teacher, student = two((TOP, WRIST), (SIDE,))
     teacher.requires_grad_(False)
     noise, batch = torch.randn(3, CHUNK, WIDTH), batch_of(SIDE)
-    renamed = {**batch, TOP: batch[SIDE]}
-    expected = teacher.model.sample_actions(*prepared(teacher, renamed)[0], noise=noise)
+    expected = teacher.model.sample_actions(*observe(teacher, {**batch, TOP: batch[SIDE]}), noise=noise)
     source = FrozenTeacher(teacher, Solver("euler"), rename_map={SIDE: TOP})
-    observation = source.observe(batch, student, prepared(student, batch)[0])
+    observation = source.observe(batch, student, observe(student, batch))
     assert torch.equal(source(observation, frames=None, noise=noise, per_frame=1).actions, expected)
 
     swapped = FrozenTeacher(teacher, Solver("euler"), rename_map={TOP: WRIST, WRIST: TOP})
     batch = batch_of(TOP, WRIST)  # in the teacher's names already
-    seen = prepared(teacher, batch)[0]
+    seen = observe(teacher, batch)
     assert swapped.observe(batch, teacher, seen) is seen
 
 

@@ -14,6 +14,7 @@ from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.observation import observe
 
+RAW_STATE = torch.randn(4, STATE_DIM, generator=torch.Generator().manual_seed(7))
 WIDTHS = {"action": ACTION_DIM, "observation.state": STATE_DIM}
 MEAN_STD = NormalizationMode.MEAN_STD
 IN_USE = {  # by LeRobot's normaliser
@@ -30,8 +31,7 @@ def draw_stats(seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     stats = {}
     for feature, width in WIDTHS.items():
-        low, high = np.sort(rng.uniform(-3, 3, (2, width)), axis=0)
-        high = high + 1.0
+        low, high = np.sort(rng.uniform(-3, 3, (2, width)), axis=0) + np.array([[0.0], [1.0]])
         inner = {"q01": low + 0.01, "q10": low + 0.1, "q90": high - 0.1, "q99": high - 0.01}
         stats[feature] = {"mean": low, "std": high - low, "min": low, "max": high, **inner}
     return {f: {name: scale * value for name, value in of.items()} for f, of in stats.items()}
@@ -62,15 +62,10 @@ def save_teacher(make_policy, teacher, tmp_path):
     return save
 
 
-@pytest.fixture
-def raw_state():
-    return torch.randn(4, STATE_DIM, generator=torch.Generator().manual_seed(7))
-
-
-def couplings_in_robot_units(policy, batch, raw_state, stats, mode, noise):
-    """What an attached policy, trained in the space of `stats`, is taught for this state of the robot."""
+def couplings_in_robot_units(policy, batch, stats, mode, noise):
+    """What an attached policy, trained in the space of `stats`, is taught for a state of the robot."""
     a, b = numbers(stats, "observation.state", mode)
-    batch = {**batch, "observation.state": (raw_state - a) / b}
+    batch = {**batch, "observation.state": (RAW_STATE - a) / b}
     coupling = policy.model.generate_reflow_target(*observe(policy, batch), noise=noise)
     assert torch.equal(coupling.noise, noise)
     a, b = numbers(stats, "action", mode)
@@ -79,55 +74,48 @@ def couplings_in_robot_units(policy, batch, raw_state, stats, mode, noise):
 
 @pytest.mark.parametrize("mode", [mode for mode in IN_USE if IN_USE[mode]])
 @pytest.mark.parametrize("other", [draw_stats(scale=1.1), draw_stats(seed=1)], ids=["10 %", "another dataset"])
-def test_couplings_in_robot_units_do_not_depend_on_the_dataset(
-    make_policy, save_teacher, batch, noise_and_time, raw_state, caplog, mode, other
-):
-    noise, own = noise_and_time[0], draw_stats()
+def test_couplings_do_not_depend_on_the_dataset(make_policy, save_teacher, batch, noise, caplog, mode, other):
+    own, results = draw_stats(), {}
     folder = save_teacher(mode, own)
-    results = {}
     for name, stats in (("own", own), ("other", other)):
         policy = make_policy(seed=0, normalization_mapping=mapping(mode))
         with caplog.at_level("INFO"), attach(policy, folder, dataset_stats=stats) as attachment:
             assert (attachment.source.space is None) is (name == "own")
-            results[name] = couplings_in_robot_units(policy, batch, raw_state, stats, mode, noise)
+            results[name] = couplings_in_robot_units(policy, batch, stats, mode, noise)
     torch.testing.assert_close(results["other"], results["own"], rtol=1e-4, atol=1e-4)  # padded ones: as they are
     (line,) = [record.message for record in caplog.records if "statistics" in record.message]
     assert "most in '" in line
 
 
-def test_ignoring_the_difference_would_be_seen(make_policy, save_teacher, batch, noise_and_time, raw_state):
+def test_ignoring_the_difference_would_be_seen(policy, save_teacher, batch, noise):
     """The test above can fail: without the map the couplings are off by far more than its tolerance."""
-    noise, own, other = noise_and_time[0], draw_stats(), draw_stats(scale=1.1)
-    policy = make_policy(seed=0)
+    own, other = draw_stats(), draw_stats(scale=1.1)
     with attach(policy, save_teacher(MEAN_STD, own)):
-        right = couplings_in_robot_units(policy, batch, raw_state, own, MEAN_STD, noise)[0]
-        wrong = couplings_in_robot_units(policy, batch, raw_state, other, MEAN_STD, noise)[0]
+        right = couplings_in_robot_units(policy, batch, own, MEAN_STD, noise)[0]
+        wrong = couplings_in_robot_units(policy, batch, other, MEAN_STD, noise)[0]
     assert (right - wrong).abs().max() > 0.1
 
 
-def test_the_teacher_is_asked_as_plain_lerobot_would_ask_it(
-    make_policy, save_teacher, batch, noise_and_time, raw_state
-):
+def test_the_teacher_is_asked_as_plain_lerobot_would_ask_it(policy, save_teacher, batch, noise):
     """Stock preprocessor, stock sampler, stock postprocessor of the teacher's checkpoint as the oracle."""
-    noise, own, other = noise_and_time[0], draw_stats(), draw_stats(seed=1)
+    own, other = draw_stats(), draw_stats(seed=1)
     folder = save_teacher(MEAN_STD, own)
-    stock = type(make_policy()).from_pretrained(folder)
+    stock = type(policy).from_pretrained(folder)
     preprocessor, postprocessor = make_smolvla_pre_post_processors(stock.config, own)
-    normalised = preprocessor({"observation.state": raw_state, "task": ["x"] * 4})["observation.state"]
+    normalised = preprocessor({"observation.state": RAW_STATE, "task": ["x"] * 4})["observation.state"]
     chunk = stock.predict_action_chunk({**batch, "observation.state": normalised}, noise=noise)
     expected = torch.stack([postprocessor(chunk[:, i]) for i in range(chunk.shape[1])], dim=1)
 
-    policy = make_policy(seed=0)
     attach(policy, folder, solver="euler", dataset_stats=other)
-    actions, _ = couplings_in_robot_units(policy, batch, raw_state, other, MEAN_STD, noise)
+    actions, _ = couplings_in_robot_units(policy, batch, other, MEAN_STD, noise)
     torch.testing.assert_close(actions, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", list(IN_USE))
 def test_exactly_the_statistics_in_use_matter(make_config, mode):
-    own = draw_stats()
+    own, unused = draw_stats(), {"mean": [None, "a"], "std": [[1.0], [1.0, 2.0]]}
     teacher = fake_checkpoint(make_config, own, mode)
-    assert space_maps(teacher, own) is None  # rounding to float32 is no difference
+    assert space_maps(teacher, {**own, "observation.tactile": unused}) is None  # rounding to float32 is no difference
     for feature in own:
         for name in own[feature]:
             other = {**own, feature: {**own[feature], name: own[feature][name] + 0.1}}
@@ -142,12 +130,6 @@ def fake_checkpoint(make_config, stats, mode=MEAN_STD, **overrides):
     }
     config = make_config(normalization_mapping=mapping(mode), **overrides)
     return SimpleNamespace(source="T", config=config, statistics=lambda: flat)
-
-
-def test_statistics_of_a_feature_that_nobody_uses_may_be_anything(make_config):
-    own = draw_stats()
-    unused = {"mean": [None, "a"], "std": [[1.0], [1.0, 2.0]]}
-    assert space_maps(fake_checkpoint(make_config, own), {**own, "observation.tactile": unused}) is None
 
 
 def test_a_dimension_that_never_moves_in_either_is_left_alone(make_config):
@@ -171,16 +153,16 @@ def test_a_dimension_that_moves_in_one_alone_is_refused(make_config, feature, si
 
 def test_what_lacks_statistics_is_refused(make_config):
     own = draw_stats()
-    teacher = fake_checkpoint(make_config, own)
+    teacher, without = (fake_checkpoint(make_config, of) for of in (own, {"action": own["action"]}))
     renamed = {"action": own["action"], "observation.joints": own["observation.state"]}
-    with pytest.raises(ReflowError, match="The dataset has no statistics 'observation.state.mean'.*converted"):
-        space_maps(teacher, renamed)
     wide = {**own, "action": {name: np.append(v, 1.0) for name, v in own["action"].items()}}
-    with pytest.raises(ReflowError, match="'action' has 3 dimensions in the dataset and 2 in the .* teacher T"):
-        space_maps(teacher, wide)
-    without = fake_checkpoint(make_config, {"action": own["action"]}, NormalizationMode.QUANTILES)
-    with pytest.raises(ReflowError, match="The checkpoint T has no saved statistics 'observation.state.q01'"):
-        space_maps(without, own)
+    for checkpoint, dataset, message in (
+        (teacher, renamed, "The dataset has no statistics 'observation.state.mean'.*converted"),
+        (teacher, wide, "'action' has 3 dimensions in the dataset and 2 in the .* teacher T"),
+        (without, own, "The checkpoint T has no saved statistics 'observation.state.mean'"),
+    ):
+        with pytest.raises(ReflowError, match=message):
+            space_maps(checkpoint, dataset)
 
 
 def test_images_are_not_mapped(make_config):

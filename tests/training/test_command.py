@@ -15,9 +15,17 @@ from types import SimpleNamespace
 import lerobot
 import pytest
 import torch
-from helpers import lerobot_train_main, reflow_run, reflow_train_main, stock_flags
+from helpers import (
+    lerobot_train_main,
+    reflow_run,
+    reflow_train_main,
+    same_tensors,
+    saved_config,
+    saved_weights,
+    stock_flags,
+)
 from packaging.version import Version
-from safetensors.torch import load_file
+from people import edit_json
 
 from smolvla_reflow import Solver
 from smolvla_reflow.checkpoint.read import open_checkpoint
@@ -27,20 +35,6 @@ from smolvla_reflow.training.accelerator import hook
 from smolvla_reflow.training.config import ReflowConfig
 
 BEFORE_0_6 = Version(lerobot.__version__) < Version("0.6.0")
-
-
-def weights(run: Path, step: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / step / "pretrained_model" / "model.safetensors")
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture(scope="module")
-def other_dataset(workshop):
-    write_dataset(workshop / "other", episodes=4, seed=9)
-    return workshop / "other"
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +47,22 @@ def student(workshop, tmp_path_factory):
     return folder
 
 
-# --- what it writes -------------------------------------------------------------------------------------------
-
-
 def test_checkpoint_is_stock(workshop, student):
     teacher_folder = workshop / "1rf" / LAST
-    saved, stock = weights(student), load_file(teacher_folder / "model.safetensors")
+    saved, stock = saved_weights(student), saved_weights(workshop / "1rf")
     assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {n: (t.shape, t.dtype) for n, t in stock.items()}
-    assert not equal(saved, stock)
+    assert not same_tensors(saved, stock)
     config, stock = (json.loads((f / "config.json").read_text()) for f in (student / LAST, teacher_folder))
     assert config.keys() == stock.keys()
     assert sorted(p.name for p in (student / LAST).iterdir()) == sorted(p.name for p in teacher_folder.iterdir())
 
 
 def test_train_config_remembers_the_teacher(workshop, student):
-    config = json.loads((student / LAST / "train_config.json").read_text())
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
     fingerprint = open_checkpoint(teacher_path).fingerprint()
-    assert config["reflow"] == {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    remembered = {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    assert saved_config(student)["reflow"] == remembered
     chosen = {"strategy": "reflow", "solver": "jittered", "weighting": "t", "padding_weight": 0.1}
     assert chosen.items() <= defaults.items()
 
@@ -114,18 +105,7 @@ def test_student_starts_as_the_teacher(workshop, tmp_path):
     """At learning rate zero it ends as the teacher, too."""
     zero = {"policy__optimizer_lr": 1e-30, "policy__scheduler_decay_lr": 1e-30}
     reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1, **zero))
-    assert equal(weights(tmp_path / "run"), weights(workshop / "1rf"))
-
-
-def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
-    flags = [f for f in reflow_run(workshop, tmp_path / "run", steps=1) if "optimizer_lr" not in f]
-    reflow_train_main(flags)
-    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "Reflow: teacher" in ln]
-    assert "1 steps, batch 8; filled in:" in line
-    assert "--policy.optimizer_lr=2e-05" in line
-    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
-    assert saved["optimizer"]["lr"] == 2e-5
-    assert saved["scheduler"]["decay_lr"] == pytest.approx(5e-7)
+    assert same_tensors(saved_weights(tmp_path / "run"), saved_weights(workshop / "1rf"))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +119,7 @@ def test_what_was_filled_in_is_said_in_one_line(workshop, tmp_path, capsys):
 def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monkeypatch, own, asked, said):
     """Also those of a teacher that `--write_num_steps` made one of few steps. It is said, and done."""
     teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
-    config = json.loads((teacher / "config.json").read_text())
-    (teacher / "config.json").write_text(json.dumps({**config, "num_steps": own}))
+    edit_json(teacher / "config.json", num_steps=own)
     taken, integrate = set(), Solver.integrate
     monkeypatch.setattr(Solver, "integrate", lambda self, *a, **k: taken.add(self) or integrate(self, *a, **k))
     flags = {"reflow__teacher_path": teacher, "reflow__num_steps": asked, "steps": 1}
@@ -148,8 +127,7 @@ def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monk
     assert f"Reflow: couplings by {said}" in capsys.readouterr().err
     assert taken == {Solver("jittered", num_steps=int(re.search(r"num_steps (\d+)", said)[1]))}
     assert json.loads((tmp_path / "run" / LAST / "config.json").read_text())["num_steps"] == own
-    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())["reflow"]
-    assert saved["num_steps"] == asked  # for the resumed run
+    assert saved_config(tmp_path / "run")["reflow"]["num_steps"] == asked  # for the resumed run
 
 
 def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
@@ -157,24 +135,23 @@ def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):
     flags = reflow_run(workshop, tmp_path / "run", reflow__strategy="standard")
     reflow_train_main(flags)
     lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
-    assert equal(weights(tmp_path / "run"), weights(tmp_path / "stock"))
+    assert same_tensors(saved_weights(tmp_path / "run"), saved_weights(tmp_path / "stock"))
 
 
 def test_a_student_is_a_valid_teacher(workshop, student, tmp_path):
     """2-RF to 3-RF; also from a path relative to the working directory."""
     teacher = os.path.relpath(student / LAST)
     reflow_train_main(reflow_run(workshop, tmp_path / "3rf", steps=2, reflow__teacher_path=teacher))
-    config = json.loads((tmp_path / "3rf" / LAST / "train_config.json").read_text())
-    assert config["reflow"]["teacher_path"] == str((student / LAST).resolve())
-    assert not equal(weights(tmp_path / "3rf"), weights(student))
+    assert saved_config(tmp_path / "3rf")["reflow"]["teacher_path"] == str((student / LAST).resolve())
+    assert not same_tensors(saved_weights(tmp_path / "3rf"), saved_weights(student))
 
 
-def test_a_dataset_with_other_statistics(workshop, other_dataset, tmp_path, capsys):
+def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
     """The teacher is asked in its own space; the student learns, and saves, the dataset's."""
-    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2, dataset__root=other_dataset))
-    log = capsys.readouterr().err
-    assert log.count("The dataset's statistics are not the teacher's (most in '") == 1
-    current = json.loads((other_dataset / "meta/stats.json").read_text())["action"]["mean"]
+    write_dataset(tmp_path / "other", episodes=4, seed=9)
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=2, dataset__root=tmp_path / "other"))
+    assert capsys.readouterr().err.count("The dataset's statistics are not the teacher's (most in '") == 1
+    current = json.loads((tmp_path / "other/meta/stats.json").read_text())["action"]["mean"]
     saved = open_checkpoint(tmp_path / "run" / LAST).statistics()["action.mean"]
     teachers = open_checkpoint(workshop / "1rf" / LAST).statistics()["action.mean"]
     torch.testing.assert_close(saved, torch.tensor(current))
@@ -188,14 +165,10 @@ def test_the_forks_yaml_trains(workshop, tmp_path, monkeypatch):
     (tmp_path / "fork.yaml").write_text(f"policy: {json.dumps({**policy, 'optimizer_lr': 3e-5})}")
     flags = reflow_run(workshop, tmp_path / "run", steps=1, reflow__teacher_path=None, policy__optimizer_lr=None)
     reflow_train_main([*flags, f"--config_path={tmp_path / 'fork.yaml'}"])
-    saved = json.loads((tmp_path / "run" / LAST / "train_config.json").read_text())
-    assert saved["reflow"]["strategy"] == "reflow"
-    assert saved["optimizer"]["lr"] == 3e-5
+    saved = saved_config(tmp_path / "run")
+    assert (saved["reflow"]["strategy"], saved["optimizer"]["lr"]) == ("reflow", 3e-5)
     assert "training_mode" not in (tmp_path / "run" / LAST / "config.json").read_text()
     assert not list((tmp_path / "scratch").glob("reflow_config_*"))
-
-
-# --- resuming -------------------------------------------------------------------------------------------------
 
 
 def resume_at(run: Path, step: str, copy: Path, train) -> dict[str, torch.Tensor]:
@@ -208,11 +181,9 @@ def resume_at(run: Path, step: str, copy: Path, train) -> dict[str, torch.Tensor
     (checkpoints / "last").unlink()
     (checkpoints / "last").symlink_to(step)
     file = copy / LAST / "train_config.json"
-    config = json.loads(file.read_text())
-    config["output_dir"] = str(copy)
-    file.write_text(json.dumps(config))
+    edit_json(file, output_dir=str(copy))
     train([f"--config_path={file}", "--resume=true"])
-    return weights(copy)
+    return saved_weights(copy)
 
 
 @pytest.mark.parametrize("step", ["000004", "000006"], ids=["mid-epoch", "epoch-boundary"])
@@ -235,21 +206,18 @@ def test_resumes_as_exactly_as_stock_lerobot(workshop, tmp_path, step, capsys):
         lerobot_train_main(flags)
 
     stock = resume_at(tmp_path / "stock", step, tmp_path / "stock_resumed", without_reflow)
-    stock_is_exact = equal(stock, weights(tmp_path / "stock"))
+    stock_is_exact = same_tensors(stock, saved_weights(tmp_path / "stock"))
     assert stock_is_exact == (BEFORE_0_6 and step == "000006")
 
     same = resume_at(tmp_path / "stock", step, tmp_path / "standard_resumed", reflow_train_main)
-    assert equal(same, stock)
+    assert same_tensors(same, stock)
     resumed = resume_at(tmp_path / "reflow", step, tmp_path / "reflow_resumed", reflow_train_main)
-    assert equal(resumed, weights(tmp_path / "reflow")) == stock_is_exact
+    assert same_tensors(resumed, saved_weights(tmp_path / "reflow")) == stock_is_exact
     shared = re.findall(r"Teacher shares (\d+) of its \d+ parameters", capsys.readouterr().err)
     assert len(shared) == 4  # two runs from the start, two resumed ones
     assert len(set(shared)) == 1
-    config = json.loads((tmp_path / "reflow_resumed" / LAST / "train_config.json").read_text())
-    assert config["reflow"]["teacher_path"] == str((workshop / "1rf" / LAST).resolve())
-
-
-# --- the seam -----------------------------------------------------------------------------------------------------
+    teacher_path = saved_config(tmp_path / "reflow_resumed")["reflow"]["teacher_path"]
+    assert teacher_path == str((workshop / "1rf" / LAST).resolve())
 
 
 @pytest.mark.parametrize("process", [0, 1])
@@ -270,9 +238,6 @@ def test_the_accelerator_hands_over_policy_loader_and_losses(process):
     assert calls == [policy, train, "prepare", 2.0, "backward"]
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3)) is (process == 0)
-
-
-# --- how it speaks --------------------------------------------------------------------------------------------
 
 
 def test_help_explains_the_reflow_options(capsys):

@@ -30,18 +30,14 @@ def follow(scene: task.Scene, waypoints) -> tuple[list[np.ndarray], dict]:
     return path, info
 
 
-@pytest.mark.parametrize("side", [-1, 1])
-def test_experts_get_past_on_either_side(side):
+def test_experts_get_past_on_either_side_and_their_average_hits_the_obstacle():
     for scene in task.draw_scenes(100, seed=3):
-        path, info = follow(scene, task.expert_path(scene, side)[1:])
-        assert info["is_success"]
-        assert np.sign(path[3][1] - scene.obstacle_y) == side
-
-
-def test_averaging_the_two_ways_hits_the_obstacle():
-    for scene in task.draw_scenes(100, seed=3):
-        middle = (task.expert_path(scene, -1) + task.expert_path(scene, 1)) / 2
-        path, info = follow(scene, middle[1:])
+        ways = {side: task.expert_path(scene, side) for side in (-1, 1)}
+        for side, way in ways.items():
+            path, info = follow(scene, way[1:])
+            assert info["is_success"]
+            assert np.sign(path[3][1] - scene.obstacle_y) == side
+        path, info = follow(scene, sum(ways.values())[1:] / 2)
         assert not info["is_success"]
         assert len(path) < 5  # it ended at the obstacle
 

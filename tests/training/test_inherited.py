@@ -6,9 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import reflow_run, reflow_train_main, refused
+from helpers import reflow_run, reflow_train_main, refused, same_tensors, saved_config, saved_weights
 from lerobot.configs.train import TrainPipelineConfig
-from safetensors.torch import load_file
+from people import edit_json
 
 from smolvla_reflow import ReflowError
 from smolvla_reflow.compat import hub_destinations
@@ -20,7 +20,7 @@ TEACHERS = "somebody/their_smolvla"
 # What a finished, published, once resumed run has in its train_config.json, as far as it matters for a new one.
 PUBLISHED = {
     **{"resume": True, "checkpoint_path": "/there/1rf/checkpoints/000040", "output_dir": "/there/1rf"},
-    **{"job_name": "their_run", "steps": 40, "seed": 3, "use_policy_training_preset": False},
+    **{"job_name": "their_run", "steps": 40, "seed": 3, "tolerance_s": 1e-5, "use_policy_training_preset": False},
     "optimizer": {"type": "adamw", "lr": 0.01},
     "scheduler": {"type": "diffuser", "num_warmup_steps": 3},
     "dataset": {"repo_id": "ID", "root": "/data", "episodes": [1, 2], "use_imagenet_stats": False},
@@ -35,7 +35,7 @@ PUBLISHED = {
     **{"save_checkpoint_to_hub": True, "job": {"target": "a10g-small"}, "reward_model": None},
     "eval": {"recording": True, "recording_repo_id": "somebody/recorded", "n_episodes": 7},
 }
-HANDED_OVER = {"teacher_path": "T", "strategy": "distill", "teacher_fingerprint": "f"}
+HANDED_OVER = {"teacher_path": "T", "strategy": "distill", "weighting": "none", "teacher_fingerprint": "f"}
 
 
 @pytest.fixture
@@ -71,36 +71,24 @@ def test_the_teachers_own_file(saved):
     assert rest == {
         "steps": 40,
         "seed": 3,
+        "tolerance_s": 1e-5,  # a number, though YAML takes Python's 1e-05 for a word
         "dataset": PUBLISHED["dataset"],
         "wandb": {"enable": True, "project": "robots"},
         "eval": {"recording": True, "n_episodes": 7},
         "reward_model": None,
     }
-    assert given == {
-        "policy.path": "T",
-        "reflow.teacher_path": "T",
-        "policy.freeze_vision_encoder": "false",
-        "policy.device": "cpu",
-        "policy.optimizer_lr": "2e-05",
-        "policy.optimizer_weight_decay": "1e-06",
-        "policy.scheduler_decay_lr": json.dumps(2e-5 / 40),
-        "policy.scheduler_warmup_steps": "1",
-        "policy.scheduler_decay_steps": "40",
-        "policy.push_to_hub": "false",
-        "policy.repo_id": "null",
-    }
+    kept = {"freeze_vision_encoder": "false", "device": "cpu", "optimizer_weight_decay": "1e-06"}
+    reflows = {"path": "T", "optimizer_lr": "2e-05", "push_to_hub": "false", "repo_id": "null"}
+    reflows |= {"scheduler_decay_lr": json.dumps(2e-5 / 40), "scheduler_warmup_steps": "1"}
+    reflows |= {"scheduler_decay_steps": "40"}
+    policy = {f"policy.{name}": value for name, value in {**kept, **reflows}.items()}
+    assert given == {"reflow.teacher_path": "T", **policy}
 
 
 def test_what_is_typed_holds(saved):
-    typed = {
-        "policy.optimizer_lr": "1e-4",
-        "policy.repo_id": TEACHERS,
-        "policy.push_to_hub": "true",
-        "save_checkpoint_to_hub": "true",
-        "wandb.run_id": "abc123",
-        "output_dir": "/there/1rf",
-        "policy.path": "S",
-    }
+    pushes = {"policy.repo_id": TEACHERS, "policy.push_to_hub": "true", "save_checkpoint_to_hub": "true"}
+    typed = {**pushes, "wandb.run_id": "abc123", "output_dir": "/there/1rf"}
+    typed |= {"policy.optimizer_lr": "1e-4", "policy.path": "S"}
     given, _ = completed(saved(), "--reflow.teacher_path=T", *(f"--{name}={value}" for name, value in typed.items()))
     assert typed.items() <= given.items()
 
@@ -108,29 +96,20 @@ def test_what_is_typed_holds(saved):
 def test_a_reflow_runs_own_file_keeps_its_hyperparameters(saved):
     """Also the policy's fields, with which it changed what its teacher's config says."""
     given, rest = completed(saved(HANDED_OVER))
-    assert given["policy.optimizer_lr"] == "0.0001"
-    assert given["policy.scheduler_warmup_steps"] == "1000"
-    assert given["policy.scheduler_decay_steps"] == "30000"
-    assert given["policy.chunk_size"] == "50"
-    assert given["policy.path"] == given["reflow.teacher_path"] == "T"
-    assert given["reflow.strategy"] == "distill"
-    assert given["policy.push_to_hub"] == "false"
+    assert {name: given[f"reflow.{name}"] for name in HANDED_OVER} == HANDED_OVER
+    schedule = {"policy.scheduler_warmup_steps": "1000", "policy.scheduler_decay_steps": "30000"}
+    fields = {"policy.optimizer_lr": "0.0001", "policy.chunk_size": "50"}
+    assert {**schedule, **fields, "policy.path": "T", "policy.push_to_hub": "false"}.items() <= given.items()
     assert {"optimizer": PUBLISHED["optimizer"], "use_policy_training_preset": False}.items() <= rest.items()
     assert not {"resume", "checkpoint_path", "output_dir", "job_name", "job", "save_checkpoint_to_hub"} & rest.keys()
-    assert "policy.use_peft" not in given
-    assert "policy.pretrained_path" not in given
+    assert not {"policy.use_peft", "policy.pretrained_path"} & given.keys()
 
 
 def test_a_schedule_that_was_filled_in_is_filled_in_again(saved):
-    usual = {
-        "optimizer_lr": 2e-5,
-        "scheduler_decay_lr": 2e-5 * (2.5e-6 / 1e-4),
-        "scheduler_warmup_steps": round(40 / 30),
-        "scheduler_decay_steps": 40,
-    }
+    usual = {"optimizer_lr": 2e-5, "scheduler_decay_lr": 2e-5 * (2.5e-6 / 1e-4)}
+    usual |= {"scheduler_warmup_steps": round(40 / 30), "scheduler_decay_steps": 40}
     given, _ = completed(saved(HANDED_OVER, usual), "--steps=3000")
-    assert given["policy.scheduler_decay_steps"] == "3000"
-    assert given["policy.scheduler_warmup_steps"] == "100"
+    assert (given["policy.scheduler_decay_steps"], given["policy.scheduler_warmup_steps"]) == ("3000", "100")
     given, _ = completed(saved(HANDED_OVER, {**usual, "scheduler_decay_steps": 25}), "--steps=3000")
     assert given["policy.scheduler_decay_steps"] == "25"
 
@@ -138,8 +117,7 @@ def test_a_schedule_that_was_filled_in_is_filled_in_again(saved):
 @pytest.mark.parametrize("typed", ["--reflow.teacher_path=U", "--policy.path=S"])
 def test_another_checkpoint_brings_its_own_architecture(saved, typed):
     given, _ = completed(saved(HANDED_OVER), typed)
-    assert "policy.chunk_size" not in given
-    assert "policy.input_features" not in given
+    assert not {"policy.chunk_size", "policy.input_features"} & given.keys()
     assert given["policy.freeze_vision_encoder"] == "false"
     assert given["policy.optimizer_lr"] == "0.0001"
 
@@ -151,43 +129,31 @@ def test_another_dataset_brings_its_own_folder_and_episodes(saved):
     assert rest["dataset"] == PUBLISHED["dataset"]
 
 
-def test_numbers_of_a_file_stay_numbers(saved):
-    """Python writes 1e-05, which YAML takes for a word."""
-    _, rest = completed(saved(tolerance_s=1e-5), "--reflow.teacher_path=T")
-    assert rest["tolerance_s"] == 1e-5
-
-
 # --- what a file of one's own decides ---------------------------------------------------------------------------
 
 
 def test_a_file_written_by_hand_holds_as_it_stands(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "policy: {optimizer_lr: 3e-4, repo_id: me/student, push_to_hub: true, pretrained_path: S}\n"
-        "reflow: {teacher_path: T}\ndataset: {repo_id: ID}\noutput_dir: out\njob_name: mine\n"
-        "wandb: {run_id: fresh}\nuse_policy_training_preset: false\noptimizer: {type: adamw}\n"
-    )
+    file, kept = tmp_path / "run.yaml", {"output_dir": "out", "job_name": "mine", "wandb": {"run_id": "fresh"}}
+    kept |= {"dataset": {"repo_id": "ID"}, "use_policy_training_preset": False, "optimizer": {"type": "adamw"}}
+    policy = "{optimizer_lr: 3e-4, repo_id: me/student, push_to_hub: true, pretrained_path: S}"
+    others = "".join(f"{name}: {json.dumps(value)}\n" for name, value in kept.items())
+    file.write_text(f"policy: {policy}\nreflow: {{teacher_path: T}}\n{others}")
     given, rest = completed(f"--config_path={file}")
-    assert given["policy.optimizer_lr"] == "3e-4"
-    assert given["policy.repo_id"] == "me/student"
-    assert given["policy.push_to_hub"] == "true"
-    assert given["policy.path"] == "S"
-    assert rest == {
-        "dataset": {"repo_id": "ID"},
-        "output_dir": "out",
-        "job_name": "mine",
-        "wandb": {"run_id": "fresh"},
-        "use_policy_training_preset": False,
-        "optimizer": {"type": "adamw"},
-    }
+    destination = {"policy.repo_id": "me/student", "policy.push_to_hub": "true"}
+    assert {**destination, "policy.optimizer_lr": "3e-4", "policy.path": "S"}.items() <= given.items()
+    assert rest == kept
 
 
-@pytest.mark.parametrize("text", ["save_checkpoint_to_hub: true", "policy: {push_to_hub: true}"])
-def test_a_file_pushes_into_no_unnamed_repository(tmp_path, text):
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("save_checkpoint_to_hub", "save_checkpoint_to_hub: true"), ("policy.push_to_hub", "policy: {push_to_hub: true}")],
+)
+def test_neither_a_flag_nor_a_file_pushes_into_an_unnamed_repository(tmp_path, name, text):
     file = tmp_path / "run.yaml"
-    file.write_text(f"{text}\ndataset: {{repo_id: ID}}\n")
-    with pytest.raises(ReflowError, match="_to_hub=true needs --policy.repo_id"):
-        complete([f"--config_path={file}", "--reflow.teacher_path=T"])
+    file.write_text(text)
+    for given in (f"--{name}=true", f"--config_path={file}"):
+        with pytest.raises(ReflowError, match=f"--{name}=true needs --policy.repo_id, the student's own"):
+            complete([given, "--reflow.teacher_path=T", "--dataset.repo_id=ID"])
 
 
 def test_a_file_is_named_by_its_folder_too(saved, tmp_path, monkeypatch):
@@ -206,7 +172,7 @@ def test_a_file_is_named_by_its_folder_too(saved, tmp_path, monkeypatch):
 
 
 def destination(repo_id, **changes):
-    policy = SimpleNamespace(repo_id=repo_id, push_to_hub=True, **changes.pop("policy", {}))
+    policy = SimpleNamespace(repo_id=repo_id, push_to_hub=True)
     return SimpleNamespace(policy=policy, output_dir=None, **changes)
 
 
@@ -229,13 +195,12 @@ def test_averaged_weights_go_beside_the_students():
         check_destinations(cfg, teacher(f"{TEACHERS}-ema"), {"policy.repo_id"})
 
 
-@pytest.fixture
-def published(workshop, tmp_path):
-    """The workshop's teacher, with the repository that it was pushed to, and the flags of a run with it."""
-    folder = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+def changed_copy(checkpoint, folder, **fields):
+    """A copy of a checkpoint with these fields of the policy changed, in its own config and in its training's."""
+    shutil.copytree(checkpoint, folder)
     for name in ("config.json", "train_config.json"):
         content = json.loads((folder / name).read_text())
-        content.get("policy", content).update(repo_id=TEACHERS, push_to_hub=True)
+        content.get("policy", content).update(fields)
         (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -245,26 +210,23 @@ def pushed(monkeypatch):
     """The repositories that anything is pushed to meanwhile, which is then not done."""
     found = []
 
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **kwargs):
-            found.append(repo_id)
-            raise ConnectionError("not in a test")
+    def create_repo(repo_id, **kwargs):
+        found.append(repo_id)
+        raise ConnectionError("not in a test")
 
     for module in ("lerobot.policies.pretrained", "lerobot.utils.hub", "lerobot.common.train_utils"):
         try:
-            monkeypatch.setattr(f"{module}.HfApi", Hub)
+            monkeypatch.setattr(f"{module}.HfApi", lambda token=None: SimpleNamespace(create_repo=create_repo))
         except (ImportError, AttributeError):  # not in this LeRobot
             continue
     return found
 
 
-def test_nothing_is_pushed_to_the_teachers_repository_unasked(workshop, published, tmp_path, capsys, pushed):
+def test_nothing_is_pushed_to_the_teachers_repository_unasked(workshop, tmp_path, capsys, pushed):
     """No saved file names it, and a later run that is told to push needs a name. One that names it has to be typed."""
-    run = tmp_path / "run"
-    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=published))
+    run, published = tmp_path / "run", {"repo_id": TEACHERS, "push_to_hub": True}
+    teacher = changed_copy(workshop / "1rf" / LAST, tmp_path / "teacher", **published)
+    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__teacher_path=teacher))
     for name in ("config.json", "train_config.json"):
         assert TEACHERS not in (run / LAST / name).read_text()
     resume = ["--resume=true", f"--config_path={run}", "--steps=2"]
@@ -273,10 +235,8 @@ def test_nothing_is_pushed_to_the_teachers_repository_unasked(workshop, publishe
     if "save_checkpoint_to_hub" in TrainPipelineConfig.__dataclass_fields__:
         line = refused(capsys, reflow_train_main, [*resume, "--save_checkpoint_to_hub=true"])
         assert "save_checkpoint_to_hub requires --policy.repo_id" in line
-    file = run / LAST / "train_config.json"
-    content = json.loads(file.read_text())
-    content["policy"]["repo_id"] = TEACHERS  # as an earlier version of this package saved it
-    file.write_text(json.dumps(content))
+    policy = {**saved_config(run)["policy"], "repo_id": TEACHERS}  # as an earlier version of this package saved it
+    edit_json(run / LAST / "train_config.json", policy=policy)
     assert f"would push into {TEACHERS}" in refused(capsys, reflow_train_main, push)
     assert pushed == []
     for destination in ("me/student", TEACHERS):
@@ -294,27 +254,27 @@ def test_a_run_from_the_file_of_a_resumed_run(workshop, tmp_path, capsys):
     first = tmp_path / "first"
     reflow_train_main(reflow_run(workshop, first, steps=2))
     reflow_train_main(["--resume=true", f"--config_path={first}", "--steps=3"])
-    file = first / LAST / "train_config.json"
-    assert json.loads(file.read_text())["resume"]
-    reflow_train_main([f"--config_path={file}", f"--output_dir={tmp_path / 'second'}", "--save_freq=1"])
+    assert saved_config(first)["resume"]
+    reflow_train_main([f"--config_path={first / LAST}", f"--output_dir={tmp_path / 'second'}", "--save_freq=1"])
     reflow_train_main(reflow_run(workshop, tmp_path / "same", steps=3, save_freq=1, policy__scheduler_decay_steps=2))
     for step in (1, 3):
-        one, other = (
-            load_file(tmp_path / run / f"checkpoints/00000{step}/pretrained_model/model.safetensors")
-            for run in ("second", "same")
-        )
-        assert all((one[name] == other[name]).all() for name in other)
+        assert same_tensors(*(saved_weights(tmp_path / run, f"00000{step}") for run in ("second", "same")))
 
 
-def test_a_run_from_the_teachers_file(workshop, tmp_path, monkeypatch):
+def test_a_run_from_the_teachers_file_fills_in_the_rest_and_says_so_in_one_line(
+    workshop, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     file = workshop / "1rf" / LAST / "train_config.json"
     before = {path: path.read_bytes() for path in (workshop / "1rf").rglob("*") if path.is_file()}
     flags = [f"--config_path={file}", f"--reflow.teacher_path={file.parent}", "--steps=1", "--wandb.mode=disabled"]
     reflow_train_main(flags)
-    (made,) = tmp_path.glob(f"outputs/train/*/*_smolvla/{LAST}")
-    saved = json.loads((made / "train_config.json").read_text())
+    (line,) = [ln for ln in capsys.readouterr().err.splitlines() if "Reflow: teacher" in ln]
+    assert "1 steps, batch 8; filled in:" in line
+    assert "--policy.optimizer_lr=2e-05" in line
+    saved = saved_config(*tmp_path.glob("outputs/train/*/*_smolvla"))
     assert saved["optimizer"]["lr"] == 2e-5
+    assert saved["scheduler"]["decay_lr"] == pytest.approx(5e-7)
     assert saved["dataset"]["root"] == str(workshop / "dataset")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -322,11 +282,7 @@ def test_a_run_from_the_teachers_file(workshop, tmp_path, monkeypatch):
 def test_a_merged_adapter_that_says_it_is_one(workshop, tmp_path):
     """`use_peft: true` stays in the config of a checkpoint whose adapter has been merged, and in its training's."""
     lora = {"peft__method_type": "LORA", "peft__r": 2}
-    merged = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "merged"))
-    for name in ("config.json", "train_config.json"):
-        content = json.loads((merged / name).read_text())
-        content.get("policy", content)["use_peft"] = True
-        (merged / name).write_text(json.dumps(content))
+    merged = changed_copy(workshop / "1rf" / LAST, tmp_path / "merged", use_peft=True)
     flags = reflow_run(workshop, tmp_path / "lora", steps=1, reflow__teacher_path=merged, **lora)
     reflow_train_main([*flags, f"--config_path={merged}"])
     reflow_train_main(["--resume=true", f"--config_path={tmp_path / 'lora'}", "--steps=2"])

@@ -7,9 +7,8 @@ import lerobot
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import reflow_run, reflow_train_main, refused
+from helpers import reflow_run, reflow_train_main, refused, same_tensors, saved_weights
 from packaging.version import Version
-from safetensors.torch import load_file
 
 from smolvla_reflow import ReflowError, compat, register_loss_strategy
 from smolvla_reflow.training.loss_check import LossCheck
@@ -76,9 +75,9 @@ def test_in_fp16_a_step_is_skipped_and_a_run_that_never_recovers_is_stopped(
     run = tmp_path / "run"
     flags = reflow_run(workshop, run, steps=40, save_freq=1, batch_size=2, reflow__strategy="spoilt")
     line = refused(capsys, reflow_train_main, flags)
-    weights = [load_file(run / f"checkpoints/00000{step}/pretrained_model/model.safetensors") for step in (1, 2, 3)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
-    assert all(value.isfinite().all() for value in weights[2].values())
+    first, skipped, third = (saved_weights(run, f"00000{step}") for step in (1, 2, 3))
+    assert same_tensors(first, skipped)
+    assert not same_tensors(skipped, third)
+    assert all(value.isfinite().all() for value in third.values())
     assert "in step 23, so the run was stopped" in line
     assert f"--config_path={run}/checkpoints/000022/pretrained_model/train_config.json --resume=true" in line

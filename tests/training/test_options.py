@@ -1,12 +1,11 @@
 """LeRobot's own options together with reflow: each trains a few steps by the command, and what comes out acts."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, stock_flags
+from helpers import lerobot_train_main, make_batch, reflow_run, reflow_train_main, same_tensors, stock_flags
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
@@ -48,6 +47,10 @@ def acts(policy, **observation):
     return actions.ndim == 3 and bool(torch.isfinite(actions).all())
 
 
+def tensors(folder):
+    return SmolVLAPolicy.from_pretrained(folder).state_dict()
+
+
 def test_lora(workshop, tmp_path):
     """The student trains an adapter; its teacher is the base, without one."""
     from peft import PeftModel
@@ -62,9 +65,7 @@ def test_lora(workshop, tmp_path):
     assert adapter
     assert any(p.abs().max() > 0 for p in adapter)  # PEFT starts them at zero
     assert acts(student.get_base_model())
-    config = run / LAST / "train_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "steps": 6}))
-    reflow_train_main([f"--config_path={config}", "--resume=true"])
+    reflow_train_main([f"--config_path={run}", "--resume=true", "--steps=6"])
     assert (run / "checkpoints/000006").is_dir()
 
 
@@ -90,8 +91,7 @@ def test_an_option_of_the_policy(workshop, tmp_path, option):
     subprocess.run([sys.executable, "-m", "smolvla_reflow.commands.train", *flags], check=True, capture_output=True)
     student = SmolVLAPolicy.from_pretrained(tmp_path / "run" / LAST)
     assert getattr(student.config, next(iter(option))) is True
-    before = SmolVLAPolicy.from_pretrained(workshop / "1rf" / LAST).state_dict()
-    assert any(not torch.equal(tensor, before[key]) for key, tensor in student.state_dict().items())
+    assert not same_tensors(student.state_dict(), tensors(workshop / "1rf" / LAST))
     assert acts(student)
 
 
@@ -112,7 +112,7 @@ def test_adapt_to_pi_aloha(make_policy):
 
 
 @pytest.mark.parametrize("share", ["all", "half"])
-def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy, make_config, share):
+def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy, share):
     """The stock loss for recorded frames. LeRobot converts its batch in place; the caller's batch is left as it was."""
     policy = make_policy(**ALOHA).train()
     batch = make_batch(4) | {"observation.state": torch.rand(4, 14), "action": torch.rand(4, 5, 14)}
@@ -131,10 +131,6 @@ def test_recorded_actions_of_an_aloha_are_converted_as_lerobot_does(make_policy,
     assert all(torch.equal(left[name], batch[name]) for name in batch)
 
 
-def tensors(folder):
-    return SmolVLAPolicy.from_pretrained(folder).state_dict()
-
-
 @since_0_6_2
 def test_ema(workshop, tmp_path):
     """Two stock checkpoints come out: the weights as trained, and LeRobot's average of them, without the teacher's."""
@@ -143,7 +139,7 @@ def test_ema(workshop, tmp_path):
     first, second = (tensors(run / f"checkpoints/00000{step}/pretrained_model") for step in (1, 2))
     averaged = tensors((run / LAST).with_name("pretrained_model_ema"))
     assert first.keys() == second.keys() == averaged.keys() == tensors(workshop / "1rf" / LAST).keys()
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert not same_tensors(first, second)
     for name, value in averaged.items():  # diffusers' average starts with the weights after the first step
         torch.testing.assert_close(value, decay * first[name] + (1 - decay) * second[name])
 
@@ -155,8 +151,7 @@ def test_gradient_accumulation(workshop, tmp_path):
     flags = reflow_run(workshop, tmp_path / "run", **options, reflow__strategy="standard")
     reflow_train_main(flags)
     lerobot_train_main(stock_flags(workshop, flags, tmp_path / "run", tmp_path / "stock"))
-    trained, stock = tensors(tmp_path / "run" / LAST), tensors(tmp_path / "stock" / LAST)
-    assert all(torch.equal(trained[name], stock[name]) for name in trained)
     reflow_train_main(reflow_run(workshop, tmp_path / "reflow", **options))
-    reflowed = tensors(tmp_path / "reflow" / LAST)
-    assert any(not torch.equal(trained[name], reflowed[name]) for name in trained)
+    trained, stock, reflowed = (tensors(tmp_path / run / LAST) for run in ("run", "stock", "reflow"))
+    assert same_tensors(trained, stock)
+    assert not same_tensors(trained, reflowed)

@@ -1,6 +1,5 @@
 """How a run goes on: what a path may mean, runs that broke off at any moment, and what is said about it."""
 
-import json
 import math
 import os
 import resource
@@ -14,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import reflow_run, reflow_train_main, refused
+from helpers import reflow_run, reflow_train_main, refused, saved_weights
+from people import edit_json
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import register_loss_strategy
 from smolvla_reflow.compat import resumes_from_hub
-from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.training.arguments import complete
 from smolvla_reflow.training.run import Run
 from smolvla_reflow.training.run_folder import complete_checkpoints, find_config, how_to_go_on, is_complete, last_good
@@ -37,15 +36,11 @@ def finished(workshop, tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of it that believes to be where it is."""
+    """A copy of it that takes its own folder for its own."""
     folder = Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
     for file in folder.glob("checkpoints/0*/pretrained_model/train_config.json"):
-        edit(file, output_dir=str(folder))
+        edit_json(file, output_dir=str(folder))
     return folder
-
-
-def edit(file, **fields):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def cut(file):
@@ -88,15 +83,11 @@ def test_a_run_among_other_checkpoints(run, tmp_path):
     assert find_config(moved) == moved / "checkpoints/last" / CONFIG
 
 
-@pytest.mark.parametrize("broken", ["no last", "last is cut off"])
-def test_where_last_is_of_no_use_the_newest_complete_checkpoint_is_meant(run, broken):
-    """LeRobot takes `last` away before it makes it anew; a kill in between leaves none."""
+@pytest.mark.parametrize(("gone", "newest"), [("", "000003"), ("training_state/scheduler_state.json", "000002")])
+def test_where_last_is_of_no_use_the_newest_complete_checkpoint_is_meant(run, gone, newest):
+    """LeRobot takes `last` away before it makes it anew; a kill in between leaves none, or one that is cut off."""
     last = run / "checkpoints/last"
-    if broken == "no last":
-        last.unlink()
-    else:
-        (last / "training_state/scheduler_state.json").unlink()
-    newest = "000003" if broken == "no last" else "000002"
+    (last / gone).unlink()
     for path in ("", "checkpoints", "checkpoints/last", f"checkpoints/last/{CONFIG}"):
         assert find_config(run / path) == run / "checkpoints" / newest / CONFIG
     reflow_train_main(resume_flags(run, "last", "--steps=4"))
@@ -117,7 +108,7 @@ def test_a_checkpoint_is_complete_if_no_file_is_cut_off_and_the_last_one_is_ther
     assert is_complete(checkpoint)
     (checkpoint / "training_state/scheduler_state.json").unlink()
     assert not is_complete(checkpoint)
-    edit(checkpoint / CONFIG, scheduler=None)
+    edit_json(checkpoint / CONFIG, scheduler=None)
     assert is_complete(checkpoint)
 
 
@@ -125,14 +116,15 @@ def test_a_checkpoint_is_complete_if_no_file_is_cut_off_and_the_last_one_is_ther
     ("path", "more", "said"),
     [
         ("nowhere.json", [], "--config_path=nowhere.json holds no checkpoint of a training run: there is no "),
-        ("run/checkpoints/000009", [], "000009 holds no checkpoint of a training run"),
         ("run/wandb", [], "run/wandb holds no checkpoint of a training run"),
+        ("{workshop}/1rf", [], "names no teacher"),  # that of a run which was not reflow
         ("run", ["--policy.path=elsewhere"], "--policy.path is for a new run"),
         ("run", ["--frobnicate=3"], "unrecognized arguments: --frobnicate=3"),
     ],
 )
-def test_flags_that_cannot_resume(run, path, more, said, monkeypatch, capsys):
+def test_flags_that_cannot_resume(workshop, run, path, more, said, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
+    path = path.format(workshop=workshop)
     assert said in refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}", *more])
 
 
@@ -180,28 +172,28 @@ def test_a_cut_off_checkpoint_fails_and_the_last_good_one_is_named(run, capsys):
 
 @pytest.fixture
 def losing(registry):
-    """A strategy whose couplings' actions are multiplied by `by` in the call numbered `at` and later."""
+    """A strategy whose couplings' actions are NaN in the call numbered `at` and later."""
 
-    def make(at, by):
+    def make(at):
         registry.pop("losing", None)
         calls = iter(range(1, 100))
 
         @register_loss_strategy("losing")
         def losing(step):
             coupling = step.recorded()
-            return step.losses(replace(coupling, actions=coupling.actions * (by if next(calls) >= at else 1)))
+            return step.losses(replace(coupling, actions=coupling.actions * (math.nan if next(calls) >= at else 1)))
 
     return make
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workshop, tmp_path, capsys, losing):
-    losing(at=3, by=math.nan)
+    losing(at=3)
     run = tmp_path / "run"
     line = refused(capsys, reflow_train_main, reflow_run(workshop, run, save_freq=1, reflow__strategy="losing"))
     assert "The loss is nan in step 3, so the run was stopped" in line
     hint = f"Go on from the last good checkpoint with --config_path={run}/checkpoints/000002/{CONFIG} --resume=true"
     assert hint in line
-    losing(at=2, by=math.nan)
+    losing(at=2)
     assert "in step 4, so the run was stopped" in refused(capsys, reflow_train_main, hint.partition("with ")[2].split())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"000001", "000002", "000003", "last"}
 
@@ -273,7 +265,7 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert is_complete(run / "checkpoints/last")
-    assert all(torch.isfinite(t).all() for t in load_file(run / LAST / "model.safetensors").values())
+    assert all(torch.isfinite(t).all() for t in saved_weights(run).values())
 
 
 # --- the hub, and the home folder -------------------------------------------------------------------------------

@@ -6,15 +6,12 @@ import shutil
 import pytest
 import torch
 from helpers import reflow_run, reflow_train_main, refused
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from pairs_helpers import make_pairs
+from pairs_helpers import make_pairs, observed
 
 from smolvla_reflow import register_loss_strategy
 from smolvla_reflow.compat import resuming_keeps_statistics
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.demo.task import REPO_ID
 
 
 @pytest.fixture
@@ -28,6 +25,12 @@ def moved(workshop, tmp_path):
         stats[feature]["std"] = [value * 2 for value in stats[feature]["std"]]
     path.write_text(json.dumps(stats))
     return root
+
+
+@pytest.fixture
+def resuming(moved, tmp_path):
+    """Flags that take the run in `run/` on to a second step, on the dataset whose statistics have moved."""
+    return [f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=2", f"--dataset.root={moved}"]
 
 
 @pytest.fixture
@@ -49,36 +52,25 @@ def in_robot_units(checkpoint, actions):
     return torch.stack([after(actions[:, i]) for i in range(actions.shape[1])], dim=1)
 
 
-def test_couplings_after_resuming_are_the_teachers_stock_actions(workshop, moved, watched, tmp_path):
+def test_couplings_after_resuming_are_the_teachers_stock_actions(workshop, resuming, watched, tmp_path):
     run, teacher = tmp_path / "run", workshop / "1rf" / LAST
-    flags = reflow_run(workshop, run, steps=1, reflow__strategy="watched", reflow__solver="euler")
-    reflow_train_main(flags)
+    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__strategy="watched", reflow__solver="euler"))
     watched.clear()
-    config = f"--config_path={run / LAST / 'train_config.json'}"
-    reflow_train_main([config, "--resume=true", "--steps=2", f"--dataset.root={moved}"])
+    reflow_train_main(resuming)
     ((frames, coupling),) = watched
 
-    policy = SmolVLAPolicy.from_pretrained(teacher)
-    before, _ = make_pre_post_processors(policy.config, str(teacher))
-    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset")
-    batch = before(torch.utils.data.default_collate([dataset[i] for i in frames]))
+    policy, batch = observed(workshop, frames=frames)
     chunk = policy.predict_action_chunk({k: v for k, v in batch.items() if k != "action"}, noise=coupling.noise)
     # What LeRobot has normalised by, it has saved with the student.
     taught = in_robot_units(run / LAST, coupling.actions[..., :2])
     torch.testing.assert_close(taught, in_robot_units(teacher, chunk), rtol=1e-3, atol=1e-4)
 
 
-def test_pairs_of_the_space_that_a_resumed_run_keeps(workshop, moved, tmp_path, capsys):
+def test_pairs_of_the_space_that_a_resumed_run_keeps(workshop, resuming, tmp_path, capsys):
     pairs, run = make_pairs(workshop, tmp_path / "pairs", couplings_per_frame=1), tmp_path / "run"
     reflow_train_main(reflow_run(workshop, run, steps=1, reflow__pairs_path=pairs))
-    flags = [
-        f"--config_path={run / LAST / 'train_config.json'}",
-        "--resume=true",
-        "--steps=2",
-        f"--dataset.root={moved}",
-    ]
     if resuming_keeps_statistics():
-        reflow_train_main(flags)
+        reflow_train_main(resuming)
         assert (run / "checkpoints" / "000002").is_dir()
     else:  # this LeRobot would normalise by the statistics that have moved
-        assert "statistics is" in refused(capsys, reflow_train_main, flags)
+        assert "statistics is" in refused(capsys, reflow_train_main, resuming)

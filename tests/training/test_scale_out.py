@@ -8,7 +8,7 @@ import textwrap
 import lerobot
 import pytest
 import torch
-from helpers import reflow_run, torchrun
+from helpers import reflow_run, same_tensors, saved_weights, torchrun
 from packaging.version import Version
 from safetensors.torch import load_file
 
@@ -17,7 +17,6 @@ from smolvla_reflow.pairs.store import Pairs
 
 pytestmark = pytest.mark.slow
 STEPS = 12  # two epochs of the workshop's 48 frames, by two processes with 4 each
-RESUMED = ("--reflow.real_data_ratio=0.3", f"--steps={STEPS}", "--save_checkpoint=false")
 COMMAND = ("-m", "smolvla_reflow.commands.train")
 
 
@@ -61,8 +60,7 @@ def by_two(workshop, tmp_path_factory, noting):
     flags = reflow_run(workshop, run, steps=STEPS, batch_size=4, save_freq=STEPS // 2)
     flags += [f"--reflow.strategy={strategy}"]
     result = torchrun(*COMMAND, *flags)
-    drew, _ = notes()
-    return run, result.stdout + result.stderr, drew, flags
+    return run, result.stdout + result.stderr, next(notes()), flags
 
 
 def drawn(steps, name):
@@ -75,8 +73,7 @@ def test_two_processes_train_and_only_the_main_one_logs(workshop, by_two):
     assert len(re.findall(r"Effective batch size: 4 x 2 .*= 8", output)) == 1
     assert output.count("Reflow: teacher") == 1
     assert output.count("Teacher shares") == 1
-    before, after = (load_file(folder / LAST / "model.safetensors") for folder in (workshop / "1rf", run))
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not same_tensors(saved_weights(workshop / "1rf"), saved_weights(run))
 
 
 def test_two_processes_see_each_frame_once_in_an_epoch(by_two):
@@ -93,7 +90,8 @@ def test_two_processes_draw_apart(by_two, workshop, noting):
     run, _, first, _ = by_two
     config = run / f"checkpoints/{STEPS // 2:06d}/pretrained_model/train_config.json"
     strategy, notes = noting
-    torchrun(*COMMAND, f"--config_path={config}", "--resume=true", f"--reflow.strategy={strategy}", *RESUMED)
+    flags = [f"--config_path={config}", "--resume=true", f"--steps={STEPS}", "--save_checkpoint=false"]
+    torchrun(*COMMAND, *flags, f"--reflow.strategy={strategy}", "--reflow.real_data_ratio=0.3")
     resumed, recorded = notes()
     assert [len(steps) for steps in resumed] == [STEPS // 2] * 2
     for name in ("noise", "times"):
@@ -109,14 +107,11 @@ def test_two_processes_choose_pairs_apart(workshop, stored, tmp_path, noting):
     flags = reflow_run(workshop, tmp_path / "run", steps=STEPS, batch_size=4, save_checkpoint="false")
     torchrun(*COMMAND, *flags, f"--reflow.strategy={strategy}", f"--reflow.pairs_path={stored}")
     pairs, chosen = Pairs(stored), []
+    count = pairs.manifest.provenance.couplings_per_frame
     for process in next(notes()):
-        frames, noises = drawn(process, "frames").tolist(), drawn(process, "noise")
-        count = pairs.manifest.provenance.couplings_per_frame
-        which = [
-            [torch.equal(pairs.lookup(f, k).noise, noise) for k in range(count)].index(True)
-            for f, noise in zip(frames, noises, strict=True)
-        ]
-        chosen.append(which)
+        drew = zip(drawn(process, "frames").tolist(), drawn(process, "noise"), strict=True)
+        matches = ([torch.equal(pairs.lookup(frame, k).noise, noise) for k in range(count)] for frame, noise in drew)
+        chosen.append([of.index(True) for of in matches])
     assert set(chosen[0]) == set(chosen[1]) == set(range(count))
     assert chosen[0] != chosen[1]
 
@@ -254,13 +249,11 @@ def test_fsdp1_trains_what_ddp_trains(by_two, tmp_path):
     script.write_text(textwrap.dedent(text))
     _, _, _, flags = by_two
     kept = [flag for flag in flags if not flag.startswith(("--output_dir", "--save_freq"))]
-    environment = {
-        **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"},
-        **{"FSDP_USE_ORIG_PARAMS": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "SmolVLMEncoderLayer",
-    }
+    fsdp = {"VERSION": "1", "SHARDING_STRATEGY": "FULL_SHARD", "USE_ORIG_PARAMS": "true"}
+    fsdp |= {"STATE_DICT_TYPE": "FULL_STATE_DICT", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    fsdp |= {"TRANSFORMER_CLS_TO_WRAP": "SmolVLMEncoderLayer"}
+    environment = {"ACCELERATE_USE_FSDP": "true", **{f"FSDP_{name}": value for name, value in fsdp.items()}}
     torchrun(str(script), *kept, f"--output_dir={tmp_path}/run", "--save_checkpoint=false", env=environment)
-    of_ddp, of_fsdp = load_file(by_two[0] / LAST / "model.safetensors"), load_file(tmp_path / "weights.safetensors")
-    for name, value in of_ddp.items():
+    of_fsdp = load_file(tmp_path / "weights.safetensors")
+    for name, value in saved_weights(by_two[0]).items():
         torch.testing.assert_close(of_fsdp[name], value, rtol=1e-4, atol=1e-6)
