@@ -86,9 +86,6 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, **ROUNDING)
 
 
-# --- as LeRobot runs them -------------------------------------------------------------------------------------
-
-
 def test_the_policy_is_the_one_that_lerobot_runs(workshop, trained):
     opened = open_checkpoint(trained)
     assert opened.base.folder == workshop / "1rf" / LAST
@@ -141,9 +138,6 @@ def test_evaluating_by_one(workshop, trained, tmp_path):
     flags = {"policy__path": workshop / "1rf" / LAST, "teacher_path": trained, "earlier_rounds": f"[{trained}]"}
     eval_command.main(eval_flags(workshop, tmp_path / "r", **flags))
     assert read_json(tmp_path / "r/report.json")["made_with"]["teacher"] == str(trained.resolve())
-
-
-# --- as teachers ----------------------------------------------------------------------------------------------
 
 
 def test_a_student_starts_from_the_merged_weights(workshop, adapter, merged, tmp_path):
@@ -242,9 +236,6 @@ def test_an_adapter_that_is_trained_on(workshop, tmp_path):
     assert named == {str((workshop / "1rf" / LAST).resolve())}
 
 
-# --- smolvla-reflow-merge -------------------------------------------------------------------------------------
-
-
 def test_merging(workshop, trained, merged):
     """Names, shapes and types are the base's, the processors the adapter's, and plain LeRobot acts by it as by both."""
     base, weights = (load_file(each / "model.safetensors") for each in (workshop / "1rf" / LAST, merged))
@@ -306,9 +297,6 @@ def test_where_it_is_written(workshop, adapter, tmp_path, capsys, monkeypatch):
     new = tmp_path / "new"
     assert f"While writing {new}: OSError: [Errno 28] No space left on device" in refused_merge(capsys, adapter, new)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "adapter"}
-
-
-# --- what cannot be used --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

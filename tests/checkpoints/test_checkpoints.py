@@ -85,9 +85,6 @@ def another_machines(folder: Path) -> None:
     edit_step(folder, "tokenizer_processor", tokenizer_at(ELSEWHERE))
 
 
-# --- what is wrong is said ------------------------------------------------------------------------------------
-
-
 def step_named(name: str, **fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit_step(folder, name, lambda step: step.update(fields))
 
@@ -152,9 +149,6 @@ def test_what_is_loaded_is_what_is_stored(teacher):
     assert all(torch.equal(weights_of(opened)[name], tensor) for name, tensor in stored.items())
 
 
-# --- written by another LeRobot -------------------------------------------------------------------------------
-
-
 def save_as_0_6_2(folder: Path, tokenizer) -> None:
     """Put the tokenizer into the checkpoint, as LeRobot does from 0.6.2 on."""
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -215,9 +209,6 @@ def test_statistics_among_the_weights(teacher):
     assert f'"{command[1]}"' in Path(tool.origin).read_text()
 
 
-# --- from another machine -------------------------------------------------------------------------------------
-
-
 def test_a_backbone_that_is_somewhere_else_here(workshop, teacher, tmp_path, monkeypatch):
     """The student is one of this machine's: stock LeRobot loads it, and a resumed run goes on. Scratch is cleaned up."""
     here, before = workshop / "backbone", words_by_lerobot(teacher)
@@ -266,9 +257,6 @@ def test_a_path_from_the_home_folder(workshop, teacher, tmp_path, monkeypatch):
     assert saved(student, CONFIG)["pretrained_path"] == str(teacher)
 
 
-# --- adapters -------------------------------------------------------------------------------------------------
-
-
 def test_an_adapter_that_has_been_merged(workshop, teacher, tmp_path):
     """What LeRobot notes for an adapter stays in its config.json; nothing looks for one."""
     edit_json(teacher / CONFIG, use_peft=True)
@@ -283,9 +271,6 @@ def test_an_adapter_beside_weights(teacher):
     (teacher / ADAPTER_CONFIG).write_text("{}")
     with pytest.raises(ReflowError, match="holds an adapter, which LeRobot would load"):
         open_checkpoint(teacher)
-
-
-# --- which teacher it is --------------------------------------------------------------------------------------
 
 
 def trained_further(folder: Path) -> None:

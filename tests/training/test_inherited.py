@@ -62,9 +62,6 @@ def completed(*argv):
     return given, rest
 
 
-# --- what a saved file decides ----------------------------------------------------------------------------------
-
-
 def test_the_teachers_own_file(saved):
     """It describes the teacher's training: the dataset and how the machine is used stay, all else is a reflow run's."""
     given, rest = completed(saved(), "--reflow.teacher_path=T")
@@ -129,9 +126,6 @@ def test_another_dataset_brings_its_own_folder_and_episodes(saved):
     assert rest["dataset"] == PUBLISHED["dataset"]
 
 
-# --- what a file of one's own decides ---------------------------------------------------------------------------
-
-
 def test_a_file_written_by_hand_holds_as_it_stands(tmp_path):
     file, kept = tmp_path / "run.yaml", {"output_dir": "out", "job_name": "mine", "wandb": {"run_id": "fresh"}}
     kept |= {"dataset": {"repo_id": "ID"}, "use_policy_training_preset": False, "optimizer": {"type": "adamw"}}
@@ -166,9 +160,6 @@ def test_a_file_is_named_by_its_folder_too(saved, tmp_path, monkeypatch):
     )
     (tmp_path / "r").mkdir()
     assert completed("--config_path=some/repor", "--reflow.teacher_path=T") == whole
-
-
-# --- where the teacher came from --------------------------------------------------------------------------------
 
 
 def destination(repo_id, **changes):
@@ -244,9 +235,6 @@ def test_nothing_is_pushed_to_the_teachers_repository_unasked(workshop, tmp_path
         assert "While training: ConnectionError: not in a test. Go on from the last good checkpoint" in line
         push[2] = "--steps=3"
     assert pushed == ["me/student", TEACHERS]
-
-
-# --- the runs ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_from_the_file_of_a_resumed_run(workshop, tmp_path, capsys):

@@ -51,9 +51,6 @@ def resume_flags(folder, step="last", *more):
     return [f"--config_path={folder}/checkpoints/{step}/{CONFIG}", "--resume=true", *more]
 
 
-# --- what a path means ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "step"),
     [
@@ -126,9 +123,6 @@ def test_flags_that_cannot_resume(workshop, run, path, more, said, monkeypatch, 
     monkeypatch.chdir(run.parent)
     path = path.format(workshop=workshop)
     assert said in refused(capsys, reflow_train_main, ["--resume=true", f"--config_path={path}", *more])
-
-
-# --- how one goes on --------------------------------------------------------------------------------------------
 
 
 def test_the_flags_of_a_resumed_run_are_repeated(run):
@@ -266,9 +260,6 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert is_complete(run / "checkpoints/last")
     assert all(torch.isfinite(t).all() for t in saved_weights(run).values())
-
-
-# --- the hub, and the home folder -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not resumes_from_hub(), reason="before LeRobot 0.6.0 it does not resume from there")
