@@ -1,5 +1,6 @@
 """Find a SmolVLA checkpoint in a folder or on the hub, and read its JSON files once."""
 
+import contextlib
 import json
 import os
 import re
@@ -260,9 +261,20 @@ def _download(repo_id: str, revision: str | None) -> Path:
     """Download a checkpoint from the hub; returns its folder, whose name is the commit."""
     at = f" (revision {revision})" if revision else ""
     with doing(f"downloading {repo_id}{at} from the hub, since there is no such folder"):
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=FILES_ON_HUB))
+        folder = _snapshot(repo_id, revision, FILES_ON_HUB)
         found = [folder / name for name in PROCESSORS if (folder / name).is_file()]
         inner = [f"{escape(name)}/*" for file in found for name in named_files(read_json(file))[1]]
         if inner:
-            snapshot_download(repo_id, revision=folder.name, allow_patterns=inner)
+            _snapshot(repo_id, folder.name, inner)
     return folder
+
+
+def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of a commit in the hub's cache, with the files of these patterns."""
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    except Exception:
+        # Without a network, huggingface_hub 1 does not look for a commit in its own cache.
+        with contextlib.suppress(Exception):
+            return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        raise

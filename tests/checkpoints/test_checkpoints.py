@@ -36,11 +36,6 @@ ELSEWHERE = "/nowhere/backbone"
 BIAS = "model.action_out_proj.bias"
 
 
-@pytest.fixture
-def teacher(checkpoint):
-    return checkpoint
-
-
 def saved(folder: Path, name: str = "train_config.json") -> dict[str, Any]:
     return json.loads((folder / name).read_text())
 

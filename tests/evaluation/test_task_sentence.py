@@ -116,7 +116,7 @@ def three_tasks(monkeypatch):
 
 def test_each_sentence_of_many_tasks_once(three_tasks, monkeypatch):
     closed = []
-    monkeypatch.setattr(Saying, "close", closed.append)
+    monkeypatch.setattr(Saying, "close", lambda env: closed.append(env))
     assert shown_sentences(DrivePastConfig(), seed=0) == ["a", "b"]
     assert len(closed) == 3
 

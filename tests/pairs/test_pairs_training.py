@@ -195,7 +195,7 @@ def test_attach_takes_the_statistics_that_the_manifest_pins_and_no_others(worksh
         with pytest.raises(ReflowError, match="in the normalised space of other statistics than dataset_stats"):
             attach(policy, pairs=stored, dataset_stats=others)
         assert not is_attached(policy)
-    with pytest.raises(KeyError, match="observation.state"):
+    with pytest.raises(ReflowError, match="no statistics 'observation.state.mean', by which the policy's"):
         attach(policy, pairs=stored, dataset_stats={"action": stats["action"]})
 
 
