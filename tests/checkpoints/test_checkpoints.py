@@ -109,7 +109,7 @@ LOUD = [
         lambda f: edit_step(f, "tokenizer_processor", tokenizer_at(ELSEWHERE)),
         f"While loading the tokenizer {ELSEWHERE}",
     ),
-    (lambda f: edit_json(f / CONFIG, vlm_model_name=ELSEWHERE), f"--policy.vlm_model_name={ELSEWHERE}: OSError"),
+    (lambda f: edit_json(f / CONFIG, vlm_model_name=ELSEWHERE), f"--policy.vlm_model_name={ELSEWHERE}: .*OSError"),
     (lambda f: edit_json(f / CONFIG, load_vlm_weights=True), "no file named"),
     (lambda f: edit_json(f / CONFIG, from_the_future=1), "config.json with LeRobot .*`from_the_future`"),
     (lambda f: edit_json(f / CONFIG, type="act"), "While reading .*config.json|holds a policy of type 'act'"),
