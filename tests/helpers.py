@@ -170,11 +170,7 @@ def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.
     """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    run = functools.partial(subprocess.run, [*launch, *command], env=env, capture_output=True, text=True, timeout=240)
-    try:
-        result = run()
-    except subprocess.TimeoutExpired:  # on a busy machine, gloo may hang while torch tears it down
-        result = run()
+    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
