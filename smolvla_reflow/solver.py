@@ -89,7 +89,7 @@ class Solver:
         if self.method not in known:
             raise ReflowError(f"solver={self.method} is unknown; {known_are(known, self.method)}")
         if self.num_steps is not None and self.num_steps < 1:
-            raise ReflowError(f"num_steps={self.num_steps}: the teacher needs at least one ODE step.")
+            raise ReflowError(f"num_steps={self.num_steps}: a solver needs at least one ODE step.")
         tolerances = {"rtol": self.rtol, "atol": self.atol}
         for name, value in tolerances.items():
             if value is not None and not 0 < value < float("inf"):

@@ -133,7 +133,7 @@ def test_open_values_are_filled_in(solver, own, resolved, of_couplings):
     ("arguments", "message"),
     [
         ({"method": "dopri"}, "solver=dopri is unknown; known are: euler, .*dopri5. Did you mean 'dopri5'"),
-        ({"num_steps": 0}, "num_steps=0: the teacher needs at least one ODE step"),
+        ({"num_steps": 0}, "num_steps=0: a solver needs at least one ODE step"),
         ({"method": "rk4", "num_steps": -3}, "at least one ODE step"),
         ({"method": "dopri5", "num_steps": 5}, "chooses its own steps; give rtol and atol"),
         ({"method": "midpoint", "rtol": 1e-3}, "has fixed steps; give num_steps instead"),

@@ -73,7 +73,7 @@ def test_debug_shows_the_traceback(workshop, tmp_path, capsys):
         ({"time_sampling": "betta"}, "--reflow.time_sampling 'betta' is unknown; known are: beta, grid:K"),
         ({"real_data_ratio": 1.5}, "--reflow.real_data_ratio=1.5 is no share; give a number from 0 to 1"),
         ({"couplings_per_frame": 0}, "--reflow.couplings_per_frame=0: at least 1 is needed"),
-        ({"num_steps": 0}, "--reflow.num_steps=0: the teacher needs at least one ODE step"),
+        ({"num_steps": 0}, "--reflow.num_steps=0: a solver needs at least one ODE step"),
         ({"solver": "rk5"}, "--reflow.solver=rk5 is unknown; known are: "),
         ({"solver": "dopri5", "num_steps": 5}, "--reflow.solver=dopri5 chooses its own steps"),
         ({"rtol": 0.1}, "--reflow.solver=jittered has fixed steps"),
