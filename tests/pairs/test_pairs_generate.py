@@ -52,6 +52,7 @@ def test_interrupted_at_any_write_the_resumed_files_are_the_same(workshop, store
     assert contents(folder) == contents(stored)
 
 
+@pytest.mark.slow
 def test_kill_9_and_again(workshop, stored, tmp_path):
     folder = tmp_path / "pairs"
     command = [sys.executable, "-m", "smolvla_reflow.commands.pairs", *pairs_flags(workshop, folder)]
@@ -89,6 +90,7 @@ def test_what_fails_later_is_continued(workshop, stored, tmp_path, capsys, monke
     assert contents(folder) == contents(stored)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_files_of_one(workshop, stored, tmp_path):
     torchrun("-m", "smolvla_reflow.commands.pairs", *pairs_flags(workshop, tmp_path / "pairs"))
     assert contents(tmp_path / "pairs") == contents(stored)

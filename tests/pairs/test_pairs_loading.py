@@ -65,7 +65,10 @@ def with_pairs(folder, *, per_frame=1, process=0, collate=default_collate):
     return CollateWithPairs(collate, Pairs(folder), per_frame, process)
 
 
-@pytest.mark.parametrize("workers", [{"num_workers": 0}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
+IN_ANOTHER_PROCESS = pytest.param({"num_workers": 1, "multiprocessing_context": "spawn"}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("workers", [{"num_workers": 0}, IN_ANOTHER_PROCESS])
 def test_pairs_get_through_loader_accelerator_and_preprocessor(stored, dataset, preprocessor, workers):
     """The batch that the policy gets holds, for each frame, the noise and the actions of one of its pairs."""
     loader = DataLoader(dataset, batch_size=24, **workers)

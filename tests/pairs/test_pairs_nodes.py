@@ -9,6 +9,8 @@ from pairs_helpers import contents, make_pairs, pairs_flags
 
 from smolvla_reflow.pairs.manifest import read_manifest
 
+pytestmark = pytest.mark.slow
+
 # Two processes that share no folder, as two nodes may, that fail in the middle, or that check a set.
 SCRIPT = """
     import json, os, sys

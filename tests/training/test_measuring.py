@@ -53,7 +53,7 @@ def evaluated(workshop, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("frames", [None, 5], ids=["all", "some"])
+@pytest.mark.parametrize("frames", [None, pytest.param(5, marks=pytest.mark.slow)], ids=["all", "some"])
 def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(
     workshop, tmp_path, capsys, monkeypatch, evaluated, frames
 ):
@@ -88,7 +88,7 @@ def test_the_last_values_stand_in_the_metrics(workshop, tmp_path, capsys, monkey
     assert printed == pytest.approx([found[step]["flow_error_1"] for step in (0, 0, 2, 2)], abs=6e-4)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_training_is_the_same_with_and_without(workshop, tmp_path, num_workers):
     """Bit for bit: with the random numbers of `jittered`, of times and of noise."""
     common = {"steps": 3, "num_workers": num_workers, "save_freq": 3}
@@ -187,6 +187,7 @@ def test_a_sharded_student_is_refused(workshop, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(workshop, tmp_path):
     """Each measures, the main one logs, and with few rows of which some are recorded both report the same names."""
     changes = {"batch_size": 2, "log_freq": 1, "reflow__real_data_ratio": 0.5, **EVERY_TWO}
