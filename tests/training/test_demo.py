@@ -115,6 +115,7 @@ def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
     assert "exists already; name a new folder" in refused(capsys, demo.main, [f"--output_dir={folder}"])
 
 
+@pytest.mark.slow
 def test_a_failing_training_is_quoted(tmp_path):
     flags = ["--steps=1", "--dataset.repo_id=a/b", "--reflow.teacher_path=nowhere"]
     with pytest.raises(ReflowError, match=r"smolvla-reflow-train failed: .*There is no checkpoint at nowhere"):
