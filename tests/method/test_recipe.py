@@ -20,11 +20,16 @@ from helpers import (
 from oracle import Flow, by_frame, reflow_losses, repeated, squared_errors
 from packaging.version import Version
 
-from smolvla_reflow import ReflowError, detach, register_loss_strategy
+from smolvla_reflow import Recipe, ReflowError, detach, register_loss_strategy
 from smolvla_reflow.smolvla.vision import vision_encoder
+from smolvla_reflow.training.config import ReflowConfig
 
 PER_FRAME = 3
 D, K = CHUNK * WIDTH, 0.00054 * CHUNK * WIDTH  # of the pseudo-Huber loss
+
+
+def test_the_command_and_a_recipe_have_one_set_of_defaults():
+    assert Recipe() == ReflowConfig().recipe() == Recipe("grid:1+beta", 1, "t", 0.1, 0.0)
 
 
 @pytest.mark.parametrize(
