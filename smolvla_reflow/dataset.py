@@ -184,15 +184,6 @@ def check_as_recorded(dataset: DatasetConfig, purpose: str) -> None:
         raise ReflowError(f"--dataset.streaming=true: {purpose} frames that can be read in any order; {instead}.")
 
 
-def is_downloaded(metadata: LeRobotDatasetMetadata, dataset: DatasetConfig) -> bool:
-    """True if the folder has data files and the videos of the chosen episodes, so that LeRobot need not download."""
-    episodes = chosen_by_lerobot(dataset, metadata.total_episodes)
-    chosen = range(metadata.total_episodes) if episodes is None else episodes
-    videos = (metadata.get_video_file_path(each, camera) for camera in metadata.video_keys for each in chosen)
-    data = next((metadata.root / "data").glob("*/*.parquet"), None)
-    return data is not None and all((metadata.root / video).is_file() for video in videos)
-
-
 def dataset_statistics(metadata: LeRobotDatasetMetadata, dataset: DatasetConfig) -> Statistics:
     """The statistics that LeRobot normalises this dataset's batches with."""
     stats = dict(metadata.stats)

@@ -27,7 +27,6 @@ from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.dataset import (
     chosen_episodes,
     frame_ranges,
-    is_downloaded,
     load_batches,
     open_dataset,
     open_metadata,
@@ -189,7 +188,6 @@ UNREAD = {
 def test_what_lerobot_does_not_read_is_not_looked_at(workshop, dataset, tmp_path, name):
     UNREAD[name](dataset)
     where = DatasetConfig(REPO_ID, root=str(dataset))
-    assert is_downloaded(open_metadata(where), where)
     assert_frames_of_plain_lerobot(where, range(0, 48, 5))
     reflow_train_main(reflow_run(workshop, tmp_path / "run", dataset__root=dataset, steps=1))
 
@@ -232,15 +230,6 @@ def video(tmp_path: Path) -> Path:
             made.save_episode()
     made.finalize()
     return tmp_path / "video"
-
-
-@pytest.mark.parametrize("missing", ["data", "videos"])
-def test_what_has_to_be_downloaded_first(video, missing):
-    """As after the first look at a dataset on the hub, which downloads `meta/` alone."""
-    where = DatasetConfig(REPO_ID, root=str(video))
-    assert is_downloaded(open_metadata(where), where)
-    shutil.rmtree(video / missing)
-    assert not is_downloaded(open_metadata(where), where)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
