@@ -37,9 +37,9 @@ def first_line(error: BaseException) -> str:
 
 
 def kind_and_line(error: BaseException) -> str:
-    """Kind and first line of an error, after those of its first cause, which may name the file."""
+    """Kind and first line of an error, after kind and first line of its first cause, which may name the file."""
     first = error
-    while cause := first.__cause__ or first.__context__:
+    while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
         first = cause
     lines = [f"{type(each).__name__}: {first_line(each)}".rstrip(".") for each in (first, error)]
     return ", and then ".join(dict.fromkeys(lines))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HfHubHTTPError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import NormalizerProcessorStep
@@ -273,6 +274,8 @@ def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Pa
     """The folder of a commit in the hub's cache, with the files of these patterns."""
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    except HfHubHTTPError:  # the hub's own answer, such as an unknown revision
+        raise
     except Exception:
         # Without a network, huggingface_hub 1 does not look for a commit in its own cache.
         with contextlib.suppress(Exception):

@@ -94,7 +94,7 @@ def _loaded(path: str) -> type[ProcessorStep] | None:
     module, _, name = path.rpartition(".")
     if module.startswith(OWN_MODULES):
         importlib.import_module(module)
-    # `getattr` could run code of the module.
+    # Reading the attribute with getattr could run code of the module.
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return found if isinstance(found, type) and issubclass(found, ProcessorStep) else None
 

@@ -181,11 +181,11 @@ def not_as_written(shards: list[int]) -> str:
 
 def differences(here: Provenance, in_the_pairs: Provenance) -> list[str]:
     """The values that differ, each as a text with its name and both values."""
-    now, then = _by_flag(here), _by_flag(in_the_pairs)
+    now, then = by_flag(here), by_flag(in_the_pairs)
     return [f"{name} is {then[name]} in the pairs and {now[name]} here" for name in now if now[name] != then[name]]
 
 
-def _by_flag(provenance: Provenance) -> dict[str, Any]:
+def by_flag(provenance: Provenance) -> dict[str, Any]:
     """The values, the solver's too, by the names of their flags."""
     fields = dict(vars(provenance))
     solver = dict(vars(fields.pop("solver")))

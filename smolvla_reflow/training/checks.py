@@ -20,7 +20,7 @@ from smolvla_reflow.compat import (
 from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import LossStrategy, get_loss_strategy
-from smolvla_reflow.pairs.manifest import differences
+from smolvla_reflow.pairs.manifest import by_flag, differences
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.features import check_students_cameras, fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import space_maps
@@ -79,13 +79,14 @@ def check_run(
     check_destinations(cfg, teacher, typed)
     check_agreement(policy, teacher.config)
     check_backbone(policy)
-    check_words(start or read_checkpoint(str(policy.pretrained_path)), teacher)
+    student = start or read_checkpoint(str(policy.pretrained_path))
+    check_words(student, teacher)
     metadata = open_metadata(cfg.dataset, policy)
     features = dataset_to_policy_features(metadata.features)
     fitted(teacher, features, cfg.rename_map)
     check_students_cameras(policy, features, cfg.rename_map)
     hold_out(cfg, metadata, typed)
-    stats = training_statistics(cfg, metadata)
+    stats = training_statistics(cfg, student, metadata)
     space_maps(teacher, stats)
     if pairs is not None:
         check_pairs(cfg, teacher, pairs, metadata, stats, typed)
@@ -110,10 +111,12 @@ def check_destinations(cfg: ReflowTrainPipelineConfig, teacher: Checkpoint, type
             )
 
 
-def training_statistics(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -> Statistics:
+def training_statistics(
+    cfg: ReflowTrainPipelineConfig, student: Checkpoint, metadata: LeRobotDatasetMetadata
+) -> Statistics:
     """The statistics that LeRobot will use to normalise the batches."""
     if cfg.resume and resuming_keeps_statistics():
-        return saved_statistics(read_checkpoint(str(cfg.policy.pretrained_path)))
+        return saved_statistics(student)
     return renamed_statistics(dataset_statistics(metadata, cfg.dataset), cfg.rename_map)
 
 
@@ -139,7 +142,7 @@ def check_pairs(
         rename_map=rename_map_in_use(teacher, cfg.rename_map, metadata.features),
     )
     unlike = differences(of_this_run, made)
-    solved = {**vars(made.solver), "solver": made.solver.method}
+    solved = by_flag(made)
     for name in SOLVER_FLAGS:
         value = getattr(flags, name)
         asked = value != getattr(ReflowConfig, name) or f"reflow.{name}" in typed
