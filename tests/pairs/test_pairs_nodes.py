@@ -33,12 +33,14 @@ SCRIPT = """
         make.write_shard = write_shard
         pairs.main([*flags, f"--output_dir={here}"])
     if scenario == "damaged":
-        hashed, check_shards = [], store.check_shards
+        hashed, check_shards, process = [], store.check_shards, PartialState(cpu=True)
         store.check_shards = lambda *given: hashed.append(given) or check_shards(*given)
         try:
-            Pairs(here).check(PartialState(cpu=True))
+            Pairs(here).check(process)
         except ReflowError as error:
             (here / f"{rank}.json").write_text(json.dumps({"hashed": len(hashed), "said": str(error)}))
+        process.wait_for_everyone()  # a process that ends while the other still talks to it can abort
+        process.destroy_process_group()
 """
 
 
