@@ -12,6 +12,7 @@ submodules. `detach` restores `vars()` of each module.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ class PolicyMixin:
 
         Returns:
             The loss, a scalar or with `reduction="none"` one per frame `(B,)`, and the metrics that LeRobot logs:
-            for couplings also `one_step_error` and the loss by tenths of t, `loss_t0` to `loss_t9` (`step_metrics.py`).
+            for couplings also `one_step_error` and the velocity's error by tenths of t (`step_metrics.py`).
         """
         attachment = attachment_of(self)
         if not self.training:
@@ -145,7 +146,10 @@ class PolicyMixin:
         step = attachment.step(observation, actions, noise, time, batch, strategy=mode)
         with attachment.sharing.once():
             loss, metrics = reduced_loss(get_loss_strategy(mode), step, policy, attachment.policy_forward, reduction)
-        return loss, attachment.step_metrics.read(metrics, {**step.metrics, **reported}, step.lines)
+        numbers = attachment.step_metrics.read(metrics, {**step.metrics, **reported}, step.lines)
+        if not math.isfinite(numbers.get("loss", 0.0)):
+            attachment.step_metrics.not_finite = step.not_finite()
+        return loss, numbers
 
 
 class ModelMixin:

@@ -19,6 +19,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetad
 from lerobot.policies.factory import dataset_to_policy_features as dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
+from lerobot.utils.constants import OBS_PREFIX
 from lerobot.utils.logging_utils import MetricsTracker
 from packaging.version import Version
 from torch import Tensor
@@ -49,6 +50,11 @@ def train(cfg: TrainPipelineConfig, hooked: Callable[[Accelerator], Accelerator]
     settings: Any = getattr(cfg, "accelerator", None)
     if not hasattr(settings, "build"):
         raise ReflowError(f"This LeRobot trains without an Accelerator that could be handed in: {unsupported()}")
+    # From 0.6.2 on training ignores `use_amp`, while inference follows it.
+    sharded = getattr(getattr(cfg, "parallelism", None), "is_sharded", False)
+    assert cfg.policy is not None  # validated
+    if cfg.policy.use_amp and settings.mixed_precision == "no" and not sharded:
+        settings.mixed_precision = autocast_precision(cfg.policy.device)
     build = settings.build
     settings.build = lambda *args, **kwargs: hooked(build(*args, **kwargs))
     try:
@@ -89,16 +95,21 @@ def accelerator_arguments(cfg: TrainPipelineConfig) -> dict[str, Any]:
         arguments["mixed_precision"] = None
     # Until 0.6.0 training ignores `use_amp`; from then on it follows it in the device's default autocast dtype.
     if version >= Version("0.6.1") and policy.use_amp:
-        dtype = torch.get_autocast_dtype(torch.device(policy.device).type)
-        arguments["mixed_precision"] = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        arguments["mixed_precision"] = autocast_precision(policy.device)
     return arguments
+
+
+def autocast_precision(device: str | None) -> str:
+    """Accelerate's name for the number format of a device's autocast, which `use_amp` turns on."""
+    dtype = torch.get_autocast_dtype(torch.device(device or "cpu").type)
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Copy the sampler's arguments for `denoise_step`, a mask and the key-value cache, with each tensor changed.
 
     The cache is a dictionary of tensors up to LeRobot 0.6.0, and transformers' own class from 0.6.1 on. `denoise_step`
-    writes into the latter, so the copy has its own layers.
+    writes into the latter, so the copy has its own layers. Later versions may nest tuples, and hand over numbers.
     """
 
     def changed(value: Any) -> Any:
@@ -106,12 +117,14 @@ def copy_prefix(prefix: dict[str, Any], change: Callable[[Tensor], Tensor]) -> d
             return change(value)
         if isinstance(value, dict):
             return {key: changed(item) for key, item in value.items()}
-        if value is not None:
+        if isinstance(value, list | tuple):
+            return type(value)(changed(item) for item in value)
+        if hasattr(value, "layers"):
             # A deep copy would take up memory for nothing, and cannot be made of tensors with a gradient.
             value = copy.copy(value)
             value.layers = [copy.copy(layer) for layer in value.layers]
             for layer in value.layers:
-                layer.keys, layer.values = change(layer.keys), change(layer.values)
+                layer.keys, layer.values = changed(layer.keys), changed(layer.values)
         return value
 
     return {key: changed(item) for key, item in prefix.items()}
@@ -126,6 +139,19 @@ def renamed_statistics(stats: Mapping[str, Any], rename_map: dict[str, str]) -> 
     """The dataset's statistics under the names that training looks them up by; LeRobot renames them from 0.6.2 on."""
     rename = getattr(lerobot_train, "rename_stats", None)
     return stats if rename is None else rename(dict(stats), rename_map)
+
+
+def renamed_early(rename_map: Mapping[str, str]) -> dict[str, str]:
+    """The part of a map that the preprocessor does not know, and that LeRobot applies before it: from 0.6.2 on."""
+    if getattr(lerobot_train, "rename_batch_keys", None) is None:
+        return {}
+    return {name: to for name, to in rename_map.items() if not name.startswith(OBS_PREFIX)}
+
+
+def renamed_batch(batch: dict[str, Any], rename_map: dict[str, str]) -> dict[str, Any]:
+    """A raw batch under the names that LeRobot's training gives to the preprocessor; see `renamed_early`."""
+    renames = renamed_early(rename_map)
+    return lerobot_train.rename_batch_keys(batch, renames) if renames else batch
 
 
 def refuse_remote_job(cfg: TrainPipelineConfig) -> None:

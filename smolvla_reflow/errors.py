@@ -25,11 +25,11 @@ def known_are(known: Collection[str], instead_of: object) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's type if the message is empty.
 
-    An error from a data loader's process quotes a traceback; its last line is the message.
+    An error from a data loader's process quotes a traceback, whose last error is the one that was raised.
     """
-    in_another_process = re.search(r"^Original Traceback.*?^[\w.]+: ([^\n]*)", str(error), re.DOTALL | re.MULTILINE)
-    if in_another_process:
-        return in_another_process[1]
+    _, quoted, traceback = str(error).partition("Original Traceback")
+    if quoted:
+        return re.findall(r"^[\w.]+: (.*)", traceback, re.MULTILINE)[-1]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(":"):  # as in "Error(s) in loading state_dict for SmolVLAPolicy:"
         return f"{lines[0]} {lines[1]}"
@@ -38,11 +38,17 @@ def first_line(error: BaseException) -> str:
 
 def kind_and_line(error: BaseException) -> str:
     """Kind and first line of an error, after kind and first line of its first cause, which may name the file."""
-    first = error
-    while cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
-        first = cause
+    *_, first = causes(error)
     lines = [f"{type(each).__name__}: {first_line(each)}".rstrip(".") for each in (first, error)]
     return ", and then ".join(dict.fromkeys(lines))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, its cause, that error's cause, and so on."""
+    each: BaseException | None = error
+    while each is not None:
+        yield each
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
 
 
 @contextlib.contextmanager
@@ -53,7 +59,9 @@ def doing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except ReflowError:
+    except ReflowError as error:
+        if str(error) != (line := first_line(error)):  # quoted from another process
+            raise ReflowError(line) from error
         raise
     except Exception as error:
         raise ReflowError(f"While {what}: {kind_and_line(error)}") from error

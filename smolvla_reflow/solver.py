@@ -191,7 +191,7 @@ class SolverFlags:
     batch), 'midpoint', 'euler' (the stock sampler), 'rk4' or 'dopri5'."""
     num_steps: int | None = None
     """Steps of the solver (not for dopri5). Default is the num_steps of the teacher's own config, but at least 10;
-    'jittered' takes half as many."""
+    'jittered' takes half as many. A training run fills the number in, and keeps it when resumed."""
     rtol: float | None = None
     """Relative tolerance of dopri5 (default 1e-5)."""
     atol: float | None = None

@@ -57,6 +57,7 @@ class Step:
         deviations: (D,), standard deviations in one unit of each of the robot's action dimensions.
         metrics: numbers that `log` has collected.
         lines: sums of errors that `losses` has collected, for the metrics of every loss (`step_metrics.py`).
+        coupled: frames and couplings that `coupling` has handed out, for `not_finite`.
     """
 
     model: VLAFlowMatching
@@ -74,6 +75,7 @@ class Step:
     deviations: Tensor | None = None
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
     lines: list[LineSums] = field(default_factory=list)
+    coupled: list[tuple[Tensor | None, Coupling]] = field(default_factory=list)
 
     @property
     def frames(self) -> Tensor | None:
@@ -124,6 +126,7 @@ class Step:
         if not isinstance(coupling, Coupling):
             raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
         self._check(coupling, len(self.actions) * per_frame)
+        self.coupled.append((self.frames, coupling))
         return coupling
 
     def recorded(self) -> Coupling:
@@ -221,6 +224,24 @@ class Step:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ReflowError(f"The metric '{name}' has {value.numel()} numbers; log one, such as its mean.")
         self.metrics[name] = value.detach() if isinstance(value, Tensor) else value
+
+    def not_finite(self) -> str | None:
+        """The first of the batch's and the couplings' tensors with NaN or infinity, and its frames; None if all are."""
+        seen = self.observation
+        given = {"state": seen.state, **{f"image {k}": image for k, image in enumerate(seen.images, start=1)}}
+        asked = [(f"batch's {name}", self.frames, rows) for name, rows in given.items()]
+        if not self.coupled:
+            asked.append(("batch's recorded actions", self.frames, self.actions))
+        asked += [("teacher's actions", frames, coupling.actions) for frames, coupling in self.coupled]
+        for name, frames, rows in asked:
+            bad = ~rows.isfinite().flatten(1).all(dim=1)
+            if bad.any():
+                per_frame = len(bad) // len(bad if frames is None else frames)
+                where = bad.view(-1, per_frame).any(dim=1)
+                which = where.nonzero().flatten() if frames is None else frames.to(where.device)[where]
+                of = "rows" if frames is None else "frames"
+                return f"the {name} of the {of} {', '.join(map(str, which.tolist()))}"
+        return None
 
     def _times(self, count: int, times: Tensor | float | str) -> Tensor:
         if self.time is not None:

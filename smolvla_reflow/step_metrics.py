@@ -1,4 +1,4 @@
-"""Numbers that a training step reports beside the loss, at no cost: one-step error, and loss by tenths of t.
+"""Numbers that a training step reports beside the loss, at no cost: one-step error, velocity's error by tenths of t.
 
 At t = 1 a line's point is its noise, and one Euler step from there is the whole solution. So the error of the velocity
 is that of the actions:
@@ -20,7 +20,8 @@ from torch import Tensor
 from smolvla_reflow.times import TimeSampling
 
 ONE_STEP = "one_step_error"
-TENTHS = tuple(f"loss_t{k}" for k in range(10))
+# Mean squared errors without weights, over all max_action_dim dimensions, for t in [0, 0.1), ..., [0.9, 1].
+TENTHS = tuple(f"velocity_mse_t{k}" for k in range(10))
 # Measured now and then on held-out frames (training/measuring.py).
 MEASURED = ("flow_error_1", "flow_error_2", "energy_distance_1", "energy_distance_2")
 REPORTED = frozenset({ONE_STEP, *TENTHS, *MEASURED})
@@ -73,12 +74,14 @@ class StepMetrics:
         sums: (13, 2) float64, running `LineSums.sums`.
         reported: by name, beside the loss.
         reports: functions that are asked for more numbers before each step; always the same names.
+        not_finite: the last step's first tensor with NaN or infinity, if its loss was not finite (`Step.not_finite`).
     """
 
     deviations: Tensor
     sums: Tensor = field(default_factory=lambda: torch.zeros(13, 2, dtype=torch.float64))
     reported: dict[str, float] = field(default_factory=dict)
     reports: list[Callable[[], Mapping[str, float]]] = field(default_factory=list)
+    not_finite: str | None = None
 
     def deviations_on(self, device: torch.device) -> Tensor:
         """`deviations` on this device, where they stay."""

@@ -18,8 +18,8 @@ from smolvla_reflow.checkpoint.read import (
     STATISTICS_AMONG_WEIGHTS,
     TOKENIZER_STEP,
     Checkpoint,
-    StoredTensors,
 )
+from smolvla_reflow.checkpoint.tensors import StoredTensors
 from smolvla_reflow.errors import ReflowError, doing
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub.constants import CONFIG_NAME
 
 from smolvla_reflow.checkpoint.load import load_policy
-from smolvla_reflow.checkpoint.read import PROCESSORS, TRAIN_CONFIG_NAME, Checkpoint, read_json
+from smolvla_reflow.checkpoint.read import PROCESSORS, Checkpoint, read_json
+from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME
 from smolvla_reflow.checkpoint.saved_steps import named_files
 from smolvla_reflow.errors import write_json
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -16,7 +16,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.processor import NormalizerProcessorStep
-from safetensors import safe_open
 from torch import Tensor
 
 from smolvla_reflow.checkpoint.adapter import (
@@ -28,14 +27,15 @@ from smolvla_reflow.checkpoint.adapter import (
 )
 from smolvla_reflow.checkpoint.backbone import tokenizer_or_none
 from smolvla_reflow.checkpoint.fork.marks import refuse_forked
+from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME, find_config
 from smolvla_reflow.checkpoint.saved_steps import SavedStep, named_files, saved_steps
+from smolvla_reflow.checkpoint.tensors import StoredTensors
 from smolvla_reflow.compat import installed
 from smolvla_reflow.errors import ReflowError, doing, sha256
 
 PREPROCESSOR_NAME = "policy_preprocessor.json"
 POSTPROCESSOR_NAME = "policy_postprocessor.json"
 PROCESSORS = (PREPROCESSOR_NAME, POSTPROCESSOR_NAME)
-TRAIN_CONFIG_NAME = "train_config.json"
 TOKENIZER_STEP = "tokenizer_processor"
 # The files at the top of a repository that LeRobot reads. The repository may hold the checkpoints of a whole run.
 POLICY_FILES = [CONFIG_NAME, TRAIN_CONFIG_NAME, SAFETENSORS_SINGLE_FILE, "policy_*processor*"]
@@ -108,29 +108,6 @@ class Checkpoint:
         return f"{self.source} at {self.commit}" if self.commit else self.source
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for. Raises ReflowError if the file is damaged."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with doing(f"reading {path}"), safe_open(path, framework="pt") as file:
-            self._names = dict.fromkeys(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        # The pages of a mapped file count as memory until it is closed.
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
 def open_checkpoint(source: str | Path, revision: str | None = None, backbone: str | None = None) -> Checkpoint:
     """Open a checkpoint that `SmolVLAPolicy.save_pretrained` or `lerobot-train`, also with `--peft.*`, wrote.
 
@@ -157,6 +134,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 def locate(source: str | Path, revision: str | None = None) -> Location:
     """Find a checkpoint's folder on this machine, or download it from the hub. Raises ReflowError if there is none."""
     path = Path(source).expanduser()
+    if not may_be_hub_id(str(source)) or path.is_dir():
+        path = _policy_in(path)
     if os.path.exists(path):  # unlike `Path.exists`, false for a name that is too long or has a null character
         if revision is not None:
             raise ReflowError(f"{source} is a folder, so the revision {revision} has no effect; leave it out.")
@@ -172,6 +151,15 @@ def locate(source: str | Path, revision: str | None = None) -> Location:
             "RUN/checkpoints/last/pretrained_model."
         )
     return location
+
+
+def _policy_in(path: Path) -> Path:
+    """The policy's folder that a path means: itself, or the newest one of a training run."""
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long or has a null character
+        newest = find_config(path).parent
+        if not (path / CONFIG_NAME).is_file() and (newest / CONFIG_NAME).is_file():
+            return newest
+    return path
 
 
 def may_be_hub_id(name: str) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[s
     given = sys.argv[1:] if argv is None else list(argv)
     debug = DEBUG in given
     try:
-        yield [word for word in given if word != DEBUG]
+        with one_interrupt():
+            yield [word for word in given if word != DEBUG]
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -43,6 +45,36 @@ def reported_errors(program: str, argv: Sequence[str] | None) -> Iterator[list[s
     except KeyboardInterrupt as interrupt:
         print(f"\n{program}: interrupted. {interrupt}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Let the first Ctrl-C interrupt, and ignore every other until the process ends, so that nothing is left half-done.
+
+    An error on the way out of the first, such as that of a file that was being written, stays an interruption.
+    """
+    interrupted = False
+
+    def interrupt(*signal_and_frame: object) -> None:
+        nonlocal interrupted
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not in the main thread, which signals interrupt
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt(str(error)) from error
+        raise
+    finally:
+        if not interrupted:
+            signal.signal(signal.SIGINT, before)
 
 
 def asks_for_help(argv: Sequence[str], about: str | None) -> bool:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, Checkpoint, read_json
-from smolvla_reflow.compat import LeRobotDatasetMetadata, dataset_to_policy_features
-from smolvla_reflow.dataset import check_as_recorded
+from smolvla_reflow.checkpoint.read import Checkpoint, read_json
+from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME
+from smolvla_reflow.compat import LeRobotDatasetMetadata
+from smolvla_reflow.dataset import check_as_recorded, policy_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED
@@ -48,7 +49,7 @@ def fit_to_dataset(
     checkpoints: Mapping[str, Checkpoint], metadata: LeRobotDatasetMetadata, rename_map: dict[str, str]
 ) -> dict[str, Checkpoint]:
     """The checkpoints, the reference first, as LeRobot would run them on this dataset, all from the same noise."""
-    features = dataset_to_policy_features(metadata.features)
+    features = policy_features(metadata)
     teacher = next(iter(checkpoints.values()))
     for checkpoint in checkpoints.values():
         for name in ("chunk_size", "max_action_dim"):

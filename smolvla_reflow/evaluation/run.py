@@ -6,12 +6,22 @@ The report is written as it grows. Once it is complete, the recommended number c
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
-from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import chosen_episodes, evenly_spaced, frame_ranges, open_dataset, open_metadata
+from smolvla_reflow.compat import LeRobotDatasetMetadata, renamed_statistics
+from smolvla_reflow.dataset import (
+    check_finite,
+    chosen_episodes,
+    evenly_spaced,
+    frame_ranges,
+    load_batches,
+    open_dataset,
+    open_metadata,
+    trained_columns,
+)
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
@@ -25,6 +35,7 @@ from smolvla_reflow.evaluation.stages import PARTS_OF_A_CHUNK, Evaluation
 from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 from smolvla_reflow.evaluation.task_sentence import in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
+from smolvla_reflow.smolvla.features import rename_map_in_use
 from smolvla_reflow.smolvla.statistics import moving_deviations
 
 SECONDS_BETWEEN_WRITES = 20.0
@@ -78,11 +89,16 @@ def prepared(
     if cfg.bar_num_steps is not None:
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
     chunk_size = policies[0].policy.config.chunk_size
-    frames = open_dataset(cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True)
-    deviations = moving_deviations(metadata.stats["action"])
     *_, judged = checkpoints.values()
+    renames = rename_map_in_use(judged, cfg.rename_map, metadata.features)
+    frames = open_dataset(
+        cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True, rename_map=renames
+    )
+    check_finite(frames, trained_columns(metadata.features, renames))
+    deviations = moving_deviations(renamed_statistics(metadata.stats, renames)["action"])
     warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
-    return Evaluation(cfg, policies, frames, positions, deviations, journal, judged.config.rtc_config, warnings)
+    load = partial(load_batches, frames, rename_map=renames)
+    return Evaluation(cfg, policies, load, positions, deviations, journal, judged.config.rtc_config, warnings)
 
 
 def sentence_warnings(cfg: EvalConfig, trained: Sequence[str], shown: Sequence[str]) -> list[str]:

@@ -13,12 +13,10 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from smolvla_reflow.dataset import load_batches
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import Journal
@@ -36,7 +34,7 @@ class Evaluation:
 
     cfg: EvalConfig
     policies: Sequence[MeasuredPolicy]  # the reference policy first, the judged policy last
-    dataset: LeRobotDataset  # each frame with its recorded chunk
+    load: Callable[[Sequence[Sequence[int]]], Iterator[dict[str, Any]]]  # raw batches of frames and recorded chunks
     positions: Sequence[int]  # of the frames to measure on
     action_std: Tensor  # (D,) standard deviations of the actions, 0 for dimensions that never move
     journal: Journal
@@ -98,17 +96,17 @@ class Evaluation:
         return parts
 
     def _measure(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        cfg, (batch,) = self.cfg, load_batches(self.dataset, [positions])
+        cfg, (batch,) = self.cfg, self.load([positions])
         settings = Settings(self.action_std, cfg.num_steps, cfg.num_noises, cfg.reference_steps, cfg.seed)
         is_first = positions[0] == self.positions[0]
         return measure_batch(self.policies, batch, settings, check_fine=is_first).to_dict("records")
 
     def _time(self, cell: Cell) -> dict[str, float]:
-        (frame,) = load_batches(self.dataset, [self.positions[:1]])
+        (frame,) = self.load([self.positions[:1]])
         return measure_latency(self._policy(cell), frame, cell.num_steps)
 
     def _time_parts(self) -> dict[str, float]:
-        (frame,) = load_batches(self.dataset, [self.positions[:1]])
+        (frame,) = self.load([self.positions[:1]])
         return measure_parts(self.policies[-1], frame)
 
     def _drive(self, cell: Cell, tick: Callable[[], object]) -> Success:

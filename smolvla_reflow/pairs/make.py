@@ -23,14 +23,17 @@ from tqdm import tqdm
 
 from smolvla_reflow.checkpoint.load import load_policy, load_processors, stock_autocast
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
-from smolvla_reflow.compat import dataset_to_policy_features, renamed_statistics
+from smolvla_reflow.compat import renamed_statistics
 from smolvla_reflow.dataset import (
+    check_finite,
     chosen_episodes,
     dataset_statistics,
     frame_ranges,
     load_batches,
     open_dataset,
     open_metadata,
+    policy_features,
+    trained_columns,
 )
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.noise import frames_noise
@@ -42,6 +45,7 @@ from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.statistics import fingerprint
 from smolvla_reflow.smolvla.velocity import velocity_of
+from smolvla_reflow.teacher import warn_of_distilled
 
 
 def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
@@ -68,7 +72,9 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
         if not manifest.unfinished:
             return f"Nothing to do: all {manifest.num_shards} shards in {folder} are complete and undamaged."
         logging.getLogger(__name__).info("Pairs of teacher %s, solved by %s.", teacher.cited(), made.solver.in_words())
-        dataset = open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s)
+        warn_of_distilled(teacher, made.solver)
+        dataset = open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s, rename_map=made.rename_map)
+        check_finite(dataset, trained_columns(dataset.meta.features, made.rename_map))
         maker = load_pair_maker(teacher, made, space, cfg.policy.on(process), cfg.rename_map)
         process.wait_for_everyone()  # so does a process that sees another folder, or lacks memory
         try:
@@ -91,7 +97,7 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> tuple[Checkpoint, Manifest, S
     """
     metadata = open_metadata(cfg.dataset, teacher.config)
     rename_map = rename_map_in_use(teacher, cfg.rename_map, metadata.features)
-    teacher = fitted(teacher, dataset_to_policy_features(metadata.features), rename_map)
+    teacher = fitted(teacher, policy_features(metadata), rename_map)
     stats = renamed_statistics(dataset_statistics(metadata, cfg.dataset), rename_map)
     chunk_size, width = teacher.config.chunk_size, teacher.config.max_action_dim
     provenance = Provenance(
@@ -185,7 +191,8 @@ def _load(
     """Load these frames of the manifest; a dataset of some episodes has them at other positions than their index."""
     every_frame = itertools.chain.from_iterable(range(start, stop) for start, stop in manifest.frames)
     position = {frame: i for i, frame in enumerate(every_frame)}
-    return load_batches(dataset, [[position[frame] for frame in batch] for batch in batches], num_workers)
+    positions = [[position[frame] for frame in batch] for batch in batches]
+    return load_batches(dataset, positions, num_workers, manifest.provenance.rename_map)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_PREFIX, OBS_STATE
 
 from smolvla_reflow.checkpoint.read import PREPROCESSOR_NAME, Checkpoint
+from smolvla_reflow.compat import renamed_early
 from smolvla_reflow.errors import ReflowError, in_one_line
 from smolvla_reflow.smolvla.statistics import saved_statistics, width_of
 
@@ -103,7 +104,8 @@ def _check_cameras(
 ) -> None:
     """Raise ReflowError unless LeRobot would run the policy with some of these cameras; warn if it drops one."""
     given = {rename_map.get(name, name): feature for name, feature in features.items()}
-    dropped = [name for name in _cameras(features) if not name.startswith(OBS_PREFIX)]
+    early = renamed_early(rename_map)
+    dropped = [name for name in _cameras(features) if not early.get(name, name).startswith(OBS_PREFIX)]
     if not any(cameras_seen(config, given.keys() - {rename_map.get(name, name) for name in dropped})):
         known = [name for name in config.image_features if not name.startswith(EMPTY_CAMERA)]
         raise ReflowError(

@@ -60,6 +60,8 @@ class Sharing:
             )
         else:
             whom = "for the student" if teacher is None else "for teacher and student"
+            if teacher is not None and list(teacher.config.image_features) != list(student.config.image_features):
+                whom += " (for each of them if they see other images, or in another order)"
             sentences.append(f"The prefix (images, language, state) is encoded once {whom}, and state_proj is frozen.")
         return " ".join(sentences)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from smolvla_reflow.checkpoint.fork.migration import rename_fork_flags
 from smolvla_reflow.checkpoint.read import may_be_hub_id
+from smolvla_reflow.checkpoint.run_folder import CONFIG, find_config
 from smolvla_reflow.compat import download_last_checkpoint, resumes_from_hub
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.training.config import LEARNING_RATE, ReflowTrainPipelineConfig
 from smolvla_reflow.training.inherited import Inherited, inherit, schedule
-from smolvla_reflow.training.run_folder import CONFIG, find_config
 
 NOTHING = ("", "null", "none")
 

@@ -12,12 +12,11 @@ from smolvla_reflow.checkpoint.read import Checkpoint, read_checkpoint
 from smolvla_reflow.checkpoint.words import check_words
 from smolvla_reflow.compat import (
     LeRobotDatasetMetadata,
-    dataset_to_policy_features,
     hub_destinations,
     renamed_statistics,
     resuming_keeps_statistics,
 )
-from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata
+from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata, policy_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import LossStrategy, get_loss_strategy
 from smolvla_reflow.pairs.manifest import by_flag, differences
@@ -82,7 +81,7 @@ def check_run(
     student = start or read_checkpoint(str(policy.pretrained_path))
     check_words(student, teacher)
     metadata = open_metadata(cfg.dataset, policy)
-    features = dataset_to_policy_features(metadata.features)
+    features = policy_features(metadata)
     fitted(teacher, features, cfg.rename_map)
     check_students_cameras(policy, features, cfg.rename_map)
     hold_out(cfg, metadata, typed)

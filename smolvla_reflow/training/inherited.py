@@ -15,16 +15,18 @@ import yaml
 from huggingface_hub import hf_hub_download
 
 from smolvla_reflow.checkpoint.fork.migration import rename_fork_flags
-from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, may_be_hub_id
+from smolvla_reflow.checkpoint.read import may_be_hub_id
+from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME, find_config
 from smolvla_reflow.errors import doing
 from smolvla_reflow.training.config import DECAY_LR_RATIO, LEARNING_RATE, WARMUP_RATIO
-from smolvla_reflow.training.run_folder import find_config
 
 # LeRobot writes every field of a run. A user writes few of these by hand.
 FIELDS_OF_EVERY_RUN = {"resume", "output_dir", "job_name", "use_policy_training_preset", "optimizer", "wandb"}
 # The policy's fields that say how it is trained. Its other fields describe a checkpoint.
 OF_TRAINING = re.compile(r"policy\.(type|device|use_amp|compile_|optimizer_|scheduler_|freeze_|train_|private)")
 SCHEDULE = ("policy.scheduler_decay_lr", "policy.scheduler_warmup_steps", "policy.scheduler_decay_steps")
+# A run fills in the number of steps that its teacher is solved with. It does not hold beside any of these flags.
+OTHER_SOLVES = frozenset({"reflow.solver", "reflow.strategy", "reflow.pairs_path"})
 # The fields of a saved file that a new run decides anew, by the reason.
 DECIDED_ANEW = {
     "progress": ("resume", "checkpoint_path"),
@@ -96,6 +98,8 @@ def _decided_anew(flags: Mapping[str, Any], rest: Mapping[str, Any], given: Mapp
     else:  # the schedule of a reflow run follows its number of steps unless the user chose another
         usual = schedule(float(rest.get("steps") or 0), float(flags.get("policy.optimizer_lr", LEARNING_RATE)))
         yield from (name for name, value in usual.items() if flags.get(name) == value)
+    if OTHER_SOLVES.intersection(given) or given.get("reflow.teacher_path", teacher) != teacher:
+        yield "reflow.num_steps"
     start = {"policy.path", "policy.pretrained_path"}.intersection(given)
     if start or teacher is None or given.get("reflow.teacher_path", teacher) != teacher:
         # The student starts from another checkpoint, which brings its own architecture.

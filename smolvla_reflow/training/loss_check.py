@@ -18,12 +18,17 @@ class LossCheck:
 
     step: int  # number of the last training step
     scaler: GradScaler | None  # of the gradients; it skips steps whose gradient is not finite
+    first: bool = True  # until a loss was checked
     limit: float = math.nan  # largest loss allowed, known from the first finite loss on
     skipped: int = 0  # losses in a row, up to the last, that were not finite
 
-    def __call__(self, loss: float) -> None:
-        """Count a step. Raises ReflowError if training cannot recover from this loss."""
+    def __call__(self, loss: float, not_finite: str | None = None) -> None:
+        """Count a step. Raises ReflowError if training cannot recover from this loss.
+
+        `not_finite` says what the loss was computed from and is not finite either.
+        """
         self.step += 1
+        first, self.first = self.first, False
         if math.isfinite(loss):
             if math.isnan(self.limit):
                 # Actions are normalised, so that 1 is the loss of a policy that has learnt nothing.
@@ -35,6 +40,16 @@ class LossCheck:
             stop = not skips or self.skipped == SKIPPED_IN_A_ROW
         if stop:
             raise ReflowError(
-                f"The loss is {loss:g} in step {self.step}, so the run was stopped. A lower --policy.optimizer_lr "
-                "helps if training diverged; otherwise look for NaN in the dataset."
+                f"The loss is {loss:g} in step {self.step}, so the run was stopped. {_why(not_finite, first)}"
             )
+
+
+def _why(not_finite: str | None, first: bool) -> str:
+    if not_finite is not None:
+        return f"Already {not_finite} hold NaN or infinity. Look at these frames and at the teacher's weights."
+    if first:
+        return (
+            "The batch and its couplings are finite, and this run has not trained the student yet. So the student's "
+            "weights give no finite velocity in this number format. Try --policy.use_amp=false or another checkpoint."
+        )
+    return "Training diverged; a lower --policy.optimizer_lr helps."

@@ -174,7 +174,7 @@ def held_out_frames(cfg: ReflowTrainPipelineConfig) -> list[dict[str, Any]]:
             positions = evenly_spaced(len(dataset), FRAMES)
             at_once = [positions[i : i + FRAMES_AT_ONCE] for i in range(0, len(positions), FRAMES_AT_ONCE)]
             # Decoders opened in this process would not survive in the processes that LeRobot then forks off it.
-            return list(load_batches(dataset, at_once, num_workers=min(1, cfg.num_workers)))
+            return list(load_batches(dataset, at_once, num_workers=min(1, cfg.num_workers), rename_map=cfg.rename_map))
     finally:
         set_rng_state(before)
 

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
-from lerobot.datasets.video_utils import FrameTimestampError
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.utils import format_big_number
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import prints_metrics, refuse_remote_job
 from smolvla_reflow.compat import train as lerobot_train
-from smolvla_reflow.dataset import frame_error
+from smolvla_reflow.dataset import check_finite, name_unreadable_frames, trained_columns
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.losses import LossStrategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
@@ -38,9 +39,10 @@ from smolvla_reflow.training.arguments import NOTHING, Arguments
 from smolvla_reflow.training.checkpoints import check_base, name_start, open_start, open_teacher, restore_adapter
 from smolvla_reflow.training.checks import check_flags, check_run
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
+from smolvla_reflow.training.inherited import OTHER_SOLVES
 from smolvla_reflow.training.loss_check import LossCheck
 from smolvla_reflow.training.measuring import Measuring, begin, training_preprocessor
-from smolvla_reflow.training.run_folder import how_to_go_on, training_step
+from smolvla_reflow.training.run_folder import OutputFolder, how_to_go_on, training_step
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class Run:
     def train(self) -> None:
         """Run LeRobot's training. A ReflowError or KeyboardInterrupt says how to go on, once something was written."""
         try:
+            self.cfg.output_dir = OutputFolder(self.cfg.output_dir or ".")
             with doing("training"):
                 lerobot_train(self.cfg, self.hooked)
                 if self.measuring is not None:
@@ -86,13 +89,10 @@ class Run:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self.how_to_continue()) from None
         except ReflowError as error:
-            cause = error.__cause__
             said = str(error)
-            if isinstance(cause, FrameTimestampError):
-                said = str(frame_error(cause, self.cfg.tolerance_s))
             if Path(self.cfg.output_dir or ".").exists():  # something was written
                 said = f"{said.rstrip('.')}. {self.how_to_continue()}"
-            raise ReflowError(said) from cause
+            raise ReflowError(said) from error.__cause__
 
     def hooked(self, accelerator: Accelerator) -> Accelerator:
         """The Accelerator that LeRobot trains with, hooked up to this run."""
@@ -146,16 +146,19 @@ class Run:
 
     def on_loss(self, loss: float) -> None:
         """Check a loss, and log the metrics of its step if LeRobot does not."""
-        self.loss_check(loss)
-        step, every = self.loss_check.step, self.cfg.log_freq
         assert self.attached is not None
-        reported = self.attached.step_metrics.reported
+        step_metrics = self.attached.step_metrics
+        self.loss_check(loss, step_metrics.not_finite)
+        step, every, reported = self.loss_check.step, self.cfg.log_freq, step_metrics.reported
         if reported and every > 0 and step % every == 0 and not prints_metrics():
             numbers = " ".join(f"{name}:{value:.3f}" for name, value in reported.items())
             logging.info("step:%s %s", format_big_number(step), numbers)
 
     def on_loader(self, loader: DataLoader) -> None:
-        """Let the loader of the training data read stored pairs along with the frames."""
+        """Check the frames, let an unreadable frame be named, and let stored pairs be read along with the frames."""
+        if isinstance(dataset := loader.dataset, LeRobotDataset):  # not streamed
+            check_finite(dataset, trained_columns(dataset.meta.features, self.cfg.rename_map))
+            name_unreadable_frames(dataset)
         if self.pairs is not None:
             read_in_loader(loader, self.pairs, self.cfg.reflow.couplings_per_frame)
 
@@ -209,6 +212,8 @@ def open_run(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Run:
             )
         path, _, name = reflow.strategy.rpartition(":")
         reflow.strategy = f"{Path(path).expanduser().resolve()}:{name}"
+    if arguments.resume and typed & OTHER_SOLVES and "reflow.num_steps" not in typed:
+        reflow.num_steps = None
     loss = check_flags(reflow)
     backbone = given.get("policy.vlm_model_name") if cfg.policy is None else cfg.policy.vlm_model_name
     teacher = open_teacher(reflow, typed, backbone, resume=arguments.resume)
@@ -219,6 +224,9 @@ def open_run(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Run:
     if not cfg.resume and not cfg.rename_map and "rename_map" not in typed and not dataset_names:
         cfg.rename_map = saved_rename_map(teacher)
     pairs = Pairs(reflow.pairs_path) if reflow.pairs_path else None
+    if pairs is None and loss.couples:
+        # The run keeps its solver, whatever is written into the teacher's config meanwhile.
+        reflow.num_steps = reflow.to_solver().of_couplings(teacher.config.num_steps).num_steps
     if pairs is not None:
         reflow.pairs_path = str(pairs.folder)
     return Run(cfg, arguments, loss, teacher, start, pairs)
@@ -229,6 +237,13 @@ def announce(run: Run) -> None:
     cfg = run.cfg
     if run.arguments.resume:
         logging.info("Reflow: resuming, teacher %s.", run.teacher.cited())
+        schedule = cfg.scheduler
+        if isinstance(schedule, CosineDecayWithWarmupSchedulerConfig) and cfg.steps > schedule.num_decay_steps:
+            logging.info(
+                "Reflow: the learning rate's schedule ends at step %d. From there to step %d the rate stays at %g. "
+                "--scheduler.num_decay_steps=%d stretches the schedule.",
+                *(schedule.num_decay_steps, cfg.steps, schedule.decay_lr, cfg.steps),
+            )
     else:
         filled_in = " ".join(f"--{name}={value}" for name, value in run.arguments.chosen.items()) or "nothing"
         used = (run.teacher.cited(), cfg.steps, cfg.batch_size, filled_in)
@@ -240,8 +255,7 @@ def announce(run: Run) -> None:
         logging.info("Reflow: %d pairs from %s, no teacher is loaded.", len(run.pairs), run.pairs.folder)
         logging.info("Reflow: the pairs were solved by %s.", solver.in_words())
     elif run.loss.couples:
-        own = run.teacher.config.num_steps
-        solver = cfg.reflow.to_solver().of_couplings(own)
+        own, solver = run.teacher.config.num_steps, cfg.reflow.to_solver()
         logging.info("Reflow: couplings by %s. The teacher's config says num_steps %d.", solver.in_words(), own)
     if cfg.reflow.measure_freq and cfg.reflow.measure_episodes:
         logging.info("Reflow: episodes %s are measured on and not trained on.", cfg.reflow.measure_episodes)

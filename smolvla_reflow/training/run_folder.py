@@ -1,70 +1,48 @@
-"""A training run's output folder: its checkpoints, and the command that continues the run.
+"""A training run's output folder: written without symbolic links if need be, and the command that continues the run."""
 
-LeRobot writes a checkpoint file by file, and points `checkpoints/last` at it once all are written. A run that is killed
-meanwhile leaves a checkpoint that is cut off, or a moment without `last`.
-"""
-
+import errno
+import functools
 import json
+import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from lerobot.utils.constants import (
-    CHECKPOINTS_DIR,
-    LAST_CHECKPOINT_LINK,
-    OPTIMIZER_PARAM_GROUPS,
-    OPTIMIZER_STATE,
-    PRETRAINED_MODEL_DIR,
-    SCHEDULER_STATE,
-    TRAINING_STATE_DIR,
-    TRAINING_STEP,
-)
-from safetensors import SafetensorError
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from lerobot.utils.constants import OPTIMIZER_STATE, PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR, TRAINING_STEP
 
 from smolvla_reflow.checkpoint.adapter import ADAPTER_WEIGHTS_NAME
-from smolvla_reflow.checkpoint.read import TRAIN_CONFIG_NAME, StoredTensors
+from smolvla_reflow.checkpoint.run_folder import CONFIG, complete_checkpoints
+from smolvla_reflow.checkpoint.tensors import StoredTensors
 
-CONFIG = Path(PRETRAINED_MODEL_DIR) / TRAIN_CONFIG_NAME
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # as FAT, CIFS and some mounted buckets answer
 
 
-def find_config(path: Path) -> Path:
-    """The `train_config.json` that a path means; the path itself if there is none.
+class OutputFolder(type(Path())):  # type: ignore[misc]  # the class of this system's paths
+    """An output folder that needs no symbolic links: where none can be made, a run goes on without `checkpoints/last`.
 
-    A policy's and a checkpoint's folder mean their own file, and a run's folder means that of `checkpoints/last`. A
-    `last` that is missing or cut off means the newest complete checkpoint.
+    LeRobot makes `last` by a path that it derives from the output folder, which is then of this class too.
     """
-    path = path.absolute()
-    if (path / CHECKPOINTS_DIR).is_dir():
-        path = path / CHECKPOINTS_DIR
-    if path.name == CHECKPOINTS_DIR:
-        path = path / LAST_CHECKPOINT_LINK
-    last = next((folder for folder in (path, *path.parents) if folder.name == LAST_CHECKPOINT_LINK), None)
-    if last is not None and not is_complete(last):
-        path = next(complete_checkpoints(last.parent.parent), path)
-    if path.name == CONFIG_NAME:  # the policy's, which stands beside the run's
-        path = path.parent
-    return next((file for file in (path / CONFIG, path / TRAIN_CONFIG_NAME) if file.is_file()), path)
+
+    def symlink_to(self, target: Any, target_is_directory: bool = False) -> None:
+        """Make a link. If the file system has no links, say so once."""
+        try:
+            super().symlink_to(target, target_is_directory)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            say_once(
+                f"{self.parent} can hold no symbolic links ({error.strerror}), so the run goes on without {self.name}. "
+                "--config_path and --policy.path find the newest checkpoint in the run's folder all the same."
+            )
 
 
-def complete_checkpoints(output_dir: Path) -> Iterator[Path]:
-    """The complete checkpoints of a run, newest first."""
-    folders = [folder for folder in (output_dir / CHECKPOINTS_DIR).glob("*") if folder.name.isdecimal()]
-    return filter(is_complete, sorted(folders, key=lambda folder: int(folder.name), reverse=True))
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """True if the file that LeRobot saves last is there, and no file is cut off."""
-    try:
-        scheduled = json.loads((checkpoint / CONFIG).read_text()).get("scheduler")
-        for path in checkpoint.rglob("*.json"):
-            json.loads(path.read_text())
-        for path in checkpoint.rglob("*.safetensors"):
-            StoredTensors(path)
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return (checkpoint / TRAINING_STATE_DIR / (SCHEDULER_STATE if scheduled else OPTIMIZER_PARAM_GROUPS)).is_file()
+@functools.cache
+def say_once(warning: str) -> None:
+    """Log a warning the first time."""
+    logging.warning("Reflow: %s", warning)
 
 
 def last_good(output_dir: Path) -> Path | None:

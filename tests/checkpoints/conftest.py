@@ -28,3 +28,9 @@ def cached(tmp_path, monkeypatch):
         return Path(shutil.copytree(checkpoint, repository / "snapshots" / commit))
 
     return put
+
+
+@pytest.fixture
+def dataset(workshop: Path, tmp_path: Path) -> Path:
+    """A copy of the workshop's dataset, to be changed."""
+    return Path(shutil.copytree(workshop / "dataset", tmp_path / "dataset"))

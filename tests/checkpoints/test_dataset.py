@@ -4,17 +4,16 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from editing import edit
+from editing import COMMANDS, DATA, EPISODES, Change, column, cut, edited, gone, info, rows, stats
 from helpers import assert_can_be_run, eval_flags, load_frames, reflow_run, reflow_train_main, refused
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.types import NormalizationMode
@@ -34,63 +33,14 @@ from smolvla_reflow.dataset import (
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, FPS, REPO_ID
 
-EPISODES = "meta/episodes/chunk-000/file-000.parquet"
-DATA = "data/chunk-000/file-000.parquet"
-COMMANDS: dict[str, tuple[Callable, Callable[..., list[str]]]] = {
-    "train": (reflow_train_main, lambda workshop, out, **changes: reflow_run(workshop, output_dir=out, **changes)),
-    "pairs": (pairs_command.main, pairs_flags),
-    "eval": (eval_command.main, eval_flags),
-}
-Change = Callable[[Path], object]  # of a dataset's folder
-
 
 def from_lerobot_with(flag: str) -> pytest.MarkDecorator:
     known = flag in {field.name for field in fields(DatasetConfig)}
     return pytest.mark.skipif(not known, reason=f"this LeRobot has no --dataset.{flag}")
 
 
-def edited(name: str, change: Callable[[dict[str, Any]], object]) -> Change:
-    return lambda root: edit(root / name, change)
-
-
-def info(**changes: Any) -> Change:
-    return edited("meta/info.json", lambda content: content.update(changes))
-
-
-def stats(change: Callable[[dict[str, Any]], object]) -> Change:
-    return edited("meta/stats.json", change)
-
-
-def gone(name: str) -> Change:
-    return lambda root: (root / name).unlink()
-
-
-def cut(name: str) -> Change:
-    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-200])
-
-
-def rows(name: str, start: int, stop: int, to: str | None = None) -> Change:
-    return lambda root: pq.write_table(pq.read_table(root / name)[start:stop], root / (to or name))
-
-
-def column(file: str, name: str, change: Callable[[list], Sequence]) -> Change:
-    def apply(root: Path) -> None:
-        table = pq.read_table(root / file)
-        field = table.schema.field(name)
-        values = pa.array(change(table[name].to_pylist()), field.type)
-        pq.write_table(table.set_column(table.schema.get_field_index(name), field, values), root / file)
-
-    return apply
-
-
 def tree(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-
-
-@pytest.fixture
-def dataset(workshop: Path, tmp_path: Path) -> Path:
-    """A copy of the workshop's dataset, to be changed."""
-    return Path(shutil.copytree(workshop / "dataset", tmp_path / "dataset"))
 
 
 ANEW = ".*augment_dataset_quantile_stats --repo-id=smolvla-reflow/demo --root="
@@ -179,6 +129,7 @@ def two_data_files(*pointers: int) -> Change:
 UNREAD = {
     "nothing unusual": lambda root: None,
     "pointers one episode late at a roll-over": two_data_files(0, 0, 0, 0, 0, 1, 1, 1),
+    "pointers to the first file": two_data_files(*[0] * 8),
     "pointers to files that are not there": two_data_files(*[7] * 8),
     "a wrong length": column(EPISODES, "length", lambda lengths: [5, *lengths[1:]]),
 }
@@ -247,7 +198,7 @@ def test_timestamps_a_little_off(workshop, video, tmp_path, capsys, command):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_decoder_that_is_not_there(video, num_workers):
     where = DatasetConfig(REPO_ID, root=str(video), video_backend="betamax")
-    with pytest.raises(ReflowError, match=r"While reading.*betamax.*--dataset.video_backend"):
+    with pytest.raises(ReflowError, match=r"While reading frame 0.*\(episode 0\).*betamax.*--dataset.video_backend"):
         next(load_batches(open_dataset(where), [[0]], num_workers))
 
 

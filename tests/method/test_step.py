@@ -112,7 +112,7 @@ def test_no_metric_has_a_name_of_lerobots_own_or_of_every_loss(steps):
     assert {"loss", "grad_norm", "update_s"} <= set(averaged)
     assert {"steps", "samples", "episodes", "epochs"} <= set(counted)
     reported = dict.fromkeys((*averaged, *counted), "LeRobot reports '{}' itself")
-    reported |= dict.fromkeys(("one_step_error", "loss_t3", "flow_error_1"), "'{}' is reported of every loss")
+    reported |= dict.fromkeys(("one_step_error", "velocity_mse_t3", "flow_error_1"), "'{}' is reported of every loss")
 
     def ask(step):
         for name, message in reported.items():

@@ -18,7 +18,7 @@ from smolvla_reflow.step_metrics import StepMetrics
 from smolvla_reflow.times import TimeSampling
 
 attaching = importlib.import_module("smolvla_reflow.attachment")  # which the package hides by the function of that name
-TENTHS = [f"loss_t{k}" for k in range(10)]
+TENTHS = [f"velocity_mse_t{k}" for k in range(10)]
 TOLERANCE = {"rel": 1e-4}
 
 
@@ -53,8 +53,8 @@ def test_one_step_error_is_that_of_stock_one_step_actions(policy, teacher, batch
     squares = (one_step - ten).square()
     assert metrics["one_step_error"] == pytest.approx(squares.mean().sqrt().item(), **TOLERANCE)
     assert in_deviations["one_step_error"] == pytest.approx(3 * squares[..., 0].mean().sqrt().item(), **TOLERANCE)
-    assert metrics["loss_t9"] == pytest.approx(loss.item())  # the mean over the padded dimensions, too
-    assert metrics.keys() == {"loss", "one_step_error", "loss_t9"}
+    assert metrics["velocity_mse_t9"] == pytest.approx(loss.item())  # the mean over the padded dimensions, too
+    assert metrics.keys() == {"loss", "one_step_error", "velocity_mse_t9"}
     assert all(isinstance(value, float) for value in metrics.values())
 
 
@@ -101,7 +101,7 @@ def test_losses_by_tenths_are_means_over_the_couplings_lines(policy, teacher, ba
     assert at_one.any()
     expected["one_step_error"] = errors[at_one][..., :ACTION_DIM].mean().sqrt().item()
     if time_sampling == "grid:10":
-        del expected["loss_t0"]
+        del expected["velocity_mse_t0"]
     assert metrics == pytest.approx(expected, **TOLERANCE)
     assert 0 < empty < 8
     assert len(set(expected.values())) > 4
@@ -117,7 +117,7 @@ def test_weights_do_not_touch_them(policy, teacher, batch, noise, registry):
             found.append(metrics_of(policy, batch, noise=noise))
     assert found[1]["loss"] == pytest.approx(100 * found[0]["loss"])
     assert numbers(found[1]) == numbers(found[0])
-    assert numbers(found[0]).keys() == {"one_step_error", "loss_t5", "loss_t9"}
+    assert numbers(found[0]).keys() == {"one_step_error", "velocity_mse_t5", "velocity_mse_t9"}
 
 
 def test_they_are_running_means(policy, teacher, batch, asked):
@@ -146,9 +146,12 @@ def test_a_step_that_is_not_finite_is_forgotten(policy, teacher, batch, noise):
     [
         ("grid:1+beta", ["one_step_error", *TENTHS]),
         ("beta", TENTHS),
-        ("grid:1", ["one_step_error", "loss_t9"]),
-        ("grid:4", ["one_step_error", "loss_t2", "loss_t5", "loss_t7", "loss_t9"]),
-        ("grid:2+grid:3", ["one_step_error", "loss_t3", "loss_t5", "loss_t6", "loss_t9"]),
+        ("grid:1", ["one_step_error", "velocity_mse_t9"]),
+        ("grid:4", ["one_step_error", "velocity_mse_t2", "velocity_mse_t5", "velocity_mse_t7", "velocity_mse_t9"]),
+        (
+            "grid:2+grid:3",
+            ["one_step_error", "velocity_mse_t3", "velocity_mse_t5", "velocity_mse_t6", "velocity_mse_t9"],
+        ),
     ],
 )
 def test_the_same_names_in_every_step(policy, batch, sampling, names):
@@ -174,7 +177,11 @@ def test_times_of_a_losss_own(policy, teacher, batch, registry):
     torch.manual_seed(0)
     metrics = [metrics_of(policy, batch) for _ in range(8)][-1]
     assert metrics.keys() == {"loss", "one_step_error", *TENTHS}
-    assert {name for name, value in metrics.items() if not math.isnan(value)} == {"loss", "loss_t8", "loss_t9"}
+    assert {name for name, value in metrics.items() if not math.isnan(value)} == {
+        "loss",
+        "velocity_mse_t8",
+        "velocity_mse_t9",
+    }
 
 
 def test_they_stand_on_the_console_once_at_log_freq(workshop, tmp_path, capsys, monkeypatch):
@@ -187,7 +194,7 @@ def test_they_stand_on_the_console_once_at_log_freq(workshop, tmp_path, capsys, 
     assert len(returned) == 4
     for step, line, window in zip((2, 4), lines, (returned[:2], returned[2:]), strict=True):
         assert f"step:{step} " in line
-        for name in ("one_step_error", "loss_t0", "loss_t9"):
+        for name in ("one_step_error", "velocity_mse_t0", "velocity_mse_t9"):
             steps = [metrics[name] for metrics in window]
             expected = sum(steps) / 2 if prints_metrics() else steps[-1]
             assert float(re.search(rf"\b{name}:(\S+)", line)[1]) == pytest.approx(expected, abs=6e-4)

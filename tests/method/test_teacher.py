@@ -14,7 +14,8 @@ from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import ReflowError, attach
-from smolvla_reflow.checkpoint.read import StoredTensors, open_checkpoint
+from smolvla_reflow.checkpoint.read import open_checkpoint
+from smolvla_reflow.checkpoint.tensors import StoredTensors
 from smolvla_reflow.teacher import frozen_teacher
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,10 +19,11 @@ from people import edit_json
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import register_loss_strategy
+from smolvla_reflow.checkpoint.run_folder import complete_checkpoints, find_config, is_complete
 from smolvla_reflow.compat import resumes_from_hub
 from smolvla_reflow.training.arguments import complete
 from smolvla_reflow.training.run import Run
-from smolvla_reflow.training.run_folder import complete_checkpoints, find_config, how_to_go_on, is_complete, last_good
+from smolvla_reflow.training.run_folder import how_to_go_on, last_good
 
 CONFIG = "pretrained_model/train_config.json"
 
@@ -195,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(workshop, tmp_path, capsys, los
 def test_an_absurd_learning_rate(workshop, tmp_path, capsys):
     rates = {"policy__optimizer_lr": 1e6, "policy__scheduler_warmup_steps": 0}
     line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", steps=20, save_freq=1, **rates))
-    assert "in step 2, so the run was stopped. A lower --policy.optimizer_lr helps" in line
+    assert "in step 2, so the run was stopped. Training diverged; a lower --policy.optimizer_lr helps" in line
 
 
 def test_a_full_disk(workshop, tmp_path, capsys):
@@ -220,7 +222,8 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
         import os, random, signal, sys, time
         from pathlib import Path
         from smolvla_reflow.commands import train
-        from smolvla_reflow.training.run_folder import complete_checkpoints, training_step
+        from smolvla_reflow.checkpoint.run_folder import complete_checkpoints
+        from smolvla_reflow.training.run_folder import training_step
 
         run, rng = Path({str(run)!r}), random.Random(0)
         resume = ["--config_path=" + str(run / "checkpoints/last/pretrained_model/train_config.json"), "--resume=true"]
@@ -298,3 +301,90 @@ def test_a_tilde_is_the_home_folder(workshop, tmp_path, monkeypatch):
     reflow_train_main([*argv, "--config_path=~/run.yaml", "--policy.vlm_model_name=~/shop/backbone"])
     assert (home / "run/checkpoints/000001").is_dir()
     assert not (tmp_path / "~").exists()
+
+
+def interrupted(command, flags, capsys):
+    """A command that ends by Ctrl-C: exit code 130 and one sentence, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        command(flags)
+    assert exit.value.code == 130
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": interrupted. " in line]
+    return line
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C, with Python's own handler before and after the test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *given: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_second_ctrl_c_is_ignored(workshop, tmp_path, capsys, monkeypatch, registry, ctrl_c, failing):
+    """Also if the first one made a file that was being written fail, as torch's do."""
+    calls = iter(range(1, 100))
+
+    @register_loss_strategy("interrupting")
+    def interrupting(step):
+        if next(calls) == 2:
+            try:
+                ctrl_c()
+            finally:
+                ctrl_c()
+                if failing:
+                    raise RuntimeError("unexpected pos 64 vs 0")
+        return step.losses(step.coupling())
+
+    run = tmp_path / "run"
+    line = interrupted(
+        reflow_train_main, reflow_run(workshop, run, save_freq=1, reflow__strategy="interrupting"), capsys
+    )
+    hint = line.partition("last good checkpoint with ")[2].split()
+    assert hint[0] == f"--config_path={run}/checkpoints/000001/{CONFIG}"
+    ctrl_c()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    reflow_train_main(hint)
+    assert (run / "checkpoints/000004").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
+    """Half of them wait for a checkpoint that is being written. Each time one sentence and 130, and the run goes on."""
+    run = tmp_path / "run"
+    flags = reflow_run(workshop, run, steps=500, save_freq=1, log_freq=1, num_workers=1)
+    script = f"""
+        import os, random, signal, sys, time
+        from pathlib import Path
+        from smolvla_reflow.checkpoint.run_folder import complete_checkpoints
+        from smolvla_reflow.commands import train
+
+        run, rng = Path({str(run)!r}), random.Random(0)
+        resume = [f"--config_path={{run}}", "--resume=true"]
+        begun = lambda: len(list(run.glob("checkpoints/0*")))
+        for moment in range(10):
+            before, child = begun(), os.fork()
+            if not child:
+                os.dup2(os.open(f"{tmp_path}/{{moment}}.txt", os.O_WRONLY | os.O_CREAT), 2)
+                sys.stderr = os.fdopen(2, "w")
+                train.main(resume if next(complete_checkpoints(run), None) else {flags!r})
+                sys.exit("ended by itself")
+            while begun() - before < (1 if moment % 2 else 2):
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.02 if moment % 2 else 0.3))
+            os.kill(child, signal.SIGINT)
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(child, signal.SIGINT)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert code == 130, (moment, code)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for moment in range(10):
+        said = (tmp_path / f"{moment}.txt").read_text()
+        assert said.count(": interrupted. Go on from the last good checkpoint with --config_path=") == 1, said
+        assert "Traceback" not in said
