@@ -18,7 +18,6 @@ class LossCheck:
 
     step: int  # number of the last training step
     scaler: GradScaler | None  # of the gradients; it skips steps whose gradient is not finite
-    first: bool = True  # until a loss was checked
     limit: float = math.nan  # largest loss allowed, known from the first finite loss on
     skipped: int = 0  # losses in a row, up to the last, that were not finite
 
@@ -28,7 +27,6 @@ class LossCheck:
         `not_finite` says what the loss was computed from and is not finite either.
         """
         self.step += 1
-        first, self.first = self.first, False
         if math.isfinite(loss):
             if math.isnan(self.limit):
                 # Actions are normalised, so that 1 is the loss of a policy that has learnt nothing.
@@ -40,16 +38,15 @@ class LossCheck:
             stop = not skips or self.skipped == SKIPPED_IN_A_ROW
         if stop:
             raise ReflowError(
-                f"The loss is {loss:g} in step {self.step}, so the run was stopped. {_why(not_finite, first)}"
+                f"The loss is {loss:g} in step {self.step}, so the run was stopped. {self._why(not_finite)}"
             )
 
-
-def _why(not_finite: str | None, first: bool) -> str:
-    if not_finite is not None:
-        return f"Already {not_finite} hold NaN or infinity. Look at these frames and at the teacher's weights."
-    if first:
-        return (
-            "The batch and its couplings are finite, and this run has not trained the student yet. So the student's "
-            "weights give no finite velocity in this number format. Try --policy.use_amp=false or another checkpoint."
-        )
-    return "Training diverged; a lower --policy.optimizer_lr helps."
+    def _why(self, not_finite: str | None) -> str:
+        if not_finite is not None:
+            return f"Already {not_finite} hold NaN or infinity. Look at these frames and at the teacher's weights."
+        if math.isnan(self.limit):
+            return (
+                "No loss of this run was finite, and the batch and its couplings are. So the student's weights give no "
+                "finite velocity in this number format. Try --policy.use_amp=false or another checkpoint."
+            )
+        return "Training diverged; a lower --policy.optimizer_lr helps."

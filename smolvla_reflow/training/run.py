@@ -6,7 +6,10 @@ run.train()                         LeRobot's own training, whose Accelerator ca
 """
 
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -159,6 +162,7 @@ class Run:
         if isinstance(dataset := loader.dataset, LeRobotDataset):  # not streamed
             check_finite(dataset, trained_columns(dataset.meta.features, self.cfg.rename_map))
             name_unreadable_frames(dataset)
+        loader.worker_init_fn = partial(quietly, loader.worker_init_fn)
         if self.pairs is not None:
             read_in_loader(loader, self.pairs, self.cfg.reflow.couplings_per_frame)
 
@@ -189,6 +193,14 @@ class Run:
         if is_file_strategy(self.cfg.reflow.strategy):
             again["reflow.strategy"] = self.cfg.reflow.strategy
         return how_to_go_on(Path(self.cfg.output_dir or "."), [f"--{name}={value}" for name, value in again.items()])
+
+
+def quietly(init: Callable[[int], object] | None, worker: int) -> None:
+    """Begin a loader's process, which is silent if the main process is interrupted while it takes over a batch."""
+    report = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError | EOFError) else report(kind, *rest)
+    if init is not None:
+        init(worker)
 
 
 def open_run(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Run:

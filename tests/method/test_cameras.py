@@ -90,6 +90,14 @@ def test_the_forward_pass_uses_them(two, batch_of):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("students", "alike"), [((TOP, WRIST), True), ((WRIST, TOP), False), ((TOP,), False)])
+def test_the_log_says_how_often_the_prefix_is_encoded(two, caplog, students, alike):
+    teacher, student = two((TOP, WRIST), students)
+    with caplog.at_level("INFO"), attach(student, teacher):
+        assert ("encoded once for teacher and student, and" in caplog.text) is alike
+        assert ("(for each of them if they see other images, or in another order)" in caplog.text) is not alike
+
+
 def test_images_without_names_do_only_where_the_cameras_agree(two, batch_of):
     teacher, student = two((TOP, WRIST), (WRIST, TOP))
     observation, actions = prepared(student, batch_of(TOP, WRIST))

@@ -1,6 +1,7 @@
 """A loss can ask a step for velocities, couplings, the batch and metrics; misuse is refused."""
 
 import inspect
+import math
 import re
 
 import pytest
@@ -90,6 +91,41 @@ def test_the_batch_is_at_hand(batch, steps):
     assert seen["task"] == ["push"] * 4
     assert torch.equal(seen["action_is_pad"], batch["action_is_pad"])
     assert torch.equal(frames, torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "said"),
+    [
+        ("observation.state", torch.arange(40, 44), "the batch's state of the frames 41, 43"),
+        ("observation.images.top", torch.arange(40, 44), "the batch's image 1 of the frames 41, 43"),
+        ("observation.state", None, "the batch's state of the rows 1, 3"),
+        ("action", torch.arange(40, 44), "the batch's recorded actions of the frames 41, 43"),
+    ],
+)
+def test_the_first_tensor_that_is_not_finite_is_named(policy, batch, name, indices, said):
+    batch[name][[1, 3]] = math.nan
+    if indices is not None:
+        batch["index"] = indices
+    strategy = "standard" if name == "action" else "reflow"
+    with attach_plain(policy, strategy=strategy) as attachment:
+        assert math.isnan(loss_of(policy, batch))
+        assert attachment.step_metrics.not_finite == said
+
+
+def test_couplings_that_are_not_finite_are_named(policy, batch):
+    """Two for each frame, and recorded rows before them."""
+
+    def source(observation, *, frames, noise, per_frame, prefix=None):
+        noise = torch.randn(len(observation.state) * per_frame, CHUNK, WIDTH)
+        actions = noise.clone()
+        actions[3] = math.inf  # the second coupling of the second frame
+        return Coupling(noise, actions)
+
+    batch["index"] = torch.arange(40, 44)
+    recipe = plain(couplings_per_frame=2, real_data_ratio=0.25)
+    with attach_plain(policy, pairs=source, recipe=recipe) as attachment:
+        assert not math.isfinite(loss_of(policy, batch))
+        assert attachment.step_metrics.not_finite == "the teacher's actions of the frames 42"
 
 
 def test_logged_metrics_stand_beside_the_loss(steps):

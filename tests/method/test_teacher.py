@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ from accelerate import Accelerator
 from helpers import assert_equal, loss_of
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
+from people import edit_json
 from safetensors.torch import load_file, save_file
 
-from smolvla_reflow import ReflowError, attach
+from smolvla_reflow import ReflowError, Solver, attach
 from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.checkpoint.tensors import StoredTensors
+from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.teacher import frozen_teacher
 
 
@@ -218,3 +222,16 @@ def test_truncated_weights_are_refused(policy, teacher, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ReflowError, match="While reading .*model.safetensors: SafetensorError"):
         attach(policy, tmp_path)
+
+
+@pytest.mark.parametrize(("solver", "warned"), [(None, True), (Solver("euler", 1), False), (Solver("euler", 2), True)])
+def test_a_teacher_of_one_step_that_is_solved_in_several(workshop, tmp_path, caplog, solver, warned):
+    """Its run's config says that it was distilled. A teacher with another loss is never warned of."""
+    teacher = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "teacher"))
+    policy = SmolVLAPolicy.from_pretrained(teacher)
+    for strategy in ("reflow", "distill"):
+        edit_json(teacher / "train_config.json", reflow={"strategy": strategy})
+        caplog.clear()
+        with attach(policy, teacher, solver=solver):
+            said = "for one step only" in caplog.text and "--reflow.solver=euler --reflow.num_steps=1" in caplog.text
+            assert said is (warned and strategy == "distill")

@@ -61,7 +61,7 @@ def test_train_config_remembers_the_teacher(workshop, student):
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
     fingerprint = open_checkpoint(teacher_path).fingerprint()
-    remembered = {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint}
+    remembered = {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint, "num_steps": 5}
     assert saved_config(student)["reflow"] == remembered
     chosen = {"strategy": "reflow", "solver": "jittered", "weighting": "t", "padding_weight": 0.1}
     assert chosen.items() <= defaults.items()
@@ -127,7 +127,13 @@ def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monk
     assert f"Reflow: couplings by {said}" in capsys.readouterr().err
     assert taken == {Solver("jittered", num_steps=int(re.search(r"num_steps (\d+)", said)[1]))}
     assert json.loads((tmp_path / "run" / LAST / "config.json").read_text())["num_steps"] == own
-    assert saved_config(tmp_path / "run")["reflow"]["num_steps"] == asked  # for the resumed run
+    (solver,) = taken
+    assert saved_config(tmp_path / "run")["reflow"]["num_steps"] == solver.num_steps
+    edit_json(teacher / "config.json", num_steps=40)
+    reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=2"])
+    assert taken == {solver}  # whatever is written into the teacher's config meanwhile
+    reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=3", "--reflow.solver=euler"])
+    assert taken == {solver, Solver("euler", num_steps=40)}
 
 
 def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):

@@ -102,6 +102,21 @@ def test_a_reflow_runs_own_file_keeps_its_hyperparameters(saved):
     assert not {"policy.use_peft", "policy.pretrained_path"} & given.keys()
 
 
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("--steps=7", True),
+        ("--reflow.teacher_path=U", False),
+        ("--reflow.solver=dopri5", False),
+        ("--reflow.strategy=standard", False),
+        ("--reflow.pairs_path=P", False),
+    ],
+)
+def test_the_solvers_filled_in_steps_hold_for_this_teacher_and_solver(saved, typed, kept):
+    given, _ = completed(saved({**HANDED_OVER, "num_steps": 5}), typed)
+    assert ("reflow.num_steps" in given) is kept
+
+
 def test_a_schedule_that_was_filled_in_is_filled_in_again(saved):
     usual = {"optimizer_lr": 2e-5, "scheduler_decay_lr": 2e-5 * (2.5e-6 / 1e-4)}
     usual |= {"scheduler_warmup_steps": round(40 / 30), "scheduler_decay_steps": 40}

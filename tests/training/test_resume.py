@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,12 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import reflow_run, reflow_train_main, refused, saved_weights
-from people import edit_json
+from people import edit_json, read_json
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import register_loss_strategy
 from smolvla_reflow.checkpoint.run_folder import complete_checkpoints, find_config, is_complete
 from smolvla_reflow.compat import resumes_from_hub
+from smolvla_reflow.solver import Solver
 from smolvla_reflow.training.arguments import complete
 from smolvla_reflow.training.run import Run
 from smolvla_reflow.training.run_folder import how_to_go_on, last_good
@@ -194,6 +196,39 @@ def test_a_loss_that_is_not_finite_stops_the_run(workshop, tmp_path, capsys, los
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"000001", "000002", "000003", "last"}
 
 
+def test_the_teachers_actions_or_the_student_are_blamed_for_a_first_loss_that_is_nan(
+    workshop, tmp_path, capsys, monkeypatch, losing
+):
+    losing(at=1)
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", reflow__strategy="losing"))
+    assert (
+        "in step 1, so the run was stopped. No loss of this run was finite, and the batch and its couplings are" in line
+    )
+    integrate = Solver.integrate
+
+    def spoilt(self, velocity, noise, num_steps=None):
+        actions = integrate(self, velocity, noise, num_steps)
+        actions[1] = math.nan
+        return actions
+
+    monkeypatch.setattr(Solver, "integrate", spoilt)
+    line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", batch_size=2))
+    assert re.search(r"step 1, .*Already the teacher's actions of the frames \d+ hold NaN", line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rates_floor_is_said(run, capsys):
+    """A schedule of three steps, resumed for six; LeRobot's own flag stretches it."""
+    said = "the learning rate's schedule ends at step 3. From there to step 6 the rate stays at 2.5e-05."
+    saved = run / "checkpoints/000004/training_state/scheduler_state.json"
+    reflow_train_main(resume_flags(run, "000003", "--steps=6"))
+    assert said in capsys.readouterr().err
+    assert read_json(saved)["_last_lr"] == [2.5e-5]
+    reflow_train_main(resume_flags(run, "000003", "--steps=6", "--scheduler.num_decay_steps=6"))
+    assert "schedule ends" not in capsys.readouterr().err
+    assert read_json(saved)["_last_lr"][0] > 1e-4
+
+
 def test_an_absurd_learning_rate(workshop, tmp_path, capsys):
     rates = {"policy__optimizer_lr": 1e6, "policy__scheduler_warmup_steps": 0}
     line = refused(capsys, reflow_train_main, reflow_run(workshop, tmp_path / "run", steps=20, save_freq=1, **rates))
@@ -354,7 +389,7 @@ def test_a_second_ctrl_c_is_ignored(workshop, tmp_path, capsys, monkeypatch, reg
 def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
     """Half of them wait for a checkpoint that is being written. Each time one sentence and 130, and the run goes on."""
     run = tmp_path / "run"
-    flags = reflow_run(workshop, run, steps=500, save_freq=1, log_freq=1, num_workers=1)
+    flags = reflow_run(workshop, run, steps=500, save_freq=1, num_workers=1)
     script = f"""
         import os, random, signal, sys, time
         from pathlib import Path
