@@ -2,36 +2,29 @@
 
 LeRobot reports missing files and files that were cut off; its error becomes one sentence. Three faults it does not
 report are refused: episodes and counts that contradict each other, statistics that are missing or of another width, and
-NaN or infinity in a state, in actions or in their statistics. Files and columns that LeRobot does not read are not
-looked at.
+statistics that are not finite. Files and columns that LeRobot does not read are not looked at.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.configs.types import PolicyFeature
 from lerobot.datasets.factory import IMAGENET_STATS
 from lerobot.datasets.lerobot_dataset import CODEBASE_VERSION, LeRobotDataset
 from lerobot.datasets.utils import EPISODES_DIR, INFO_PATH, STATS_PATH, BackwardCompatibilityError
-from lerobot.datasets.video_utils import FrameTimestampError
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import HF_LEROBOT_HOME
-from torch.utils.data import DataLoader
 
 from smolvla_reflow.compat import (
     LeRobotDatasetMetadata,
     chosen_by_lerobot,
-    collate_function,
     conversion_command,
     dataset_to_policy_features,
     depth_cameras,
@@ -39,10 +32,9 @@ from smolvla_reflow.compat import (
     is_bucket,
     open_as_training,
     open_metadata_as_training,
-    renamed_batch,
     statistics_command,
 )
-from smolvla_reflow.errors import ReflowError, causes, doing, first_line, in_one_line, kind_and_line
+from smolvla_reflow.errors import ReflowError, causes, doing, in_one_line, kind_and_line
 from smolvla_reflow.smolvla.statistics import TYPES, Statistics, in_use
 
 # Default of lerobot-train's --tolerance_s, in seconds.
@@ -278,122 +270,3 @@ def open_configured(cfg: TrainPipelineConfig, held_out: bool = False) -> LeRobot
     except Exception as error:  # the errors of the hub client, Arrow and LeRobot share no base class
         what = f"While opening {_where(cfg.dataset)} or downloading its missing files: {kind_and_line(error)}."
         raise ReflowError(what + _hint(_root(cfg.dataset), error)) from error
-
-
-def load_batches(
-    dataset: LeRobotDataset,
-    batches: Sequence[Sequence[int]],
-    num_workers: int = 0,
-    rename_map: dict[str, str] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Load batches, collated, converted and renamed as in LeRobot's training; `batches` are positions in the dataset.
-
-    Raises:
-        ReflowError: a frame cannot be read; the message names the frame.
-    """
-    name_unreadable_frames(dataset)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
-        num_workers=num_workers,
-        collate_fn=collate_function(dataset.meta),
-    )
-    loaded = iter(loader)
-    for _ in batches:
-        with doing("reading the dataset's frames"):
-            batch = next(loaded)
-        seen = {name: _as_training_sees(value, name in dataset.meta.camera_keys) for name, value in batch.items()}
-        yield renamed_batch(seen, rename_map or {})
-
-
-def _as_training_sees(value: Any, is_image: bool) -> Any:
-    """LeRobot's training converts images that were loaded as uint8, from 0.5 on."""
-    return value.to(torch.float32) / 255.0 if is_image and value.dtype == torch.uint8 else value
-
-
-def name_unreadable_frames(dataset: LeRobotDataset) -> None:
-    """Let an error in reading a frame name the frame, also in a loader's process.
-
-    PyTorch's loaders read a batch by a dataset's `__getitems__`, where there is one.
-    """
-    vars(dataset)["__getitems__"] = _Frames(dataset)
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """Several frames of a dataset, by their positions."""
-
-    dataset: LeRobotDataset
-
-    def __call__(self, positions: Sequence[int]) -> list[Any]:
-        return [self._frame(position) for position in positions]
-
-    def _frame(self, position: int) -> Any:
-        try:
-            return self.dataset[position]
-        except Exception as error:  # each decoder raises another kind of error
-            raise self._error(position, error) from error
-
-    def _error(self, position: int, error: Exception) -> ReflowError:
-        if isinstance(error, FrameTimestampError):
-            return ReflowError(
-                f"The dataset's timestamps do not match its videos: {first_line(error).rstrip('.')}. Allow for more "
-                f"with --tolerance_s, now {self.dataset.tolerance_s:g} seconds; half the time between two frames is a "
-                "sensible maximum."
-            )
-        frame, episode = self._unreadable(position)
-        return ReflowError(
-            f"While reading frame {frame} of the dataset (episode {episode}): {kind_and_line(error)}. Record or copy "
-            "that episode again, or leave the episode out with --dataset.episodes. If no video can be decoded, try "
-            "another --dataset.video_backend (pyav needs nothing installed)."
-        )
-
-    def _unreadable(self, position: int) -> tuple[int, int]:
-        """The frame that cannot be read, and its episode. LeRobot reads a frame's row together with its chunk's."""
-        metadata = self.dataset.meta
-        frames = chain.from_iterable(frame_ranges(metadata, self.dataset.episodes))
-        frame = next(islice(frames, position, None))
-        episode = _episode_of(metadata, frame)
-        for ahead in range(metadata.episodes["dataset_to_index"][episode] - frame):
-            try:
-                self.dataset.hf_dataset[position + ahead]
-            except Exception:  # see `_frame`
-                return frame + ahead, episode
-        return frame, episode
-
-
-def _episode_of(metadata: LeRobotDatasetMetadata, frame: int) -> int:
-    return next(i for i, stop in enumerate(metadata.episodes["dataset_to_index"]) if frame < stop)
-
-
-FRAMES_AT_ONCE = 100_000
-FRAMES_NAMED = 10
-
-
-def check_finite(dataset: LeRobotDataset, names: Iterable[str]) -> None:
-    """Raise ReflowError if these columns of the dataset hold NaN or infinity: a policy would learn NaN of them."""
-    for name in (name for name in names if name in dataset.hf_dataset.column_names):
-        table, bad = dataset.hf_dataset.select_columns([name, "index"]).with_format("numpy"), list[int]()
-        for rows in table.iter(batch_size=FRAMES_AT_ONCE):
-            values = np.stack(rows[name]) if rows[name].dtype == object else rows[name]
-            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-            bad += rows["index"][~finite].tolist()
-        if bad:
-            more = f" and {len(bad) - FRAMES_NAMED} more" if len(bad) > FRAMES_NAMED else ""
-            episodes = sorted({_episode_of(dataset.meta, frame) for frame in bad})
-            raise ReflowError(
-                f"The dataset's '{name}' holds NaN or infinity in {len(bad)} of {len(table)} frames: "
-                f"{', '.join(map(str, bad[:FRAMES_NAMED]))}{more} (in episodes {', '.join(map(str, episodes))}). Leave "
-                "those episodes out with --dataset.episodes, or record them again."
-            )
-
-
-def trained_columns(features: Iterable[str], rename_map: Mapping[str, str]) -> list[str]:
-    """The columns of a dataset that become a policy's state and actions."""
-    return [name for name in features if rename_map.get(name, name) in TYPES]
-
-
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """`count` positions from 0 to `total - 1`, both included; every position if there are fewer."""
-    count = min(count, total)
-    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]

@@ -25,17 +25,15 @@ from smolvla_reflow.checkpoint.load import load_policy, load_processors, stock_a
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import renamed_statistics
 from smolvla_reflow.dataset import (
-    check_finite,
     chosen_episodes,
     dataset_statistics,
     frame_ranges,
-    load_batches,
     open_dataset,
     open_metadata,
     policy_features,
-    trained_columns,
 )
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.frames import check_finite, load_batches, trained_columns
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.folder import begin, reserved, write_manifest, write_shard
