@@ -22,10 +22,10 @@ from smolvla_reflow import Attachment, Recipe, attach
 from smolvla_reflow.commands import eval as reflow_eval
 from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
-from smolvla_reflow.dataset import open_dataset
+from smolvla_reflow.dataset.frames import load_batches
+from smolvla_reflow.dataset.opening import open_dataset
 from smolvla_reflow.demo.flags import LAST, reflow_flags
 from smolvla_reflow.demo.task import REPO_ID
-from smolvla_reflow.frames import load_batches
 from smolvla_reflow.smolvla import sharing
 
 # Sizes of the tests' small policy and its batches.

@@ -7,7 +7,7 @@ from pathlib import Path
 from smolvla_reflow.checkpoint.read import Checkpoint, read_json
 from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME
 from smolvla_reflow.compat import LeRobotDatasetMetadata
-from smolvla_reflow.dataset import check_as_recorded, policy_features
+from smolvla_reflow.dataset.opening import check_as_recorded, policy_features
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED

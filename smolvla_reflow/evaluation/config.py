@@ -8,7 +8,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.default import EvalConfig as ClosedLoopConfig
 from lerobot.envs.configs import EnvConfig
 
-from smolvla_reflow.dataset import TOLERANCE_S, in_home
+from smolvla_reflow.dataset.opening import TOLERANCE_S, in_home
 from smolvla_reflow.distance import FINE_STEPS
 
 

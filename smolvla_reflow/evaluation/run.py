@@ -12,7 +12,8 @@ from typing import Any
 
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, renamed_statistics
-from smolvla_reflow.dataset import chosen_episodes, frame_ranges, open_dataset, open_metadata
+from smolvla_reflow.dataset.frames import check_finite, evenly_spaced, load_batches, trained_columns
+from smolvla_reflow.dataset.opening import chosen_episodes, frame_ranges, open_dataset, open_metadata
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
@@ -26,7 +27,6 @@ from smolvla_reflow.evaluation.stages import PARTS_OF_A_CHUNK, Evaluation
 from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 from smolvla_reflow.evaluation.task_sentence import in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
-from smolvla_reflow.frames import check_finite, evenly_spaced, load_batches, trained_columns
 from smolvla_reflow.smolvla.features import rename_map_in_use
 from smolvla_reflow.smolvla.statistics import moving_deviations
 

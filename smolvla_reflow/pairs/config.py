@@ -6,7 +6,7 @@ from pathlib import Path
 from accelerate import PartialState
 from lerobot.configs.default import DatasetConfig
 
-from smolvla_reflow.dataset import TOLERANCE_S, check_as_recorded, in_home
+from smolvla_reflow.dataset.opening import TOLERANCE_S, check_as_recorded, in_home
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.pairs.manifest import DTYPES
 from smolvla_reflow.solver import JITTERED, SolverFlags

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from smolvla_reflow.checkpoint.load import load_policy, load_processors, stock_autocast
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import renamed_statistics
-from smolvla_reflow.dataset import (
+from smolvla_reflow.dataset.frames import check_finite, load_batches, trained_columns
+from smolvla_reflow.dataset.opening import (
     chosen_episodes,
     dataset_statistics,
     frame_ranges,
@@ -33,7 +34,6 @@ from smolvla_reflow.dataset import (
     policy_features,
 )
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.frames import check_finite, load_batches, trained_columns
 from smolvla_reflow.noise import frames_noise
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.folder import begin, reserved, write_manifest, write_shard

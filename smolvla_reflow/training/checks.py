@@ -16,7 +16,13 @@ from smolvla_reflow.compat import (
     renamed_statistics,
     resuming_keeps_statistics,
 )
-from smolvla_reflow.dataset import chosen_episodes, dataset_statistics, frame_ranges, open_metadata, policy_features
+from smolvla_reflow.dataset.opening import (
+    chosen_episodes,
+    dataset_statistics,
+    frame_ranges,
+    open_metadata,
+    policy_features,
+)
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.losses import LossStrategy, get_loss_strategy
 from smolvla_reflow.pairs.manifest import by_flag, differences

@@ -23,10 +23,10 @@ from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import Tensor
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata, can_hold_out, holds_out
-from smolvla_reflow.dataset import chosen_episodes, open_configured
+from smolvla_reflow.dataset.frames import evenly_spaced, load_batches
+from smolvla_reflow.dataset.opening import chosen_episodes, open_configured
 from smolvla_reflow.distance import FINE_STEPS, distance, frame_flow
 from smolvla_reflow.errors import ReflowError, doing
-from smolvla_reflow.frames import evenly_spaced, load_batches
 from smolvla_reflow.smolvla.observation import Observation, observe
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.velocity import velocity_of

@@ -27,8 +27,8 @@ from smolvla_reflow.checkpoint.load import weights_of
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import prints_metrics, refuse_remote_job
 from smolvla_reflow.compat import train as lerobot_train
+from smolvla_reflow.dataset.frames import check_finite, name_unreadable_frames, trained_columns
 from smolvla_reflow.errors import ReflowError, doing
-from smolvla_reflow.frames import check_finite, name_unreadable_frames, trained_columns
 from smolvla_reflow.losses import LossStrategy, is_file_strategy
 from smolvla_reflow.pairs.loading import read_in_loader
 from smolvla_reflow.pairs.store import Pairs

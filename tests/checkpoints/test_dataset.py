@@ -23,10 +23,10 @@ from pairs_helpers import pairs_flags
 from smolvla_reflow import ReflowError, compat
 from smolvla_reflow.commands import eval as eval_command
 from smolvla_reflow.commands import pairs as pairs_command
-from smolvla_reflow.dataset import chosen_episodes, frame_ranges, open_dataset, open_metadata
+from smolvla_reflow.dataset.frames import load_batches
+from smolvla_reflow.dataset.opening import chosen_episodes, frame_ranges, open_dataset, open_metadata
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import CAMERA, FPS, REPO_ID
-from smolvla_reflow.frames import load_batches
 
 
 def from_lerobot_with(flag: str) -> pytest.MarkDecorator:

@@ -13,7 +13,7 @@ from lerobot.datasets.video_utils import FrameTimestampError
 from torch.utils.data import DataLoader
 
 from smolvla_reflow.compat import LeRobotDatasetMetadata, collate_function, renamed_batch
-from smolvla_reflow.dataset import frame_ranges
+from smolvla_reflow.dataset.opening import frame_ranges
 from smolvla_reflow.errors import ReflowError, doing, first_line, kind_and_line
 from smolvla_reflow.smolvla.statistics import TYPES
 
