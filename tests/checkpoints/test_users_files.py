@@ -102,6 +102,7 @@ def test_a_picture_that_was_cut_off_is_named(workshop, dataset, tmp_path, capsys
     assert "Traceback" not in line
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_met_later_leaves_the_run_to_go_on_from(workshop, dataset, tmp_path, capsys):
     """With the episode left out, it does."""
     cut_picture(20)(dataset)
@@ -122,6 +123,7 @@ def test_brackets_in_a_path(workshop, dataset, tmp_path, capsys, command):
     assert re.search(r"While opening .*take \[, \], \* and \? in a path for a pattern; rename the folder", line), line
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written(workshop, tmp_path):
     """The home is a file. The dataset is whole, and is not called damaged."""
     (tmp_path / "home").touch()
@@ -162,7 +164,7 @@ def copied_run(workshop, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["", "checkpoints", str(LAST)])
+@pytest.mark.parametrize("name", ["", str(LAST)])
 def test_a_runs_folder_without_last_means_its_newest_checkpoint(workshop, copied_run, tmp_path, name):
     """For every command, and with an output folder that is there and empty."""
     newest, path = copied_run / "checkpoints/000030/pretrained_model", copied_run / name
