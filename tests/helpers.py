@@ -168,12 +168,29 @@ def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path
 
 
 def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(env or {})}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    result = subprocess.run([*launch, *command], env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result
+    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one.
+
+    On an overloaded machine gloo has hung, once in some forty launches. So a launch that hangs is made once more. A
+    mistake of ours, such as two processes that wait for different things, hangs both times.
+    """
+    env = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **(env or {}),
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *command]
+    for _ in range(2):
+        with subprocess.Popen(launch, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                out, err = process.communicate(timeout=150)
+                break
+            except subprocess.TimeoutExpired:
+                process.terminate()  # the launcher ends the processes that it started
+                out, err = process.communicate()
+    assert process.returncode == 0, err
+    return subprocess.CompletedProcess(launch, process.returncode, out, err)
 
 
 def refused(capsys, main, flags) -> str:
