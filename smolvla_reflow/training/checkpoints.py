@@ -7,6 +7,7 @@ base there, since LeRobot would go on training the adapter.
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -113,11 +114,19 @@ def starting_from(start: Checkpoint | None, flags: Sequence[str]) -> Iterator[li
             else:
                 for path in folder.iterdir():
                     if path.name not in corrected:
-                        (scratch / path.name).symlink_to(path)
+                        _link(scratch / path.name, path)
             for name, content in corrected.items():
                 (scratch / name).write_text(json.dumps(content, indent=2))
             folder = scratch
         yield [*(flag for flag in flags if not flag.startswith("--policy.path=")), f"--policy.path={folder}"]
+
+
+def _link(new: Path, old: Path) -> None:
+    """Let a new path stand for a file or a folder, by a copy where the file system has no links."""
+    try:
+        new.symlink_to(old)
+    except OSError:
+        (shutil.copytree if old.is_dir() else shutil.copyfile)(old, new)
 
 
 def name_start(policy: Any, start: Checkpoint) -> None:
