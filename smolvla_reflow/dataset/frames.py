@@ -76,17 +76,18 @@ class _Frames:
             raise self._error(position, error) from error
 
     def _error(self, position: int, error: Exception) -> ReflowError:
+        frame, episode = self._unreadable(position)
+        where = f"While reading frame {frame} of the dataset (episode {episode})"
+        leave_out = "leave the episode out with --dataset.episodes"
         if isinstance(error, FrameTimestampError):
             return ReflowError(
-                f"The dataset's timestamps do not match its videos: {first_line(error).rstrip('.')}. Allow for more "
-                f"with --tolerance_s, now {self.dataset.tolerance_s:g} seconds; half the time between two frames is a "
-                "sensible maximum."
+                f"{where}: its timestamp does not match the video: {first_line(error).rstrip('.')}. Allow for more "
+                f"with --tolerance_s, now {self.dataset.tolerance_s:g} seconds (half the time between two frames is a "
+                f"sensible maximum). If a part of the video is missing, {leave_out}."
             )
-        frame, episode = self._unreadable(position)
         return ReflowError(
-            f"While reading frame {frame} of the dataset (episode {episode}): {kind_and_line(error)}. Record or copy "
-            "that episode again, or leave the episode out with --dataset.episodes. If no video can be decoded, try "
-            "another --dataset.video_backend (pyav needs nothing installed)."
+            f"{where}: {kind_and_line(error)}. Record or copy that episode again, or {leave_out}. If no video can be "
+            "decoded, try another --dataset.video_backend (pyav needs nothing installed)."
         )
 
     def _unreadable(self, position: int) -> tuple[int, int]:
