@@ -147,8 +147,8 @@ class PolicyMixin:
         with attachment.sharing.once():
             loss, metrics = reduced_loss(get_loss_strategy(mode), step, policy, attachment.policy_forward, reduction)
         numbers = attachment.step_metrics.read(metrics, {**step.metrics, **reported}, step.lines)
-        if not math.isfinite(numbers.get("loss", 0.0)):
-            attachment.step_metrics.not_finite = step.not_finite()
+        finite = math.isfinite(numbers.get("loss", 0.0))
+        attachment.step_metrics.not_finite = None if finite else step.not_finite()
         return loss, numbers
 
 

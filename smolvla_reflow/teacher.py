@@ -26,9 +26,7 @@ from smolvla_reflow.checkpoint.read import (
     STATISTICS_AMONG_WEIGHTS,
     Checkpoint,
     open_checkpoint,
-    read_json,
 )
-from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.smolvla.features import cameras_seen, saved_rename_map
@@ -174,16 +172,15 @@ def frozen_source(
             raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
         space = space_maps(origin, dataset_stats)
     policy = frozen_teacher(student, origin, solver.num_steps)
+    resolved = solver.of_couplings(policy.config.num_steps)
     if isinstance(origin, Checkpoint):
-        warn_of_distilled(origin, solver.of_couplings(policy.config.num_steps))
-    return FrozenTeacher(policy, solver.of_couplings(policy.config.num_steps), space, rename_map)
+        warn_of_distilled(origin, resolved)
+    return FrozenTeacher(policy, resolved, space, rename_map)
 
 
 def warn_of_distilled(teacher: Checkpoint, solver: Solver) -> None:
     """Warn if a teacher was trained for one step, and is solved in several."""
-    file = teacher.folder / TRAIN_CONFIG_NAME
-    noted = (read_json(file).get("reflow") or {}) if file.is_file() else {}
-    if noted.get("strategy") == "distill" and (solver.method, solver.num_steps) != ("euler", 1):
+    if teacher.reflow_settings().get("strategy") == "distill" and (solver.method, solver.num_steps) != ("euler", 1):
         logging.getLogger(__name__).warning(
             "The teacher %s was trained by --reflow.strategy=distill, for one step only. Its flow is bad in between, "
             "and is solved by %s. To couple noise by its one step: --reflow.solver=euler --reflow.num_steps=1",

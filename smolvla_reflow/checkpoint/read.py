@@ -103,6 +103,11 @@ class Checkpoint:
             )
         return self.processors[processor]
 
+    def reflow_settings(self) -> dict[str, Any]:
+        """The reflow section of the run that made it, as noted in its train_config.json; empty if there is none."""
+        file = self.folder / TRAIN_CONFIG_NAME
+        return (read_json(file).get("reflow") or {}) if file.is_file() else {}
+
     def cited(self) -> str:
         """Its name, with the commit if it has one."""
         return f"{self.source} at {self.commit}" if self.commit else self.source
@@ -156,9 +161,9 @@ def locate(source: str | Path, revision: str | None = None) -> Location:
 def _policy_in(path: Path) -> Path:
     """The policy's folder that a path means: itself, or the newest one of a training run."""
     with contextlib.suppress(OSError, ValueError):  # a name that is too long or has a null character
-        newest = find_config(path).parent
-        if not (path / CONFIG_NAME).is_file() and (newest / CONFIG_NAME).is_file():
-            return newest
+        if not (path / CONFIG_NAME).is_file():
+            newest = find_config(path).parent
+            return newest if (newest / CONFIG_NAME).is_file() else path
     return path
 
 

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from smolvla_reflow.checkpoint.read import Checkpoint, read_json
-from smolvla_reflow.checkpoint.run_folder import TRAIN_CONFIG_NAME
+from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset.opening import check_as_recorded, policy_features
 from smolvla_reflow.errors import ReflowError
@@ -65,8 +64,7 @@ def fit_to_dataset(
 def check_lineage(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise ReflowError if a checkpoint was reflowed from an earlier one of these that has changed since."""
     for position, student in enumerate(checkpoints):
-        file = student.folder / TRAIN_CONFIG_NAME
-        noted = (read_json(file).get("reflow") or {}) if file.is_file() else {}
+        noted = student.reflow_settings()
         commit, fingerprint = noted.get("teacher_commit"), noted.get("teacher_fingerprint")
         for teacher in checkpoints[:position]:
             if teacher.source != noted.get("teacher_path") or (commit and commit == teacher.commit):
