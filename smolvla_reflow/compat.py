@@ -187,6 +187,11 @@ def chosen_by_lerobot(dataset: DatasetConfig, total_episodes: int) -> list[int] 
     return resolve(dataset.episodes, total_episodes, getattr(dataset, "exclude_episodes", None))
 
 
+def excludes_episodes(dataset: DatasetConfig) -> bool:
+    """True if the configuration leaves episodes out by their numbers, as it can from 0.6.2 on."""
+    return bool(getattr(dataset, "exclude_episodes", None))
+
+
 def collate_function(metadata: LeRobotDatasetMetadata) -> Callable[[list[Any]], Any] | None:
     """The collate function of training, None for PyTorch's own; from 0.6.0 on columns may hold annotations."""
     if not getattr(metadata, "has_language_columns", False):

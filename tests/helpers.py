@@ -200,7 +200,8 @@ def refused(capsys, main, flags) -> str:
         main([str(flag) for flag in flags])
     assert exit.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    return line
+    # A progress bar that an earlier test left open erases itself once it is collected: spaces, then one line up.
+    return line.rpartition("\x1b[A")[2]
 
 
 def driven_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:

@@ -104,9 +104,17 @@ class Checkpoint:
         return self.processors[processor]
 
     def reflow_settings(self) -> dict[str, Any]:
-        """The reflow section of the run that made it, as noted in its train_config.json; empty if there is none."""
+        """The reflow section of the run that made it; empty if there is none."""
+        return self._noted("reflow")
+
+    def training_dataset(self) -> dict[str, Any]:
+        """The dataset section of the run that made it; empty if there is none."""
+        return self._noted("dataset")
+
+    def _noted(self, section: str) -> dict[str, Any]:
+        """A section of the run's configuration, its train_config.json."""
         file = self.folder / TRAIN_CONFIG_NAME
-        return (read_json(file).get("reflow") or {}) if file.is_file() else {}
+        return (read_json(file).get(section) or {}) if file.is_file() else {}
 
     def cited(self) -> str:
         """Its name, with the commit if it has one."""

@@ -38,6 +38,8 @@ def run(cfg: DemoConfig) -> None:
     """Run the demo in a new folder, and print where its results are."""
     start = time.monotonic()
     folder = cfg.output_dir or Path("outputs/demo") / f"{dt.datetime.now():%Y-%m-%d/%H-%M-%S}"
+    if cfg.seed < 0:
+        raise ReflowError(f"--seed={cfg.seed}: at least 0 is needed.")
     if folder.exists():
         raise ReflowError(f"--output_dir={folder} exists already; name a new folder.")
     folder = folder.resolve()

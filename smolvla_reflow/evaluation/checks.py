@@ -7,8 +7,9 @@ from pathlib import Path
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata
 from smolvla_reflow.dataset.opening import check_as_recorded, policy_features
-from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.evaluation.config import EvalConfig
+from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, EVIDENCE
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED
 from smolvla_reflow.smolvla.features import fitted
 
@@ -23,13 +24,18 @@ def check_values(cfg: EvalConfig) -> None:
         raise ReflowError(f"--output_dir={cfg.output_dir} exists already; name a new folder or remove it.")
     if cfg.earlier_rounds and not cfg.teacher_path:
         raise ReflowError("--earlier_rounds needs --teacher_path, the teacher of the first round.")
-    for name, least in {"num_frames": 2, "num_noises": 2, "reference_steps": 2, "batch_size": 1}.items():
+    for name, least in {"num_frames": 2, "num_noises": 2, "reference_steps": 2, "batch_size": 1, "seed": 0}.items():
         if getattr(cfg, name) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+    if cfg.decide_by is not None and cfg.decide_by not in EVIDENCE:
+        raise ReflowError(f"--decide_by={cfg.decide_by} is unknown; {known_are(EVIDENCE, cfg.decide_by)}")
+    if cfg.decide_by not in (None, ENERGY_DISTANCE) and cfg.env is None:
+        raise ReflowError(f"--decide_by={cfg.decide_by} needs a simulator; name it with --env.type.")
     if not 0 < cfg.success_margin < 1:
         raise ReflowError(f"--success_margin={cfg.success_margin}: give a share between 0 and 1, such as 0.05.")
-    if not 0 < cfg.energy_margin < math.inf:
-        raise ReflowError(f"--energy_margin={cfg.energy_margin}: give a number above 0, such as 0.003.")
+    for name, example in {"energy_margin": 0.003, "reward_margin": 0.03}.items():
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise ReflowError(f"--{name}={getattr(cfg, name)}: give a number above 0, such as {example}.")
     if cfg.env_task is not None and cfg.env is None:
         raise ReflowError("--env_task has no effect without --env.type; leave it out.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():

@@ -1,12 +1,10 @@
 """Episodes in a simulated environment, at any number of steps, by LeRobot's own evaluation.
 
-MeasuredPolicy, --env.*  ->  drive: the episodes of lerobot-eval  ->  Success.count, with a 95 % confidence interval
+MeasuredPolicy, --env.*  ->  drive: the episodes of lerobot-eval, by task
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import draccus
 from lerobot.configs.default import EvalConfig as ClosedLoopConfig
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_pre_post_processors
@@ -65,13 +63,8 @@ def drive(
     tasks = sorted(info["per_task"], key=lambda task: (task["task_group"], task["task_id"]))
     return {
         f"{task['task_group']}/{task['task_id']}": Episodes(
-            [bool(success) for success in task["metrics"]["successes"]], task["metrics"]["max_rewards"]
+            [bool(success) for success in task["metrics"]["successes"]],
+            [float(reward) for reward in task["metrics"]["max_rewards"]],
         )
         for task in tasks
     }
-
-
-def env_settings(env: EnvConfig) -> dict[str, Any]:
-    """An environment's settings, without its features, which follow from its type."""
-    settings = draccus.encode(env)
-    return {"type": env.type, **{name: settings[name] for name in settings if not name.startswith("features")}}

@@ -41,7 +41,8 @@ class EvalConfig:
     num_steps: list[int] = field(default_factory=lambda: [1, 2, 3, 5, 10])
     """Numbers of Euler steps to measure, besides the policies' own."""
     num_frames: int = 256
-    """Number of frames to measure on, evenly spaced over the dataset, at least 2."""
+    """Number of frames to measure on, at least 2. They are evenly spaced over the episodes that the policy was not
+    trained on, or over all episodes if there are no others. --dataset.episodes names other episodes."""
     num_noises: int = 4
     """Noises for each frame, at least 2."""
     bar_num_steps: int | None = None
@@ -51,9 +52,14 @@ class EvalConfig:
     they are."""
     success_margin: float = 0.05
     """A policy that succeeds less often than the teacher by less than this share is as good."""
+    reward_margin: float = 0.03
+    """A policy whose best reward is below the teacher's by at most this is as good, with --decide_by=best_reward."""
     energy_margin: float = 0.003
     """A policy whose energy distance is above the teacher's by at most this many standard deviations is as good. This
     decides without an environment."""
+    decide_by: str | None = None
+    """Evidence that decides, 'success', 'best_reward' (for an environment that rewards progress) or 'energy_distance'
+    (None is success in an environment and energy distance without)."""
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0

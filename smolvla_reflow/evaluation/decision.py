@@ -1,25 +1,33 @@
-"""The recommended number of steps: the smallest number with a policy that is shown to be no worse than the bar.
+"""The recommended number of steps: the smallest number down to which the policy is shown to be no worse than the bar.
 
 The bar is the reference policy, as a rule the teacher, with its own number of steps. The evidence is success in closed
-loop, or without a simulator the energy distance. A number of steps is enough if the policy is *not inferior* with it:
-worse, if at all, by less than a margin that is stated beforehand, at the 5 % level. If the data are too few to decide,
-the number of steps does not count as enough, and the sentence says how many frames or episodes would decide.
+loop, the best reward there, or without a simulator the energy distance. A number of steps is enough if the policy is
+*not inferior* with it: worse, if at all, by less than a margin that is stated beforehand.
+
+The numbers are tested from the bar's own down, and the first that fails ends the test. So each test can be made at the
+full level: a policy that is too bad at some number is recommended below that number only if the test errs there (fixed
+sequence; Maurer, Hothorn & Lehmacher, "Multiple comparisons in drug clinical trials", 1995). A student of `distill` is
+trained for one step alone, and tested there alone.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from smolvla_reflow.evaluation.intervals import over_frames
+from smolvla_reflow.evaluation.intervals import Interval, over_episodes
 from smolvla_reflow.evaluation.measure import Cell, by_cell
-from smolvla_reflow.evaluation.success import Success, episodes_needed, is_not_inferior
+from smolvla_reflow.evaluation.success import Driven, PairedEpisodes, Success, best_rewards_of, successes_of
 
-SUCCESS, ENERGY_DISTANCE = "success", "energy distance"
+SUCCESS, BEST_REWARD, ENERGY_DISTANCE = EVIDENCE = ("success", "best_reward", "energy_distance")
 FEWEST_STEPS_OF_A_BAR = 5
-TEST = "one-sided test of Agresti & Caffo at 5 %"
+# With fewer, a policy that is worse by just the margin passes more often than once in twenty, where a few frames carry
+# the loss (`examples/studies/intervals.py`).
+FEWEST_EPISODES, FEWEST_FRAMES = 10, 128
+# A number of episodes that would decide is named if it is at most this many times the number that was measured.
+WORTH_NAMING = 10
 
 
 @dataclass(frozen=True)
@@ -27,28 +35,45 @@ class Comparison:
     """The judged policy at one number of steps, beside the bar."""
 
     num_steps: int
-    evidence: str  # "success" or "energy distance"
-    here: float  # the policy's value, a share of the episodes or standard deviations
+    evidence: str  # "success", "best_reward" or "energy_distance"
+    here: float  # the policy's value: a share of the episodes, a reward, or standard deviations
     bar: float  # the bar's value
-    worst: float | None  # upper end of the 95 % interval of the difference of energy distances, None for success
+    largest_loss: float | None  # that the interval allows, in the unit of the values; None if there is no bound
     not_inferior: bool  # True if the policy is shown to be worse by less than the margin, if at all
-    sample: int  # number of episodes or frames
-    needed: int | None  # number that would show it with these values, None if it is shown or if no number would
+    episodes: int
+    needed: int | None  # number of episodes that would show it with these values; None if no number would, or it shows
+    is_tested: bool = False  # True if the number of steps is a candidate, and no larger one failed
 
     def figures(self) -> str:
         """The two values in words."""
+        loss = "without a bound" if self.largest_loss is None else f"at most {self.in_unit(self.largest_loss)}"
         if self.evidence == SUCCESS:
-            return f"succeeds in {self.here:.1%} of {self.sample} episodes, against {self.bar:.1%}"
-        return (
-            f"has an energy distance of {self.here:.4f}, against {self.bar:.4f} (the difference is at most "
-            f"{self.worst:.4f} by its 95 % interval over {self.sample} frames)"
-        )
+            return f"succeeds in {self.here:.1%} of {self.episodes} episodes, against {self.bar:.1%} (loss {loss})"
+        name = "a best reward" if self.evidence == BEST_REWARD else "an energy distance"
+        of = f"over {self.episodes} episodes"
+        return f"has {name} of {self.in_unit(self.here)}, against {self.in_unit(self.bar)} (loss {loss}, {of})"
 
-    def shortfall(self) -> str:
+    def in_unit(self, value: float) -> str:
+        """A value or a difference of values as text."""
+        if self.evidence == SUCCESS:
+            return f"{100 * value:.1f} points"
+        return f"{value:.3f}" if self.evidence == BEST_REWARD else f"{value:.4f}"
+
+    @property
+    def loss(self) -> float:
+        """The amount by which the policy is worse than the bar, in the unit of the values."""
+        return self.here - self.bar if self.evidence == ENERGY_DISTANCE else self.bar - self.here
+
+    def shortfall(self, margin: float) -> str:
         """The reason why this number of steps is not enough, in words."""
-        unit = "episodes" if self.evidence == SUCCESS else "frames"
-        few = "" if self.needed is None else f"; that is too few {unit} to decide, some {self.needed} would do"
-        return f" At {_steps(self.num_steps)} it {self.figures()}{few}."
+        said = f" At {_steps(self.num_steps)} it {self.figures()}"
+        if self.needed is None:
+            return f"{said}."
+        if self.needed <= WORTH_NAMING * self.episodes:
+            return f"{said}; that is too few episodes to decide, some {self.needed} would do."
+        return (
+            f"{said}; the loss of {self.in_unit(self.loss)} is too near the margin of {self.in_unit(margin)} to decide."
+        )
 
     def needs_reflow(self) -> str:
         """The worth of reflow, judged by one step of a policy alone."""
@@ -56,8 +81,7 @@ class Comparison:
             return " One step loses nothing that counts: reflow is not needed."
         if self.needed is not None:
             return " Until then it is open whether reflow is needed."
-        points, distance = 100 * (self.bar - self.here), self.here - self.bar
-        lost = f"{points:.1f} points of success" if self.evidence == SUCCESS else f"{distance:.4f} of energy distance"
+        lost = f"{self.in_unit(self.loss)} of {self.evidence.replace('_', ' ')}"
         return f" One step loses {lost}: reflow is needed for as few."
 
 
@@ -67,10 +91,12 @@ class Decision:
 
     policy: str  # name of the judged policy
     bar: Cell  # the policy and number of steps that it is compared with
-    evidence: str  # "success" or "energy distance"
+    evidence: str  # "success", "best_reward" or "energy_distance"
     margin: float  # of the evidence
     recommended: int | None  # the smallest number of steps that is enough, None if there is none
     comparisons: tuple[Comparison, ...]  # of every number of steps that was measured, in rising order
+    too_little: str | None = None  # the reason why there is too little data to recommend anything
+    on_seen_frames: bool = False  # True if the energy distances are of frames that the policy was trained on
 
     @property
     def is_alone(self) -> bool:
@@ -78,22 +104,24 @@ class Decision:
         return self.policy == self.bar.policy
 
     def in_words(self) -> str:
-        """The number, the evidence for it, and the reason why it is no smaller."""
-        fewer = [
-            each.shortfall()
-            for each in self.comparisons
-            if not each.not_inferior and (self.recommended is None or each.num_steps < self.recommended)
-        ]
-        return "".join([self._verdict(), *fewer, self._worth()])
+        """The number, the evidence for it, and the reasons why the others are not enough."""
+        if self.too_little is not None:
+            return f"Nothing is recommended: {self.too_little}"
+        failed = [each for each in self.comparisons if not each.not_inferior]
+        stopped = [each.shortfall(self.margin) for each in failed if each.is_tested]
+        return "".join([self._verdict(), *stopped, self._worth(), self._failures_above(failed)])
 
     def _verdict(self) -> str:
         bar = f"the {self.bar.policy}'s own {_steps(self.bar.num_steps)}"
-        how = f"margin {self.margin:g} standard deviations"
-        if self.evidence == SUCCESS:
-            how = f"margin {self.margin * 100:g} points, {TEST}"
+        how = {
+            SUCCESS: f"margin {self.margin * 100:g} points, paired one-sided test of Tango at 5 %",
+            BEST_REWARD: f"margin {self.margin:g}, paired 95 % interval",
+            ENERGY_DISTANCE: f"margin {self.margin:g} standard deviations, 95 % interval",
+        }[self.evidence]
         if self.recommended is None:
-            return f"No number of steps that was measured is shown to be as good as {bar} ({how})."
-        chosen = f"Recommended: num_steps={self.recommended}, "
+            return f"No number of steps is shown to be as good as {bar} ({how})."
+        where = " for frames seen in training" if self.on_seen_frames else ""
+        chosen = f"Recommended{where}: num_steps={self.recommended}, "
         if self.is_alone and self.recommended == self.bar.num_steps:
             return f"{chosen}{bar}: no smaller number is shown to be as good ({how})."
         (found,) = (each for each in self.comparisons if each.num_steps == self.recommended)
@@ -105,36 +133,66 @@ class Decision:
     def _worth(self) -> str:
         """For a policy alone, if it needs reflow; for a student, if reflow has saved no steps."""
         if self.is_alone:
-            return "".join(each.needs_reflow() for each in self.comparisons if each.num_steps == 1)
-        saved_none = self.recommended is not None and self.recommended >= self.bar.num_steps
-        return " So reflow has saved no steps yet." if saved_none else ""
+            return "".join(each.needs_reflow() for each in self.comparisons if each.num_steps == 1 and each.is_tested)
+        return " So reflow has saved no steps yet." if self.recommended == self.bar.num_steps else ""
+
+    def _failures_above(self, failed: Sequence[Comparison]) -> str:
+        """The larger numbers of steps that would fail, so that nobody takes them for safer."""
+        above = [each.num_steps for each in failed if self.recommended and each.num_steps > self.recommended]
+        if not above:
+            return ""
+        return f" More steps are not safer: at {_listed(above)} steps the {self.policy} is not shown to be as good."
 
 
 def decide(
     table: pd.DataFrame,
-    successes: Mapping[Cell, Success],
+    driven: Mapping[Cell, Driven],
     bar: Cell,
     policy: str,
     *,
-    success_margin: float,
-    energy_margin: float,
+    margins: Mapping[str, float],
+    decide_by: str | None = None,
+    one_step_only: bool = False,
+    on_seen_frames: bool = False,
     seed: int = 0,
 ) -> Decision:
-    """Choose a number of steps for the policy of this name, from the table of `measure_batch` and the successes so far.
+    """Choose a number of steps for the policy of this name.
 
-    Success decides if every row of the policy and the bar were driven, unless the bar succeeds so rarely that a policy
-    that never does would pass.
+    Args:
+        table: of `measure_batch`.
+        driven: the episodes in the simulator so far.
+        bar: the policy and number of steps to compare with.
+        policy: name of the judged policy.
+        margins: by evidence.
+        decide_by: the evidence. Default is success, if every row of the policy and the bar were driven and the bar
+            does not succeed so rarely that a policy that never does would pass; else the energy distance.
+        one_step_only: True for a student that was trained for one step alone.
+        on_seen_frames: True if the policy was trained on some of the frames.
+        seed: of the resampling.
     """
-    distances = {cell: group["energy_distance"].to_numpy() for cell, group in by_cell(table).items()}
-    rows = [cell for cell in distances if cell.policy == policy]
-    if all(cell in successes for cell in (*rows, bar)) and successes[bar].rate > success_margin:
-        evidence, margin = SUCCESS, success_margin
-        comparisons = [_by_success(cell, bar, successes, margin) for cell in rows]
-    else:
-        evidence, margin = ENERGY_DISTANCE, energy_margin
-        comparisons = [_by_energy_distance(cell, distances[cell], distances[bar], margin, seed) for cell in rows]
-    recommended = min((each.num_steps for each in comparisons if each.not_inferior), default=None)
-    return Decision(policy, bar, evidence, margin, recommended, tuple(comparisons))
+    groups = by_cell(table)
+    rows = [cell for cell in groups if cell.policy == policy]
+    evidence = _evidence(decide_by, driven, (*rows, bar), bar, margins[SUCCESS])
+    margin = margins[evidence]
+
+    def compared(cell: Cell) -> Comparison:
+        if evidence == SUCCESS:
+            return _by_success(cell, bar, driven, margin)
+        if evidence == BEST_REWARD:
+            return _by_best_reward(cell, bar, driven, margin, seed)
+        return _by_energy_distance(cell, bar, groups, margin, seed)
+
+    comparisons = {cell.num_steps: compared(cell) for cell in rows}
+    too_little = _too_little(groups[bar]) if evidence == ENERGY_DISTANCE else None
+    recommended = None
+    for n in sorted(comparisons, reverse=True):
+        if too_little is None and n <= (1 if one_step_only else bar.num_steps):
+            comparisons[n] = replace(comparisons[n], is_tested=True)
+            if not comparisons[n].not_inferior:
+                break
+            recommended = n
+    on_seen_frames = on_seen_frames and evidence == ENERGY_DISTANCE
+    return Decision(policy, bar, evidence, margin, recommended, tuple(comparisons.values()), too_little, on_seen_frames)
 
 
 def bar_is_low(bar: Cell) -> str | None:
@@ -147,23 +205,81 @@ def bar_is_low(bar: Cell) -> str | None:
     )
 
 
-def _by_success(cell: Cell, bar: Cell, successes: Mapping[Cell, Success], margin: float) -> Comparison:
-    own, bars = successes[cell], successes[bar]
-    enough = cell == bar or is_not_inferior(own, bars, margin)
-    needed = None if enough else episodes_needed(own, bars, margin)
-    return Comparison(cell.num_steps, SUCCESS, own.rate, bars.rate, None, enough, own.episodes, needed)
+def _evidence(
+    asked: str | None, driven: Mapping[Cell, Driven], needed: Sequence[Cell], bar: Cell, success_margin: float
+) -> str:
+    if not all(cell in driven for cell in needed):  # no environment, or not finished
+        return ENERGY_DISTANCE
+    # With a bar that hardly ever succeeds, a policy that never does would pass.
+    usual = SUCCESS if Success.count(driven[bar]).rate > success_margin else ENERGY_DISTANCE
+    return asked or usual
 
 
-def _by_energy_distance(cell: Cell, own: np.ndarray, bars: np.ndarray, margin: float, seed: int) -> Comparison:
-    difference, needed = over_frames(own - bars, seed), None
-    enough = difference.high <= margin
-    if not enough and difference.value < margin and math.isfinite(difference.high):
-        # An interval's width falls with the square root of the number of frames.
-        widths = (difference.high - difference.value) / (margin - difference.value)
-        needed = math.ceil(len(own) * widths**2)
-    means = float(own.mean()), float(bars.mean())
-    return Comparison(cell.num_steps, ENERGY_DISTANCE, *means, difference.high, enough, len(own), needed)
+def _by_success(cell: Cell, bar: Cell, driven: Mapping[Cell, Driven], margin: float) -> Comparison:
+    own, bars = successes_of(driven[cell]), successes_of(driven[bar])
+    pairs = PairedEpisodes.count(own, bars)
+    enough = cell == bar or pairs.is_not_inferior(margin)
+    return Comparison(
+        num_steps=cell.num_steps,
+        evidence=SUCCESS,
+        here=sum(own) / len(own),
+        bar=sum(bars) / len(bars),
+        largest_loss=pairs.largest_loss(),
+        not_inferior=enough,
+        episodes=len(own),
+        needed=None if enough else pairs.episodes_needed(margin),
+    )
+
+
+def _by_best_reward(cell: Cell, bar: Cell, driven: Mapping[Cell, Driven], margin: float, seed: int) -> Comparison:
+    own, bars = (np.array(best_rewards_of(driven[each])) for each in (cell, bar))
+    loss = over_episodes(bars - own, range(len(own)), seed)
+    return _by_interval(cell, BEST_REWARD, own, bars, loss, margin, len(own))
+
+
+def _by_energy_distance(
+    cell: Cell, bar: Cell, groups: Mapping[Cell, pd.DataFrame], margin: float, seed: int
+) -> Comparison:
+    own, bars = (groups[each]["energy_distance"].to_numpy() for each in (cell, bar))
+    episodes = groups[cell]["episode"]
+    loss = over_episodes(own - bars, episodes, seed)
+    return _by_interval(cell, ENERGY_DISTANCE, own, bars, loss, margin, episodes.nunique())
+
+
+def _by_interval(
+    cell: Cell, evidence: str, own: np.ndarray, bars: np.ndarray, loss: Interval, margin: float, episodes: int
+) -> Comparison:
+    enough, needed = loss.high is not None and loss.high <= margin, None
+    if not enough and loss.value < margin and loss.high is not None:
+        # An interval's width falls with the square root of the number of episodes.
+        widths = (loss.high - loss.value) / (margin - loss.value)
+        needed = math.ceil(episodes * widths**2)
+    return Comparison(
+        num_steps=cell.num_steps,
+        evidence=evidence,
+        here=float(own.mean()),
+        bar=float(bars.mean()),
+        largest_loss=loss.high,
+        not_inferior=enough,
+        episodes=episodes,
+        needed=needed,
+    )
+
+
+def _too_little(frames: pd.DataFrame) -> str | None:
+    count, episodes = len(frames), frames["episode"].nunique()
+    if count >= FEWEST_FRAMES and episodes >= FEWEST_EPISODES:
+        return None
+    return (
+        f"{count} frames of {episodes} episodes are too few, and {FEWEST_FRAMES} frames of {FEWEST_EPISODES} episodes "
+        "are needed. Raise --num_frames, name more --dataset.episodes, or name a simulator (--env.type)."
+    )
 
 
 def _steps(count: int) -> str:
     return f"{count} step{'s' * (count > 1)}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, sorted(numbers))
+    return f"{', '.join(first)} and {last}" if first else last

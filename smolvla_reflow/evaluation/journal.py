@@ -1,44 +1,72 @@
 """The finished parts of an evaluation, kept until its report is complete: the same command goes on with the others.
 
-    journal.recall("episodes of the student at num_steps=2", run_the_episodes)     runs them, or reads what they gave
+    with Journal(folder, key) as journal:
+        journal.recall("episodes of the student at num_steps=2", run_the_episodes)    runs them, or reads what they gave
 
-Each part is a JSON file. `setup.json` beside them says what is evaluated and how.
+Each part is a JSON file. `key.json` beside them holds everything that the numbers depend on (`key.py`), so no report
+mixes two evaluations. A lock keeps a second command out.
 """
 
+import contextlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from smolvla_reflow.errors import ReflowError, doing, write_json
 
-NAME, SETUP = "unfinished", "setup.json"
+NAME, KEY, LOCK = "unfinished", "key.json", ".lock"
 
 
 class Journal:
     """The finished parts of one evaluation.
 
     Attributes:
-        setup: what is evaluated and how, as JSON has it.
+        key: everything that they depend on, as JSON has it.
         parts: the result of each part by its name, as JSON has it.
     """
 
-    def __init__(self, output_dir: Path, setup: Mapping[str, Any]):
-        """Read the journal in this folder, if there is one. Raises ReflowError if it is of another evaluation."""
+    def __init__(self, output_dir: Path, key: Mapping[str, Any]):
         self.folder = output_dir / NAME
-        self.setup: dict[str, Any] = json.loads(json.dumps(setup))
+        self.key: dict[str, Any] = json.loads(json.dumps(key))
         self.parts: dict[str, Any] = {}
-        if (self.folder / SETUP).is_file():
-            with doing(f"reading {self.folder} (remove {output_dir} to begin anew)"):
+        self._lock = FileLock(self.folder / LOCK)  # the operating system releases it if the command is killed
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "Journal":
+        """Lock and read the journal in this folder. Raises ReflowError if another command uses it, or began it."""
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        with doing(f"writing to --output_dir={self.folder.parent}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ReflowError(
+                    f"Another smolvla-reflow-eval is at work in --output_dir={self.folder.parent}; wait for it to end, "
+                    "or name another folder."
+                ) from None
+        try:
+            with doing(f"reading {self.folder} (remove {self.folder.parent} to begin anew)"):
                 self.parts = {file.stem: json.loads(file.read_text()) for file in self.folder.glob("*.json")}
-            self._check(self.parts.pop("setup"))
+            if self.parts:
+                self._check(self.parts.pop(Path(KEY).stem, {}))
+        except ReflowError:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Let other commands in. A folder in which nothing was finished disappears."""
+        self._release()
 
     def _check(self, earlier: Mapping[str, Any]) -> None:
         unlike = [
-            f"{name} was {earlier.get(name)} and is {self.setup.get(name)}"
-            for name in {**earlier, **self.setup}
-            if earlier.get(name) != self.setup.get(name)
+            f"{name} was {json.dumps(earlier.get(name))} and is {json.dumps(self.key.get(name))}"
+            for name in {**earlier, **self.key}
+            if earlier.get(name) != self.key.get(name)
         ]
         if unlike:
             raise ReflowError(
@@ -51,14 +79,24 @@ class Journal:
         if name not in self.parts:
             result = measure()
             with doing(f"writing to --output_dir={self.folder.parent}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if not self.parts:
-                    write_json(self.folder / SETUP, self.setup)
+                    write_json(self.folder / KEY, self.key)
                 file = self.folder / f"{name}.json"
                 write_json(file, result)
                 self.parts[name] = json.loads(file.read_text())
         return self.parts[name]
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Remove the files of a finished evaluation."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for file in self.folder.glob("*.json*"):
+            file.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        if self._lock.is_locked:
+            # Removed while it is held: another command that has opened the file locks a file that is gone.
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+            self._lock.release()
+        for folder in dict.fromkeys([self.folder, *self._made]):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()

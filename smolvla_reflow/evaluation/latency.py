@@ -1,21 +1,23 @@
 """The time that a control loop waits for one chunk of actions, and the share of the ODE steps in it."""
 
 import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import theilslopes
 
 from smolvla_reflow.checkpoint.read import IRRELEVANT_TO_ACTIONS
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.smolvla.observation import observe, with_one_state
-from smolvla_reflow.smolvla.velocity import velocity_of
+from smolvla_reflow.smolvla.observation import with_one_state
 
-WARM_UP, REPEATS = 3, 30
-# Fewer repeats are enough if a chunk takes long.
-SECONDS, FEWEST_REPEATS = 5.0, 5
+WARM_UP, ROUNDS = 3, 30
+# Fewer rounds are enough if a chunk takes long.
+SECONDS, FEWEST_ROUNDS = 30.0, 5
+# On an idle machine 95 % of the chunks are late by less than this share of their time.
+BUSY = 0.25
 
 
 def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
@@ -28,56 +30,94 @@ def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
     )
 
 
-def measure_latency(policy: MeasuredPolicy, frame: dict[str, Any], num_steps: int) -> dict[str, float]:
-    """Median "p50" and 95th percentile "p95" of one `predict_action_chunk` on a raw batch of size 1, in ms."""
-    observation = prepared(policy, frame)
-    with policy.inference(num_steps):
-        timed = milliseconds(lambda: policy.policy.predict_action_chunk(dict(observation)), policy)
-    return {"p50": float(np.median(timed)), "p95": float(np.percentile(timed, 95))}
+def measure_rounds(
+    policies: Sequence[tuple[MeasuredPolicy, Sequence[int]]], frame: dict[str, Any]
+) -> list[list[list[float]]]:
+    """The times of `predict_action_chunk` on a raw batch of size 1, in ms: by policy, number of steps and round.
+
+    Each round times every policy at every of its numbers of steps, so a load that comes and goes slows them all alike.
+    """
+    cells = [(policy, n, observation_of(policy, frame)) for policy, numbers in policies for n in numbers]
+    times: list[list[float]] = [[] for _ in cells]
+    start = time.monotonic()
+    for turn in range(WARM_UP + ROUNDS):
+        if turn >= WARM_UP + FEWEST_ROUNDS and time.monotonic() - start > SECONDS:
+            break
+        for of_cell, (policy, n, observation) in zip(times, cells, strict=True):
+            with policy.inference(n):
+                of_cell.append(milliseconds(policy, observation))
+    measured = iter(of_cell[WARM_UP:] for of_cell in times)
+    return [[next(measured) for _ in numbers] for _, numbers in policies]
 
 
-def measure_parts(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, float]:
-    """Medians in ms on a raw batch of size 1: "prefix" encodes images, language and state, "step" is one ODE step."""
-    observation, model, config = prepared(policy, frame), policy.policy.model, policy.policy.config
-    with policy.inference(policy.num_steps):
-        prefix = milliseconds(lambda: velocity_of(model, observe(policy.policy, dict(observation))), policy)
-        velocity = velocity_of(model, observe(policy.policy, dict(observation)))
-        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=config.device)
-        step = milliseconds(lambda: velocity(noise, 1.0), policy)
-    return {"prefix": float(np.median(prefix)), "step": float(np.median(step))}
+@dataclass(frozen=True)
+class ChunkTime:
+    """The time of one chunk of actions, prefix + num_steps * step, in ms.
+
+    The line is that of Theil and Sen, the median of the slopes between any two of the times (scipy.stats.theilslopes),
+    so some calls that another program held up do not move it.
+    """
+
+    prefix: float  # to encode images, language and state
+    step: float  # for one ODE step
+    late: float  # 95 % of the chunks take at most this share of their time longer, 0.1 for a tenth
+
+    def p50(self, num_steps: int) -> float:
+        """The median time."""
+        return self.prefix + num_steps * self.step
+
+    def p95(self, num_steps: int) -> float:
+        """The time that 95 % of the chunks take at most."""
+        return self.p50(num_steps) * (1 + self.late)
+
+    @classmethod
+    def fit(cls, num_steps: Sequence[int], times: Sequence[Sequence[float]]) -> "ChunkTime":
+        """Fit times by number of steps, at least two numbers, and round."""
+        n = np.repeat(np.asarray(num_steps, float), [len(each) for each in times])
+        took = np.concatenate([np.asarray(each, float) for each in times])
+        step = max(float(theilslopes(took, n).slope), 0.0)
+        prefix = max(float(np.median(took - step * n)), 0.0)
+        late = np.percentile(took / (prefix + step * n) - 1, 95)
+        return cls(prefix, step, max(float(late), 0.0))
+
+    @property
+    def is_uncertain(self) -> bool:
+        """True if chunks of equal work took unequal times."""
+        return self.late > BUSY
 
 
-def left_to_gain(prefix: float, step: float, num_steps: int) -> str:
-    """The time that fewer than `num_steps` steps could still save, in a sentence."""
-    chunk = prefix + num_steps * step
-    parts = (
-        f"A chunk at num_steps={num_steps} takes {chunk:.1f} ms: {prefix:.1f} ms for images, language and state, which "
-        f"are encoded once, and {step:.1f} ms for each ODE step"
+def left_to_gain(chunk: ChunkTime, num_steps: int) -> str:
+    """The time that fewer than `num_steps` steps could still save, in a sentence; and if it is uncertain."""
+    whole, saved = chunk.p50(num_steps), (num_steps - 1) * chunk.step
+    said = (
+        f"A chunk at num_steps={num_steps} takes {whole:.1f} ms: {chunk.prefix:.1f} ms for images, language and state, "
+        f"which are encoded once, and {chunk.step:.1f} ms for each ODE step"
     )
     if num_steps == 1:
-        return f"{parts}. Nothing more can be gained by fewer steps."
-    saved = (num_steps - 1) * step
-    return f"{parts}; one step instead would save another {saved:.1f} ms ({saved / chunk:.0%})."
+        said += ". Nothing more can be gained by fewer steps."
+    else:
+        said += f"; one step instead would save another {saved:.1f} ms ({saved / max(whole, 1e-9):.0%})."
+    if chunk.is_uncertain:
+        said += (
+            f" The machine was busy: one chunk in twenty took over {chunk.late:.0%} longer. Measure again on an idle "
+            "machine."
+        )
+    return said
 
 
-def prepared(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, Any]:
+def observation_of(policy: MeasuredPolicy, frame: dict[str, Any]) -> dict[str, Any]:
     """The policy's input; a robot has no recorded actions to prepare."""
     observation = policy.preprocessor({k: v for k, v in frame.items() if not k.startswith("action")})
     return with_one_state(policy.policy, observation)
 
 
-def milliseconds(call: Callable[[], object], policy: MeasuredPolicy) -> list[float]:
-    """The times of 30 calls after a warm-up, or of as many as take 5 seconds."""
+def milliseconds(policy: MeasuredPolicy, observation: dict[str, Any]) -> float:
+    """The time of one chunk."""
     on_cuda = torch.device(policy.policy.config.device).type == "cuda"
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        if on_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if on_cuda:
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-        if sum(times[WARM_UP:]) > SECONDS * 1e3 and len(times) >= WARM_UP + FEWEST_REPEATS:
-            break
-    return times[WARM_UP:]
+    if on_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    policy.policy.predict_action_chunk(dict(observation))
+    if on_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3

@@ -17,9 +17,10 @@ import pandas as pd
 from torch import Tensor
 
 from smolvla_reflow.distance import absolute_error, energy_distance, frame_flow, spread, squared_error
-from smolvla_reflow.evaluation.intervals import over_frames
+from smolvla_reflow.evaluation.intervals import over_episodes
+from smolvla_reflow.evaluation.latency import ChunkTime
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.success import Driven, Success
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import Solver
@@ -73,7 +74,8 @@ def measure_batch(
         target = solved.fine if target is None else target
         for n in its_steps:
             found = frame_metrics(solved, n, target, batch, policy.policy.config.n_action_steps, settings)
-            columns = {"frame": batch["index"].tolist(), **{name: value.tolist() for name, value in found.items()}}
+            of = {"frame": batch["index"].tolist(), "episode": batch["episode_index"].tolist()}
+            columns = {**of, **{name: value.tolist() for name, value in found.items()}}
             tables.append(pd.DataFrame({"policy": policy.name, "num_steps": n, **columns}))
     return pd.concat(tables, ignore_index=True)
 
@@ -141,12 +143,12 @@ def summary(
     table: pd.DataFrame,
     bar: Cell,
     seed: int = 0,
-    latencies: Mapping[Cell, Mapping[str, float]] | None = None,
-    successes: Mapping[Cell, Success] | None = None,
+    chunk_times: Mapping[str, ChunkTime] | None = None,
+    driven: Mapping[Cell, Driven] | None = None,
 ) -> list[Row]:
     """A row of the report for each policy and number of steps, over all frames of the table; see the guide `report.md`.
 
-    Latencies ("p50" and "p95" in milliseconds) and successes can be missing.
+    The chunk times (by policy) and the episodes can be missing.
     """
     groups = by_cell(table)
     fine_spread = _mean(groups[bar], "fine_spread")
@@ -154,11 +156,12 @@ def summary(
     for cell, group in groups.items():
         error = _mean(group, "action_error") / _mean(group, "steps")
         executed = float(np.mean(_mean(group, "action_error_executed"))) / _mean(group, "steps_executed")
-        latency, bars_latency = ((latencies or {}).get(each, {}) for each in (cell, bar))
+        chunk, bars_chunk = ((chunk_times or {}).get(each.policy) for each in (cell, bar))
+        episodes = (driven or {}).get(cell)
         row = {
             "policy": cell.policy,
             "num_steps": cell.num_steps,
-            "energy_distance": over_frames(group["energy_distance"].to_numpy(), seed),
+            "energy_distance": over_episodes(group["energy_distance"], group["episode"], seed),
             "flow_rmse": _mean(group, "flow_error") ** 0.5,
             "own_flow_rmse": _mean(group, "own_flow_error") ** 0.5,
             "action_mae": float(error.mean()),
@@ -166,10 +169,10 @@ def summary(
             "action_mae_per_dim": error.tolist(),
             "spread_ratio": _mean(group, "spread") / fine_spread,
             "straightness": _mean(group, "straightness"),
-            "latency_ms_p50": latency.get("p50"),
-            "latency_ms_p95": latency.get("p95"),
-            "speedup": bars_latency["p50"] / latency["p50"] if latency and bars_latency else None,
-            "success": (successes or {}).get(cell),
+            "latency_ms_p50": chunk.p50(cell.num_steps) if chunk else None,
+            "latency_ms_p95": chunk.p95(cell.num_steps) if chunk else None,
+            "speedup": bars_chunk.p50(bar.num_steps) / chunk.p50(cell.num_steps) if chunk and bars_chunk else None,
+            "success": None if episodes is None else Success.count(episodes),
         }
         rows.append(row)
     return rows

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, Decision
+from smolvla_reflow.evaluation.frames import Seen
+from smolvla_reflow.evaluation.intervals import Interval
 from smolvla_reflow.evaluation.measure import Row
 
 COLUMN_WIDTH_INCHES = 3.4
@@ -21,7 +23,7 @@ BETWEEN = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"
 Ends = tuple[float, float, float]
 
 
-def draw(rows: Sequence[Row], decision: Decision, file: Path) -> None:
+def draw(rows: Sequence[Row], decision: Decision, seen: Seen, file: Path) -> None:
     """Draw the rows, one line per policy, as wide as a column of a paper and readable at that width."""
     figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
@@ -37,6 +39,7 @@ def draw(rows: Sequence[Row], decision: Decision, file: Path) -> None:
     below.set_xticks(steps, [str(n) for n in steps])
     below.set_xticks([], minor=True)
     above.legend(fontsize=7, frameon=False)
+    figure.suptitle(seen.in_short(), fontsize=7)
     for axis in (above, below):
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, lw=0.5)
@@ -54,13 +57,19 @@ def draw_success(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
 def draw_energy_distance(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
     """Plot energy distances with their confidence intervals, and how high the judged policy's may be."""
     distances = [row["energy_distance"] for row in rows]
-    draw_intervals(rows, decision, axis, {i: (d.low, d.value, d.high) for i, d in enumerate(distances)})
+    draw_intervals(rows, decision, axis, {i: ends_of(distance) for i, distance in enumerate(distances)})
     if decision.evidence == ENERGY_DISTANCE:
         highest = decision.comparisons[0].bar + decision.margin
         axis.axhline(highest, color="black", lw=0.8, ls=":", label="bar + margin")
     axis.set_yscale("symlog", linthresh=decision.margin if decision.evidence == ENERGY_DISTANCE else 0.01)
     axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_ylabel("energy distance (std.)", fontsize=8)
+
+
+def ends_of(found: Interval) -> Ends:
+    """Low end, value and high end; a side without a bound has no bar."""
+    low, high = (found.value if end is None else end for end in (found.low, found.high))
+    return low, found.value, high
 
 
 def draw_intervals(rows: Sequence[Row], decision: Decision, axis: Axes, intervals: Mapping[int, Ends]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from smolvla_reflow.errors import write_json, write_whole
 from smolvla_reflow.evaluation.decision import Decision
+from smolvla_reflow.evaluation.frames import Seen
 from smolvla_reflow.evaluation.intervals import Interval
-from smolvla_reflow.evaluation.latency import left_to_gain
+from smolvla_reflow.evaluation.latency import ChunkTime, left_to_gain
 from smolvla_reflow.evaluation.measure import Row
 from smolvla_reflow.evaluation.picture import draw
 from smolvla_reflow.evaluation.success import Success
@@ -39,9 +40,10 @@ class Report:
             `smolvla_reflow.evaluation.two_errors.TwoErrors`; None for fewer than three numbers of steps.
         advice: how to reduce the judged policy's flow error, None if it need not be reduced, or nothing can be said.
         references: by policy, the rk4 "steps" of its fine solutions and their own error, "rmse".
-        chunk_parts: of the judged policy, milliseconds of the "prefix" and of one ODE "step"; None until measured.
+        chunk_time: of the judged policy, see `smolvla_reflow.evaluation.latency.ChunkTime`; None until measured.
+        seen: how many of the episodes the policies were trained on, see `smolvla_reflow.evaluation.frames.Seen`.
         notes: warnings.
-        made_with: policy and teacher paths, dataset, seed, numbers of frames and noises, margins, versions.
+        made_with: everything that the numbers depend on, see `smolvla_reflow.evaluation.key`.
         complete: True if everything that was asked for is in it.
         schema_version: of this file.
     """
@@ -53,23 +55,24 @@ class Report:
     two_errors: dict[str, TwoErrors | None]
     advice: str | None
     references: dict[str, Mapping[str, float]]
-    chunk_parts: Mapping[str, float] | None
+    chunk_time: ChunkTime | None
+    seen: Seen
     notes: list[str]
     made_with: dict[str, Any]
     complete: bool
-    schema_version: int = 1
+    schema_version: int = 2
 
     def write(self, folder: Path) -> None:
         """Write report.json, report.md and report.png into a folder, made if needed. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "report.json", self)
         write_whole(folder / "report.md", self.markdown().encode())
-        draw(self.rows, self.decision, folder / "report.png")
+        draw(self.rows, self.decision, self.seen, folder / "report.png")
 
     def sentences(self) -> list[str]:
         """The report in words, the recommendation first."""
         said = [] if self.complete else ["This report is unfinished: the same command goes on with it."]
-        said.append(self.recommendation)
+        said += [self.recommendation, self.seen.in_words()]
         for policy, fit in self.two_errors.items():
             if fit is not None and fit.holds:
                 said.append(
@@ -78,9 +81,8 @@ class Report:
                 )
         if self.advice is not None:
             said.append(self.advice)
-        if self.chunk_parts is not None:
-            num_steps = self.recommended_num_steps or self.decision.bar.num_steps
-            said.append(left_to_gain(**self.chunk_parts, num_steps=num_steps))
+        if self.chunk_time is not None:
+            said.append(left_to_gain(self.chunk_time, self.recommended_num_steps or self.decision.bar.num_steps))
         return [*said, self._fine_solutions(), *self.notes]
 
     def _fine_solutions(self) -> str:
@@ -120,7 +122,8 @@ DETAILS = ("own flow error", "straightness", "action error")
 
 def as_interval(found: Interval) -> str:
     """A mean and its confidence interval as text."""
-    return f"{found.value:.4f} ({found.low:.4f} to {found.high:.4f})"
+    low, high = ("no bound" if end is None else f"{end:.4f}" for end in (found.low, found.high))
+    return f"{found.value:.4f} ({low} to {high})"
 
 
 def in_percent(success: Success) -> str:

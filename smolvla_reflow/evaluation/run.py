@@ -7,23 +7,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from typing import Any
+
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, renamed_statistics
 from smolvla_reflow.dataset.frames import check_finite, evenly_spaced, load_batches, trained_columns
-from smolvla_reflow.dataset.opening import chosen_episodes, frame_ranges, open_dataset, open_metadata
+from smolvla_reflow.dataset.opening import open_dataset, open_metadata
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
-from smolvla_reflow.evaluation.closed_loop import check_env, env_settings
+from smolvla_reflow.evaluation.closed_loop import check_env
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.decision import Decision, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import EVIDENCE, Decision, bar_is_low, decide
+from smolvla_reflow.evaluation.frames import Seen, choose
 from smolvla_reflow.evaluation.journal import Journal
+from smolvla_reflow.evaluation.key import key_of
 from smolvla_reflow.evaluation.measure import fine_errors, summary
 from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.report import COLUMNS_IN_WORDS, NAMES, Report, table
-from smolvla_reflow.evaluation.stages import PARTS_OF_A_CHUNK, Evaluation
+from smolvla_reflow.evaluation.stages import Evaluation
 from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 from smolvla_reflow.evaluation.task_sentence import in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
@@ -31,6 +33,7 @@ from smolvla_reflow.smolvla.features import rename_map_in_use
 from smolvla_reflow.smolvla.statistics import moving_deviations
 
 SECONDS_BETWEEN_WRITES = 20.0
+MARGINS = ("success", "reward", "energy")  # the flags of EVIDENCE
 
 
 def run(cfg: EvalConfig) -> None:
@@ -40,15 +43,19 @@ def run(cfg: EvalConfig) -> None:
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
     *_, judged = checkpoints.values()
     shown = [] if cfg.env is None else check_env(cfg.env, list(checkpoints.values()), cfg.rename_map, cfg.seed)
-    evaluation = prepared(cfg, checkpoints, metadata, shown)
-    for warning in evaluation.warnings:
-        print(f"Warning: {warning}\n")
-    report = measured(evaluation)
-    print("\n\n".join(["", table(report.rows), COLUMNS_IN_WORDS, *report.sentences()]))
-    if cfg.write_num_steps and report.recommended_num_steps is not None:
-        path = write_num_steps(judged.folder, report.recommended_num_steps)
-        print(f"\nStored num_steps={report.recommended_num_steps} in {path}.")
-    evaluation.journal.close()
+    cfg.dataset, seen = choose(cfg.dataset, metadata, checkpoints)
+    dataset, positions = open_frames(cfg, judged, metadata)
+    assert cfg.output_dir is not None  # checked
+    with Journal(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
+        warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
+        for warning in warnings:
+            print(f"Warning: {warning}\n")
+        report = measured(prepared(cfg, checkpoints, dataset, positions, journal, seen, warnings))
+        print("\n\n".join(["", table(report.rows), COLUMNS_IN_WORDS, *report.sentences()]))
+        if cfg.write_num_steps and report.recommended_num_steps is not None:
+            path = write_num_steps(judged.folder, report.recommended_num_steps)
+            print(f"\nStored num_steps={report.recommended_num_steps} in {path}.")
+        journal.remove()
     print(f"\nReport: {cfg.output_dir}/{', '.join(NAMES)}")
 
 
@@ -64,33 +71,54 @@ def open_checkpoints(cfg: EvalConfig) -> dict[str, Checkpoint]:
     return {"teacher": teacher, **{f"round {k}": each for k, each in enumerate(rounds, start=1)}, "student": judged}
 
 
-def prepared(
-    cfg: EvalConfig, checkpoints: dict[str, Checkpoint], metadata: LeRobotDatasetMetadata, shown: Sequence[str]
-) -> Evaluation:
-    """Choose the frames, read the journal, and load the policies."""
-    assert cfg.output_dir is not None  # checked
-    chosen = frame_ranges(metadata, chosen_episodes(metadata, cfg.dataset, held_out=True))
-    positions = evenly_spaced(sum(map(len, chosen)), cfg.num_frames)
+def open_frames(
+    cfg: EvalConfig, judged: Checkpoint, metadata: LeRobotDatasetMetadata
+) -> tuple[LeRobotDataset, list[int]]:
+    """The dataset, opened, and the positions of the frames to measure on."""
+    dataset = open_dataset(
+        cfg.dataset,
+        chunk_size=judged.config.chunk_size,
+        tolerance_s=cfg.tolerance_s,
+        held_out=True,
+        rename_map=rename_map_in_use(judged, cfg.rename_map, metadata.features),
+    )
+    positions = evenly_spaced(len(dataset), cfg.num_frames)
     if len(positions) < 2:
         raise ReflowError("The episodes to measure on have a single frame; choose --dataset.episodes that have more.")
-    journal = Journal(cfg.output_dir, setup_of(cfg, checkpoints, num_frames=len(positions)))
+    return dataset, positions
+
+
+def prepared(
+    cfg: EvalConfig,
+    checkpoints: dict[str, Checkpoint],
+    dataset: LeRobotDataset,
+    positions: Sequence[int],
+    journal: Journal,
+    seen: Seen,
+    warnings: Sequence[str],
+) -> Evaluation:
+    """Check the frames and load the policies."""
+    *_, judged = checkpoints.values()
+    metadata, renames = dataset.meta, rename_map_in_use(judged, cfg.rename_map, dataset.meta.features)
+    check_finite(dataset, trained_columns(metadata.features, renames))
     policies = [
         load_measured_policy(name, checkpoint, cfg.policy.device, cfg.rename_map)
         for name, checkpoint in checkpoints.items()
     ]
     if cfg.bar_num_steps is not None:
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
-    chunk_size = policies[0].policy.config.chunk_size
-    *_, judged = checkpoints.values()
-    renames = rename_map_in_use(judged, cfg.rename_map, metadata.features)
-    frames = open_dataset(
-        cfg.dataset, chunk_size=chunk_size, tolerance_s=cfg.tolerance_s, held_out=True, rename_map=renames
+    return Evaluation(
+        cfg=cfg,
+        policies=policies,
+        load=partial(load_batches, dataset, rename_map=renames),
+        positions=positions,
+        action_std=moving_deviations(renamed_statistics(metadata.stats, renames)["action"]),
+        journal=journal,
+        rtc_config=judged.config.rtc_config,
+        seen=seen,
+        one_step_only=judged.reflow_settings().get("strategy") == "distill",
+        warnings=warnings,
     )
-    check_finite(frames, trained_columns(metadata.features, renames))
-    deviations = moving_deviations(renamed_statistics(metadata.stats, renames)["action"])
-    warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
-    load = partial(load_batches, frames, rename_map=renames)
-    return Evaluation(cfg, policies, load, positions, deviations, journal, judged.config.rtc_config, warnings)
 
 
 def sentence_warnings(cfg: EvalConfig, trained: Sequence[str], shown: Sequence[str]) -> list[str]:
@@ -130,10 +158,20 @@ def write(evaluation: Evaluation) -> Report:
 
 def make_report(evaluation: Evaluation) -> Report:
     """The report of the parts that are finished, at least the frames of a first batch."""
-    cfg, bar, frames, successes = evaluation.cfg, evaluation.bar, evaluation.table(), evaluation.successes()
-    rows = summary(frames, bar, cfg.seed, evaluation.latencies(), successes)
-    margins = {"success_margin": cfg.success_margin, "energy_margin": cfg.energy_margin}
-    decision = decide(frames, successes, bar, evaluation.policies[-1].name, seed=cfg.seed, **margins)
+    cfg, bar, frames, driven = evaluation.cfg, evaluation.bar, evaluation.table(), evaluation.driven()
+    judged, chunk_times = evaluation.policies[-1].name, evaluation.chunk_times()
+    rows = summary(frames, bar, cfg.seed, chunk_times, driven)
+    decision = decide(
+        frames,
+        driven,
+        bar,
+        judged,
+        margins={evidence: getattr(cfg, f"{flag}_margin") for evidence, flag in zip(EVIDENCE, MARGINS, strict=True)},
+        decide_by=cfg.decide_by,
+        one_step_only=evaluation.one_step_only,
+        on_seen_frames=evaluation.seen.by_judged != 0,
+        seed=cfg.seed,
+    )
     two_errors = {
         policy.name: fit({row["num_steps"]: row["flow_rmse"] for row in rows if row["policy"] == policy.name})
         for policy in evaluation.policies[1:]
@@ -147,9 +185,10 @@ def make_report(evaluation: Evaluation) -> Report:
         two_errors=two_errors,
         advice=advice_for(decision, two_errors.get(decision.policy)),
         references={name: {"steps": cfg.reference_steps, "rmse": rmse} for name, rmse in fine_errors(frames).items()},
-        chunk_parts=evaluation.journal.parts.get(PARTS_OF_A_CHUNK),
+        chunk_time=chunk_times.get(judged),
+        seen=evaluation.seen,
         notes=[each for each in notes if each is not None],
-        made_with=evaluation.journal.setup,
+        made_with=evaluation.journal.key,
         complete=evaluation.is_complete,
     )
 
@@ -158,25 +197,5 @@ def advice_for(decision: Decision, errors: TwoErrors | None) -> str | None:
     """Advice for fewer steps; None for a policy alone, or if one step is enough already."""
     if decision.is_alone or errors is None or decision.recommended == 1:
         return None
-    too_few = [each.num_steps for each in decision.comparisons if not each.not_inferior]
+    too_few = [each.num_steps for each in decision.comparisons if each.is_tested and not each.not_inferior]
     return advice(errors, min(too_few, default=1))
-
-
-def setup_of(cfg: EvalConfig, checkpoints: dict[str, Checkpoint], num_frames: int) -> dict[str, Any]:
-    """The policies, and the settings that decide what is measured, for the journal and the report."""
-    *others, judged = (checkpoint.cited() for checkpoint in checkpoints.values())
-    same = ("num_steps", "bar_num_steps", "num_noises", "batch_size", "seed", "reference_steps", "success_margin")
-    return {
-        "policy": judged,
-        "teacher": others[0] if others else None,
-        "earlier_rounds": others[1:],
-        "fingerprints": {name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
-        "dataset": cfg.dataset.repo_id,
-        "episodes": cfg.dataset.episodes,
-        "num_frames": num_frames,
-        **{name: getattr(cfg, name) for name in (*same, "energy_margin", "env_task")},
-        "env": cfg.env and env_settings(cfg.env),
-        "episodes_driven": cfg.eval.n_episodes if cfg.env is not None else None,
-        "device": cfg.policy.device,
-        "versions": {p: version(p) for p in ("smolvla-reflow", "lerobot", "torch", "transformers")},
-    }

@@ -1,7 +1,7 @@
 """An evaluation in parts, each kept in the journal as soon as it is finished.
 
 frames      measure_batch      of every policy and number of steps, batch by batch
-latency     measure_latency    of every policy and number of steps, and of the parts of a chunk
+latency     measure_rounds     of every policy and number of steps, in turn
 episodes    drive              of every policy and number of steps, if there is an environment
 """
 
@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
+from smolvla_reflow.evaluation.frames import Seen
 from smolvla_reflow.evaluation.journal import Journal
-from smolvla_reflow.evaluation.latency import measure_latency, measure_parts, pace
+from smolvla_reflow.evaluation.latency import ChunkTime, measure_rounds, pace
 from smolvla_reflow.evaluation.measure import Cell, Settings, cells, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
-from smolvla_reflow.evaluation.success import Success
+from smolvla_reflow.evaluation.success import Driven, Episodes
 
-PARTS_OF_A_CHUNK = "parts of a chunk"
+LATENCY = "latency"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Evaluation:
     action_std: Tensor  # (D,) standard deviations of the actions, 0 for dimensions that never move
     journal: Journal
     rtc_config: RTCConfig | None  # real-time chunking in the judged checkpoint
+    seen: Seen  # the episodes that the frames are from
+    one_step_only: bool  # True if the judged policy was trained for one step alone
     warnings: Sequence[str]  # for the report's notes
 
     @property
@@ -61,14 +64,19 @@ class Evaluation:
         finished = [self.journal.parts[name] for name in self._batches() if name in self.journal.parts]
         return pd.DataFrame([row for rows in finished for row in rows])
 
-    def latencies(self) -> dict[Cell, dict[str, float]]:
-        """The latencies that are measured, of each policy and number of steps."""
-        return self._finished({cell: _latency_of(like) for cell, like in self._timed().items()})
+    def chunk_times(self) -> dict[str, ChunkTime]:
+        """The time of a chunk by policy, once it is measured."""
+        if LATENCY not in self.journal.parts:
+            return {}
+        timed, paces = self._timed(), list(self._timed())
+        fits = [ChunkTime.fit(timed[of], times) for of, times in zip(paces, self.journal.parts[LATENCY], strict=True)]
+        return {policy.name: fits[paces.index(pace(policy))] for policy in self.policies}
 
-    def successes(self) -> dict[Cell, Success]:
-        """The successes that are counted, of each policy and number of steps."""
-        counted = self._finished({cell: _episodes_of(cell) for cell in self.cells})
-        return {cell: Success(**success) for cell, success in counted.items()}
+    def driven(self) -> dict[Cell, Driven]:
+        """The episodes that were driven, of each policy and number of steps."""
+        parts, names = self.journal.parts, {cell: _episodes_of(cell) for cell in self.cells}
+        found = {cell: parts[name] for cell, name in names.items() if name in parts}
+        return {cell: {task: Episodes(*each) for task, each in tasks.items()} for cell, tasks in found.items()}
 
     def measure(self) -> Iterator[None]:
         """Run the unfinished parts under one progress bar; yields after each part."""
@@ -88,9 +96,7 @@ class Evaluation:
         parts: dict[str, Callable[[], Any]] = {}
         for name, positions in self._batches().items():
             parts[name] = partial(self._measure, positions)
-        for cell in dict.fromkeys(self._timed().values()):
-            parts[_latency_of(cell)] = partial(self._time, cell)
-        parts[PARTS_OF_A_CHUNK] = self._time_parts
+        parts[LATENCY] = self._time
         for cell in self.cells if self.cfg.env is not None else ():
             parts[_episodes_of(cell)] = partial(self._drive, cell, tick)
         return parts
@@ -101,15 +107,14 @@ class Evaluation:
         is_first = positions[0] == self.positions[0]
         return measure_batch(self.policies, batch, settings, check_fine=is_first).to_dict("records")
 
-    def _time(self, cell: Cell) -> dict[str, float]:
+    def _time(self) -> list[list[list[float]]]:
+        """The times in ms by pace, number of steps and round."""
         (frame,) = self.load([self.positions[:1]])
-        return measure_latency(self._policy(cell), frame, cell.num_steps)
+        first = {pace(policy): policy for policy in reversed(self.policies)}
+        timed = self._timed()
+        return measure_rounds([(first[of], numbers) for of, numbers in timed.items()], frame)
 
-    def _time_parts(self) -> dict[str, float]:
-        (frame,) = self.load([self.positions[:1]])
-        return measure_parts(self.policies[-1], frame)
-
-    def _drive(self, cell: Cell, tick: Callable[[], object]) -> Success:
+    def _drive(self, cell: Cell, tick: Callable[[], object]) -> Driven:
         cfg, policy = self.cfg, self._policy(cell)
         assert cfg.env is not None
 
@@ -118,7 +123,7 @@ class Evaluation:
             return policy.postprocessor(action)
 
         ticked = replace(policy, postprocessor=ticking)
-        return Success.count(drive(ticked, cfg.env, cfg.eval, cell.num_steps, cfg.seed, cfg.env_task))
+        return drive(ticked, cfg.env, cfg.eval, cell.num_steps, cfg.seed, cfg.env_task)
 
     def _policy(self, cell: Cell) -> MeasuredPolicy:
         return next(policy for policy in self.policies if policy.name == cell.policy)
@@ -129,17 +134,13 @@ class Evaluation:
         batches = [self.positions[i : i + size] for i in range(0, len(self.positions), size)]
         return {f"frames {batch[0]} to {batch[-1]}": batch for batch in batches}
 
-    def _timed(self) -> dict[Cell, Cell]:
-        """For each policy and number of steps the first policy of the same pace, whose latency is measured."""
-        first: dict[Any, Cell] = {}
-        return {cell: first.setdefault((pace(self._policy(cell)), cell.num_steps), cell) for cell in self.cells}
-
-    def _finished(self, parts: dict[Cell, str]) -> dict[Cell, Any]:
-        return {cell: self.journal.parts[name] for cell, name in parts.items() if name in self.journal.parts}
-
-
-def _latency_of(cell: Cell) -> str:
-    return f"latency of the {cell.policy} at num_steps={cell.num_steps}"
+    def _timed(self) -> dict[tuple[str, ...], list[int]]:
+        """The numbers of steps to time, at least two, for each pace; policies of the same pace are equally fast."""
+        numbers: dict[tuple[str, ...], set[int]] = {}
+        for policy in self.policies:
+            its = {cell.num_steps for cell in self.cells if cell.policy == policy.name}
+            numbers.setdefault(pace(policy), set()).update(its)
+        return {of: sorted(its if len(its) > 1 else {*its, max(its) + 1}) for of, its in numbers.items()}
 
 
 def _episodes_of(cell: Cell) -> str:

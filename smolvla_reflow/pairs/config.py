@@ -51,8 +51,8 @@ class PairsConfig:
     """Folder of the pairs. The same command finishes an interrupted run."""
     couplings_per_frame: int = 4
     """Couplings stored for each frame, each from another noise."""
-    seed: int = 0
-    """Seed of the noise."""
+    seed: int | None = None
+    """Seed of the noise (default a number that follows from the teacher, so each round of reflow has its own noise)."""
     dtype: str = "float16"
     """Number format of the stored actions, either 'float16', 'bfloat16' or 'float32'."""
     batch_size: int = 8
@@ -79,7 +79,7 @@ def check_values(cfg: PairsConfig) -> None:
     if cfg.output_dir is None:
         raise ReflowError("Name the folder for the pairs: --output_dir=...")
     for name, least in {"couplings_per_frame": 1, "batch_size": 1, "frames_per_shard": 1, "seed": 0}.items():
-        if getattr(cfg, name) < least:
+        if (getattr(cfg, name) or 0) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
     if cfg.dtype not in DTYPES:
         raise ReflowError(f"--dtype={cfg.dtype} is unknown; {known_are(DTYPES, cfg.dtype)}")

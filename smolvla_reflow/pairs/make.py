@@ -98,15 +98,16 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> tuple[Checkpoint, Manifest, S
     teacher = fitted(teacher, policy_features(metadata), rename_map)
     stats = renamed_statistics(dataset_statistics(metadata, cfg.dataset), rename_map)
     chunk_size, width = teacher.config.chunk_size, teacher.config.max_action_dim
+    made_by = teacher.fingerprint()
     provenance = Provenance(
-        teacher=teacher.fingerprint(),
+        teacher=made_by,
         dataset=cfg.dataset.repo_id,
         total_frames=metadata.total_frames,
         statistics=fingerprint(teacher.config, stats),
         solver=cfg.reflow.to_solver().of_couplings(teacher.config.num_steps),
         chunk_size=chunk_size,
         max_action_dim=width,
-        seed=cfg.seed,
+        seed=int(made_by[:8], base=16) if cfg.seed is None else cfg.seed,
         couplings_per_frame=cfg.couplings_per_frame,
         dtype=cfg.dtype,
         rename_map=rename_map,

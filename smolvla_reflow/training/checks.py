@@ -33,7 +33,7 @@ from smolvla_reflow.smolvla.statistics import Statistics, fingerprint, saved_sta
 from smolvla_reflow.solver import SolverFlags
 from smolvla_reflow.teacher import check_agreement
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
-from smolvla_reflow.training.measuring import hold_out
+from smolvla_reflow.training.hold_out import hold_out
 
 SOLVER_FLAGS = tuple(SolverFlags.__dataclass_fields__)
 
@@ -72,7 +72,7 @@ def check_run(
 ) -> Statistics:
     """Raise ReflowError if the run would train something else than the user expects. Arguments as in `Run`.
 
-    Takes the episodes to measure on out of those to train on (`measuring.py`), and returns the batches' statistics.
+    Takes the held-out episodes out of those to train on (`hold_out.py`), and returns the batches' statistics.
     """
     policy = cfg.policy
     assert isinstance(policy, SmolVLAConfig)
@@ -90,7 +90,7 @@ def check_run(
     features = policy_features(metadata)
     fitted(teacher, features, cfg.rename_map)
     check_students_cameras(policy, features, cfg.rename_map)
-    hold_out(cfg, metadata, typed)
+    hold_out(cfg, metadata)
     stats = training_statistics(cfg, student, metadata)
     space_maps(teacher, stats)
     if pairs is not None:

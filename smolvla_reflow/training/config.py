@@ -54,10 +54,10 @@ class ReflowConfig(SolverFlags):
     recorded."""
     measure_freq: int = 0
     """Steps from one measurement to the next, 0 for never. A measurement gives the student's flow error and energy
-    distance at 1 and 2 steps, on frames of held-out episodes."""
+    distance at 1 and 2 steps, on frames of the held-out episodes."""
     measure_episodes: list[int] | None = None
-    """Episodes to measure on, which are not trained on then. Default is the episodes that LeRobot holds out
-    (--dataset.eval_split), if its version can."""
+    """Episodes to hold out of training, to judge the student on; [] trains on all. Default is a tenth of the episodes,
+    10 to 50 of them, of a dataset with at least 50, if neither --dataset.episodes nor --dataset.eval_split is given."""
 
     def recipe(self) -> Recipe:
         """The recipe that the flags name. Raises ReflowError, naming the flag, if a value is unknown."""

@@ -1,6 +1,5 @@
-"""Measure a student while it trains, on frames of episodes that it does not train on.
+"""Measure a student while it trains, on frames of the episodes that are held out (`hold_out.py`).
 
-    hold_out(cfg, metadata)     take the episodes to measure on out of the episodes to train on
     begin(...) -> Measuring     solve the teacher's ODE finely on some of their frames, once
     measuring()                 before each training step: measure the student's distance, every so many steps
 
@@ -11,7 +10,7 @@ same.
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,11 +21,11 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import Tensor
 
-from smolvla_reflow.compat import LeRobotDatasetMetadata, can_hold_out, holds_out
+from smolvla_reflow.compat import holds_out
 from smolvla_reflow.dataset.frames import evenly_spaced, load_batches
-from smolvla_reflow.dataset.opening import chosen_episodes, open_configured
+from smolvla_reflow.dataset.opening import open_configured
 from smolvla_reflow.distance import FINE_STEPS, distance, frame_flow
-from smolvla_reflow.errors import ReflowError, doing
+from smolvla_reflow.errors import doing
 from smolvla_reflow.smolvla.observation import Observation, observe
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.velocity import velocity_of
@@ -40,38 +39,6 @@ NOISES = 4  # for each frame
 FRAMES_AT_ONCE = 8
 SEED = 0  # of the noise
 NUM_STEPS = (1, 2)  # of the student's Euler steps; MEASURED names them
-
-
-def hold_out(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata, typed: Collection[str] = ()) -> None:
-    """Take the episodes to measure on out of `cfg.dataset.episodes`, all episodes if it is None.
-
-    Raises:
-        ReflowError: the run would measure on episodes that it trains on, or on none, or train on none.
-    """
-    dataset, held, flag = cfg.dataset, cfg.reflow.measure_episodes, "--reflow.measure_episodes"
-    if cfg.reflow.measure_freq == 0:
-        if held is not None and flag[2:] in typed:
-            raise ReflowError(f"{flag} has no effect without --reflow.measure_freq=N (measure every N steps).")
-        return
-    if dataset.streaming:  # LeRobot would begin a W&B run before it fails
-        raise ReflowError("--reflow.measure_freq needs frames in any order; leave out --dataset.streaming.")
-    if not held:
-        if holds_out(dataset):
-            return
-        split = " Or let LeRobot choose: --dataset.eval_split=0.1" if can_hold_out(dataset) else ""
-        raise ReflowError(
-            f"--reflow.measure_freq={cfg.reflow.measure_freq} needs episodes to measure on and not to train on. Name "
-            f"them: {flag}=[0,1].{split}"
-        )
-    everything = range(metadata.total_episodes)
-    if missing := [episode for episode in held if episode not in everything]:
-        raise ReflowError(f"{flag}: there is no episode {missing[0]}; choose from 0 to {everything[-1]}.")
-    if dataset.episodes is None:
-        dataset.episodes = [episode for episode in everything if episode not in held]
-        if not dataset.episodes:
-            raise ReflowError(f"{flag} names every episode, and none is left to train on.")
-    elif both := sorted({*held}.intersection(chosen_episodes(metadata, dataset) or ())):
-        raise ReflowError(f"{flag}: episode {both[0]} is trained on, too; take it out of --dataset.episodes.")
 
 
 class _Frames(NamedTuple):

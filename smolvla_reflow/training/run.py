@@ -42,6 +42,7 @@ from smolvla_reflow.training.arguments import NOTHING, Arguments
 from smolvla_reflow.training.checkpoints import check_base, name_start, open_start, open_teacher, restore_adapter
 from smolvla_reflow.training.checks import check_flags, check_run
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
+from smolvla_reflow.training.hold_out import in_words
 from smolvla_reflow.training.inherited import OTHER_SOLVES
 from smolvla_reflow.training.loss_check import LossCheck
 from smolvla_reflow.training.measuring import Measuring, begin, training_preprocessor
@@ -269,5 +270,5 @@ def announce(run: Run) -> None:
     elif run.loss.couples:
         own, solver = run.teacher.config.num_steps, cfg.reflow.to_solver()
         logging.info("Reflow: couplings by %s. The teacher's config says num_steps %d.", solver.in_words(), own)
-    if cfg.reflow.measure_freq and cfg.reflow.measure_episodes:
-        logging.info("Reflow: episodes %s are measured on and not trained on.", cfg.reflow.measure_episodes)
+    if held_out := in_words(cfg):
+        logging.info("Reflow: %s", held_out)

@@ -124,7 +124,8 @@ def test_success_is_in_table_report_and_plot(workshop, tmp_path, capsys):
     easy = {f"env__{name}": value for name, value in EASY.items()}
     report = eval_main(driven_flags(workshop, tmp_path, **easy, eval__n_episodes=8))
     assert [row["success"]["episodes"] for row in report["rows"]] == [8, 8, 8]
-    assert {"type": "drive_past", **EASY}.items() <= report["made_with"]["env"].items()
+    of_env = {f"env.{name}": value for name, value in {"type": "drive_past", **EASY}.items()}
+    assert of_env.items() <= report["made_with"].items()
     row, in_words = report["rows"][0]["success"], (tmp_path / "report.md").read_text()
     text = f"{row['rate']:.1%} ({row['low']:.0%} to {row['high']:.0%})"
     assert text in capsys.readouterr().out

@@ -141,9 +141,11 @@ def test_a_file_that_cannot_be_written(checkpoint):
     assert (checkpoint / "config.json").read_bytes() == before
 
 
-def test_the_command_says_it_and_stores_it(workshop, checkpoint, tmp_path, capsys):
+def test_the_command_says_it_and_stores_it(workshop, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("smolvla_reflow.evaluation.decision.FEWEST_FRAMES", 2)
+    monkeypatch.setattr("smolvla_reflow.evaluation.decision.FEWEST_EPISODES", 2)
     change_config(checkpoint, rtc_config=SAVED)
-    changes = {"policy__path": checkpoint, "num_steps": "[1]", "num_frames": 2, "energy_margin": 100}
+    changes = {"policy__path": checkpoint, "num_steps": "[1]", "num_frames": 8, "energy_margin": 100}
     (said,) = eval_main([*eval_flags(workshop, tmp_path / "r", **changes), "--write_num_steps"])["notes"]
     assert said.startswith("Real-time chunking")
     assert said in capsys.readouterr().out

@@ -12,14 +12,8 @@ import pytest
 from helpers import reflow_run, reflow_train_main
 
 from smolvla_reflow.checkpoint.run_folder import complete_checkpoints, is_complete
-from smolvla_reflow.compat import resumes_from_hub
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        resumes_from_hub(), reason="not yet seen to its end on LeRobot 0.6, where it takes over 3 minutes"
-    ),
-]
+pytestmark = pytest.mark.slow
 PROGRAM = "smolvla-reflow-train: error: "
 LEROBOT = str(Path(lerobot.__file__).parent)
 ERRORS = [

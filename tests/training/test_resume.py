@@ -386,7 +386,6 @@ def test_a_second_ctrl_c_is_ignored(workshop, tmp_path, capsys, monkeypatch, reg
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(resumes_from_hub(), reason="not yet seen to its end on LeRobot 0.6, where it takes over 3 minutes")
 def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
     """Half of them wait for a checkpoint that is being written. Each time one sentence and 130, and the run goes on."""
     run = tmp_path / "run"
@@ -421,6 +420,12 @@ def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     for moment in range(10):
-        said = (tmp_path / f"{moment}.txt").read_text()
+        # Where torchcodec finds no ffmpeg, LeRobot 0.6 logs its traceback, which is no error.
+        said = re.sub(
+            r"\[start of libtorchcodec.*?\[end of libtorchcodec",
+            "",
+            (tmp_path / f"{moment}.txt").read_text(),
+            flags=re.DOTALL,
+        )
         assert said.count(": interrupted. Go on from the last good checkpoint with --config_path=") == 1, said
         assert "Traceback" not in said

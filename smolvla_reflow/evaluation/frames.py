@@ -1,0 +1,128 @@
+"""The episodes to measure on: where there are any, episodes that the judged policy was not trained on.
+
+choose(...)       the dataset's configuration with those episodes, and how many of them each policy has seen
+Seen.in_words()   the same in a sentence of the report
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from lerobot.configs.default import DatasetConfig
+
+from smolvla_reflow.checkpoint.read import Checkpoint
+from smolvla_reflow.compat import LeRobotDatasetMetadata, holds_out
+from smolvla_reflow.dataset.opening import chosen_episodes
+from smolvla_reflow.errors import doing
+
+# The fields of a run's dataset configuration that choose its episodes; which of them exist depends on LeRobot.
+CHOOSING = ("episodes", "eval_split", "exclude_episodes")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The episodes that are measured on, and how many of them each policy was trained on.
+
+    Attributes:
+        episodes: their number.
+        trained_on: by policy, the number of them that it was trained on; None if its checkpoint does not say.
+    """
+
+    episodes: int
+    trained_on: Mapping[str, int | None]
+
+    @property
+    def by_judged(self) -> int | None:
+        """The number that the judged policy was trained on, None if that is unknown."""
+        return list(self.trained_on.values())[-1]
+
+    def in_words(self) -> str:
+        """For the report."""
+        *others, judged = self.trained_on
+        verb, seen = "was trained on", self.by_judged
+        if seen == 0:
+            said = f"Measured on {self.episodes} episodes that the {judged} was not trained on."
+        elif seen is None:
+            said = (
+                f"Measured on {self.episodes} episodes. It is unknown which of them the {judged} {verb}, so the frames "
+                "count as seen: on new observations it may need more steps."
+            )
+        else:
+            said = (
+                f"Measured on {self.episodes} episodes, and the {judged} {verb} {_of(seen, self.episodes)}: on new "
+                "observations it may need more steps."
+            )
+        known = [(name, self.trained_on[name]) for name in others]
+        return " ".join([said, *(f"The {name} {verb} {_of(n, self.episodes)}." for name, n in known if n)])
+
+    def in_short(self) -> str:
+        """For the picture."""
+        if self.by_judged == 0:
+            return "distances: on episodes not trained on"
+        known = "may have been" if self.by_judged is None else "were"
+        return f"distances: on episodes that {known} trained on"
+
+
+def choose(
+    dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[DatasetConfig, Seen]:
+    """The dataset's configuration with the episodes to measure on, and how much of them the policies have seen.
+
+    Args:
+        dataset: the user's configuration. Episodes that the user names are kept.
+        metadata: of the dataset.
+        checkpoints: by the policies' names, the judged one last.
+    """
+    trained = {name: trained_episodes(checkpoint, dataset, metadata) for name, checkpoint in checkpoints.items()}
+    chosen = chosen_episodes(metadata, dataset, held_out=True)
+    everything = list(range(metadata.total_episodes)) if chosen is None else chosen
+    by_judged = list(trained.values())[-1]
+    unseen = [] if by_judged is None else [episode for episode in everything if episode not in by_judged]
+    if unseen and dataset.episodes is None and not holds_out(dataset):
+        everything, dataset = unseen, replace(dataset, episodes=unseen)
+    seen = {name: None if of is None else len(of.intersection(everything)) for name, of in trained.items()}
+    return dataset, Seen(len(everything), seen)
+
+
+def trained_episodes(
+    checkpoint: Checkpoint, dataset: DatasetConfig, metadata: LeRobotDatasetMetadata
+) -> frozenset[int] | None:
+    """The episodes of this dataset that a checkpoint's run was trained on; None if that is unknown.
+
+    It is unknown without a train_config.json, and if the dataset has changed since: its episodes may have been
+    numbered anew.
+    """
+    noted = checkpoint.training_dataset()
+    if not noted:
+        return None
+    as_then = _has_statistics_of(checkpoint, metadata)
+    if noted.get("repo_id") != dataset.repo_id and not as_then:
+        return frozenset()  # it was trained on another dataset
+    if not as_then:
+        return None
+    known = {field.name for field in fields(dataset)}
+    then = {name: noted[name] for name in CHOOSING if name in known and noted.get(name) is not None}
+    with doing(f"reading which episodes {checkpoint.source} was trained on"):
+        chosen = chosen_episodes(metadata, replace(dataset, **{**_everything(known), **then}))
+    return frozenset(range(metadata.total_episodes) if chosen is None else chosen)
+
+
+def _everything(known: set[str]) -> dict[str, Any]:
+    """The values that choose every episode."""
+    return {name: value for name, value in zip(CHOOSING, (None, 0.0, None), strict=True) if name in known}
+
+
+def _has_statistics_of(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> bool:
+    """True if the checkpoint normalises its actions by this dataset's statistics."""
+    saved, stats = checkpoint.statistics(), (metadata.stats or {}).get("action", {})
+    names = [name for name in ("mean", "std") if f"action.{name}" in saved and name in stats]
+    return bool(names) and all(
+        np.array_equal(saved[f"action.{name}"].numpy(), np.asarray(stats[name], np.float32)) for name in names
+    )
+
+
+def _of(count: int, total: int) -> str:
+    if count == total:
+        return "all of them" if total > 1 else "it"
+    return f"{count} of them" if count else "none of them"
