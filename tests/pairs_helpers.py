@@ -29,6 +29,7 @@ def pairs_flags(workshop: Path, folder: Path, **changes: Any) -> list[str]:
         "output_dir": folder,
         "policy.device": "cpu",
         "couplings_per_frame": 3,
+        "seed": 0,
         "batch_size": 5,
         "num_workers": 0,
         "frames_per_shard": 16,

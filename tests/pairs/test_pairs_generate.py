@@ -19,6 +19,7 @@ from people import edit_json
 from safetensors.torch import load_file, save_file
 
 from smolvla_reflow import Pairs, ReflowError, Solver
+from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.commands import pairs as pairs_command
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.pairs import make as make_module
@@ -65,6 +66,20 @@ def test_kill_9_and_again(workshop, stored, tmp_path):
     process.wait()
     make_pairs(workshop, folder)
     assert contents(folder) == contents(stored)
+
+
+def test_each_teacher_has_noise_of_its_own_by_default(workshop, tmp_path):
+    """So the second round of reflow does not answer the noises that the first round memorised."""
+    reflow_train_main(reflow_run(workshop, tmp_path / "run", steps=1))
+    teachers = {"first": workshop / "1rf" / LAST, "second": tmp_path / "run" / LAST}
+    seeds = {}
+    for name, teacher in teachers.items():
+        changes = {"reflow__teacher_path": teacher, "seed": None, "dataset__episodes": "[0]"}
+        make_pairs(workshop, tmp_path / name, **changes)
+        make_pairs(workshop, tmp_path / name, **changes)  # the same command finds the same seed
+        seeds[name] = read_manifest(tmp_path / name).provenance.seed
+        assert seeds[name] == int(open_checkpoint(teacher).fingerprint()[:8], base=16)
+    assert seeds["first"] != seeds["second"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])

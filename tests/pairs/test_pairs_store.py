@@ -1,10 +1,12 @@
 """A set of pairs on disk: its noise, its actions, its manifest, and what reading it costs."""
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from smolvla_reflow import Pairs, ReflowError, Solver
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.demo.task import REPO_ID, write_dataset
-from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.noise import EVALUATION, PAIRS, pair_noise
 from smolvla_reflow.pairs.manifest import differences, read_manifest, shard_path
 from smolvla_reflow.smolvla.observation import observe
 
@@ -38,6 +40,34 @@ def test_noise_is_standard_normal_and_independent():
     assert abs(noise.pow(4).mean() - 3) < 4 * (96 / n) ** 0.5
     for other in (noise.roll(1, 0), noise.roll(2, 0), noise.roll(1, 1)):  # next pair, next frame, next number
         assert abs((noise * other).mean()) < 4 / n**0.5
+
+
+def test_no_pair_has_a_noise_of_the_evaluation():
+    """Whatever the seeds, frames and pairs: the second word of the generator's counter tells the two apart.
+
+    Philox maps counters one to one to blocks of numbers, so with one seed no block is shared. The generators are looked
+    at after a chunk larger than any policy's: the counter has not reached its second word.
+    """
+    made, stock = [], np.random.Philox
+
+    def noted(**words):
+        made.append(stock(**words))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "Philox", noted)
+        for stream in (PAIRS, EVALUATION):
+            for seed, frame, pair in itertools.product((0, 1, 2**64, 2**128 - 1), (0, 2**64 - 1), (0, 2**64 - 1)):
+                pair_noise(seed, frame, pair, (1000, 100), stream)
+    words = [int(generator.state["state"]["counter"][1]) for generator in made]
+    assert words == [PAIRS] * 16 + [EVALUATION] * 16
+    assert PAIRS != EVALUATION
+    shape = (CHUNK, WIDTH)
+    own = {tuple(pair_noise(0, f, k, shape, EVALUATION).flatten().tolist()) for f in range(30) for k in range(4)}
+    of_pairs = {
+        tuple(pair_noise(s, f, k, shape).flatten().tolist()) for s in range(30) for f in range(30) for k in range(4)
+    }
+    assert not own & of_pairs
 
 
 def test_noise_of_old_sets_stays_what_it_was():

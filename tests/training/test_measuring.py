@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -18,8 +19,8 @@ from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.training import measuring
 from smolvla_reflow.training.config import ReflowConfig
+from smolvla_reflow.training.hold_out import hold_out, in_words
 from smolvla_reflow.training.inherited import inherit
-from smolvla_reflow.training.measuring import hold_out
 
 HELD = "[6,7]"  # the last two of eight episodes, six frames each: 36 to 47
 NAMES = ("flow_error_1", "flow_error_2", "energy_distance_1", "energy_distance_2")
@@ -62,7 +63,7 @@ def test_flow_error_and_energy_distance_are_those_of_the_checkpoints(
     run = tmp_path / "run"
     reflow_train_main(reflow_run(workshop, run, steps=4, save_freq=2, **EVERY_TWO))
     found, bar, log = measured(capsys)
-    assert "episodes [6, 7] are measured on and not trained on" in log
+    assert "2 episodes are held out of training, to judge the student on: [6, 7]" in log
     assert list(found) == [0, 2, 4]
     for step, values in found.items():
         folder = run / f"checkpoints/{step:06}/pretrained_model" if step else workshop / "1rf" / LAST
@@ -150,7 +151,7 @@ def test_what_lerobot_holds_out(workshop, tmp_path, capsys):
     for name, changes in (("split", split), ("named", EVERY_TWO), ("both", both)):
         reflow_train_main(reflow_run(workshop, tmp_path / name, steps=1, **changes))
         found[name] = measured(capsys)
-    assert "are measured on" not in found["split"][2]
+    assert "are held out of training" not in found["split"][2]
     assert found["split"][1] == found["named"][1] == found["both"][1]
     assert found["split"][0][0] == pytest.approx(found["named"][0][0], abs=1e-5)
     saved = json.loads((tmp_path / "both" / LAST / "train_config.json").read_text())["dataset"]
@@ -160,7 +161,6 @@ def test_what_lerobot_holds_out(workshop, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("freq", "held", "dataset", "message"),
     [
-        (0, [6, 7], {}, "--reflow.measure_episodes has no effect without --reflow.measure_freq"),
         (2, [6, 7], {"streaming": True}, "needs frames in any order; leave out --dataset.streaming"),
         (2, None, {}, "--reflow.measure_freq=2 needs episodes to measure on and not to train on"),
         (2, [], {}, "Name them: --reflow.measure_episodes=[0,1]."),
@@ -172,10 +172,50 @@ def test_what_lerobot_holds_out(workshop, tmp_path, capsys):
 )
 def test_silently_wrong_episodes_are_refused(freq, held, dataset, message):
     reflow = ReflowConfig(measure_freq=freq, measure_episodes=held)
-    cfg = SimpleNamespace(dataset=DatasetConfig("me/robot", **dataset), reflow=reflow)
+    cfg = SimpleNamespace(dataset=DatasetConfig("me/robot", **dataset), reflow=reflow, resume=False)
     with pytest.raises(ReflowError, match=re.escape(message)) as error:
-        hold_out(cfg, SimpleNamespace(total_episodes=8), typed=["reflow.measure_episodes"])
-    assert ("--dataset.eval_split" in str(error.value)) is (HOLDS_OUT and freq > 0 and not held)
+        hold_out(cfg, SimpleNamespace(total_episodes=8))
+    assert ("--dataset.eval_split" in str(error.value)) is (HOLDS_OUT and not held)
+
+
+@pytest.mark.parametrize(
+    ("total", "changes", "held"),
+    [
+        (49, {}, []),  # holding ten out would cost more than a fifth
+        (50, {}, [0, 5, 11, 16, 22, 27, 33, 38, 44, 49]),
+        (200, {}, 20),
+        (5000, {}, 50),
+        (200, {"measure_episodes": []}, []),
+        (200, {"measure_episodes": [3]}, [3]),
+        (200, {"episodes": [*range(190)]}, []),  # ten are unseen anyway
+        (200, {"episodes": [*range(190)], "measure_freq": 5}, [*range(190, 200)]),
+        (200, {"streaming": True}, []),
+        (200, {"resume": True}, []),  # of a run that began before episodes were held out
+        pytest.param(200, {"eval_split": 0.1}, [], marks=pytest.mark.skipif(not HOLDS_OUT, reason="from LeRobot 0.6")),
+    ],
+)
+def test_the_episodes_that_are_held_out(total, changes, held):
+    """A number stands for so many, evenly spaced. The others are trained on, and the log says it."""
+    reflow = ReflowConfig(**{name: value for name, value in changes.items() if name.startswith("measure")})
+    dataset = {name: value for name, value in changes.items() if name in ("episodes", "streaming", "eval_split")}
+    resume = changes.get("resume", False)
+    cfg = SimpleNamespace(dataset=DatasetConfig("me/robot", **dataset), reflow=reflow, resume=resume)
+    hold_out(cfg, SimpleNamespace(total_episodes=total))
+    found = reflow.measure_episodes or []
+    if isinstance(held, int):
+        assert (found[0], found[-1], len(found)) == (0, total - 1, held)
+        assert max(np.diff(found)) - min(np.diff(found)) <= 1
+    else:
+        assert found == held
+    chosen = changes.get("episodes") or ([e for e in range(total) if e not in found] if found else None)
+    assert cfg.dataset.episodes == chosen
+    said = in_words(cfg)
+    if found:
+        assert said.startswith(f"{len(found)} episodes are held out of training")
+    elif dataset.keys() <= {"streaming"}:
+        assert said.startswith("every episode is trained on")
+    else:
+        assert said is None
 
 
 def test_a_sharded_student_is_refused(workshop, tmp_path, capsys, monkeypatch):
