@@ -52,10 +52,10 @@ write_backbone(Path('$out/backbone'), image_size=$size, $backbone)"
   --policy.optimizer_lr=5e-4 --policy.device="$device" --num_workers=2 --log_freq=100 --save_freq=1000000
 
 # Set SENTENCE if the demonstrations have a sentence ("Push the T-shaped block ..."): the environment shows none.
-if [ ! -e "$out/evaluation/report.md" ] || [ -e "$out/evaluation/unfinished.jsonl" ]; then
+if [ ! -e "$out/evaluation/report.md" ] || [ -e "$out/evaluation/unfinished" ]; then
   episodes=${EPISODES:-100}
   smolvla-reflow-eval "${data[@]}" --output_dir="$out/evaluation" --policy.device="$device" \
-    --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --num_frames=64 --seed=1000 \
-    "${env[@]}" ${SENTENCE:+--env_task="$SENTENCE"} \
+    --policy.path="$out/2rf/$last" --teacher_path="$out/1rf/$last" --num_steps='[1,2,10]' --num_frames=128 --seed=1000 \
+    --decide_by=best_reward "${env[@]}" ${SENTENCE:+--env_task="$SENTENCE"} \
     --eval.n_episodes="$episodes" --eval.batch_size=$((episodes < 50 ? episodes : 50)) --eval.use_async_envs=false
 fi

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from smolvla_reflow.evaluation.intervals import over_frames
+from smolvla_reflow.evaluation.intervals import over_episodes
 
 # Measurements of one training, by number of steps. Success and best reward have a value for each episode, or are None.
 Measured = Mapping[str, Mapping[str, Any]]
@@ -26,7 +26,7 @@ def table(found: Mapping[str, Sequence[Measured]]) -> str:
             values = [[scale * _mean(run[n][name]) for run in runs] for name, scale, _ in columns for n in steps]
             digits = [digits for _, _, digits in columns for _ in steps]
             lines.append([_named(variant), *map(_mean_and_deviation, values, digits)])
-    return _markdown(["", *head], lines)
+    return markdown(["", *head], lines)
 
 
 def differences(found: Mapping[str, Sequence[Measured]]) -> str:
@@ -47,12 +47,12 @@ def differences(found: Mapping[str, Sequence[Measured]]) -> str:
                 for run, bar in zip(runs, bars, strict=False)
                 for here, there in zip(run[n]["best_reward"], bar[steps[-1]]["best_reward"], strict=True)
             ]
-            interval = over_frames([here - there for here, there in pairs], seed=0)
+            interval = over_episodes([here - there for here, there in pairs], range(len(pairs)), seed=0)
             cells.append(f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
         if cells:
             lines.append([_named(variant), *cells])
     title = f"best reward, less the teacher's at {steps[-1]} steps"
-    return _markdown([title, *steps], lines)
+    return markdown([title, *steps], lines)
 
 
 def _named(variant: str) -> str:
@@ -67,5 +67,6 @@ def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])

@@ -1,13 +1,13 @@
-"""The recommended number of steps: the smallest number down to which the policy is shown to be no worse than the bar.
+"""The recommended number of steps: from the bar's number down to it, the policy is shown to be no worse than the bar.
 
 The bar is the reference policy, as a rule the teacher, with its own number of steps. The evidence is success in closed
 loop, the best reward there, or without a simulator the energy distance. A number of steps is enough if the policy is
 *not inferior* with it: worse, if at all, by less than a margin that is stated beforehand.
 
-The numbers are tested from the bar's own down, and the first that fails ends the test. So each test can be made at the
-full level: a policy that is too bad at some number is recommended below that number only if the test errs there (fixed
-sequence; Maurer, Hothorn & Lehmacher, "Multiple comparisons in drug clinical trials", 1995). A student of `distill` is
-trained for one step alone, and tested there alone.
+The numbers are tested from the bar's own down, and the first that fails ends the test. So each test is made at the full
+level: a number that is too small can be recommended only if the test errs at the largest such number (a fixed sequence;
+Maurer, Hothorn & Lehmacher, "Multiple comparisons in drug clinical trials and preclinical assays", 1995). A student of
+`distill` is trained for one step alone, and tested there alone.
 """
 
 import math
@@ -164,8 +164,8 @@ def decide(
         bar: the policy and number of steps to compare with.
         policy: name of the judged policy.
         margins: by evidence.
-        decide_by: the evidence. Default is success, if every row of the policy and the bar were driven and the bar
-            does not succeed so rarely that a policy that never does would pass; else the energy distance.
+        decide_by: the evidence. Default is success if all rows were driven and the bar succeeds at all, else the
+            energy distance.
         one_step_only: True for a student that was trained for one step alone.
         on_seen_frames: True if the policy was trained on some of the frames.
         seed: of the resampling.
@@ -210,7 +210,7 @@ def _evidence(
 ) -> str:
     if not all(cell in driven for cell in needed):  # no environment, or not finished
         return ENERGY_DISTANCE
-    # With a bar that hardly ever succeeds, a policy that never does would pass.
+    # A policy that never succeeds would pass beside a bar that hardly ever does.
     usual = SUCCESS if Success.count(driven[bar]).rate > success_margin else ENERGY_DISTANCE
     return asked or usual
 

@@ -1,6 +1,6 @@
 """The episodes to measure on: where there are any, episodes that the judged policy was not trained on.
 
-choose(...)       the dataset's configuration with those episodes, and how many of them each policy has seen
+choose(...)       the dataset's configuration with these episodes, and how many each policy was trained on
 Seen.in_words()   the same in a sentence of the report
 """
 
@@ -16,17 +16,17 @@ from smolvla_reflow.compat import LeRobotDatasetMetadata, holds_out
 from smolvla_reflow.dataset.opening import chosen_episodes
 from smolvla_reflow.errors import doing
 
-# The fields of a run's dataset configuration that choose its episodes; which of them exist depends on LeRobot.
+# The fields of a run's dataset configuration that choose its episodes. Some exist in newer versions of LeRobot alone.
 CHOOSING = ("episodes", "eval_split", "exclude_episodes")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The episodes that are measured on, and how many of them each policy was trained on.
+    """The number of episodes that are measured on, and how many each policy was trained on.
 
     Attributes:
-        episodes: their number.
-        trained_on: by policy, the number of them that it was trained on; None if its checkpoint does not say.
+        episodes: number of episodes that are measured on.
+        trained_on: by policy, how many of these episodes it was trained on; None if its checkpoint does not say.
     """
 
     episodes: int
@@ -45,8 +45,8 @@ class Seen:
             said = f"Measured on {self.episodes} episodes that the {judged} was not trained on."
         elif seen is None:
             said = (
-                f"Measured on {self.episodes} episodes. It is unknown which of them the {judged} {verb}, so the frames "
-                "count as seen: on new observations it may need more steps."
+                f"Measured on {self.episodes} episodes. The {judged}'s checkpoint does not say if it {verb} them, so "
+                "they count as seen: on new observations it may need more steps."
             )
         else:
             said = (
@@ -67,7 +67,7 @@ class Seen:
 def choose(
     dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, checkpoints: Mapping[str, Checkpoint]
 ) -> tuple[DatasetConfig, Seen]:
-    """The dataset's configuration with the episodes to measure on, and how much of them the policies have seen.
+    """The dataset's configuration with the episodes to measure on, and how many each policy was trained on.
 
     Args:
         dataset: the user's configuration. Episodes that the user names are kept.

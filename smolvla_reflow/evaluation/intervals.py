@@ -58,7 +58,7 @@ def _mean_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
     """Mean over all frames and its standard error (R,), from sums and numbers of frames by episode (R, episodes).
 
     The mean is a ratio of two sums over episodes; its error is that of the linearised ratio (Cochran, "Sampling
-    Techniques", 1977, chapter 6.3).
+    Techniques", 1977, chapter 6).
     """
     episodes, frames = sums.shape[-1], counts.sum(axis=-1)
     mean = sums.sum(axis=-1) / frames

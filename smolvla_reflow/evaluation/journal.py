@@ -59,7 +59,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Let other commands in. A folder in which nothing was finished disappears."""
+        """Let other commands in. Empty folders that this command made disappear."""
         self._release()
 
     def _check(self, earlier: Mapping[str, Any]) -> None:

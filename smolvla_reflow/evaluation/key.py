@@ -17,7 +17,7 @@ from smolvla_reflow.errors import sha256
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.smolvla.statistics import TYPES
 
-# Where the report goes, and what is done with the recommendation.
+# The folder of the report, and the flag that stores the recommendation.
 WITHOUT_EFFECT = ("output_dir", "write_num_steps")
 DIGITS = 16  # of a checksum
 PACKAGES = ("smolvla-reflow", "lerobot", "torch", "transformers")

@@ -64,7 +64,7 @@ class Success:
 
 @dataclass(frozen=True)
 class PairedEpisodes:
-    """The episodes of two policies in the same scenes, by the scenes in which only one of them succeeded."""
+    """The episodes of two policies in the same scenes: the numbers of scenes where a single policy succeeded."""
 
     gained: int  # only the policy succeeded
     lost: int  # only the bar succeeded
@@ -80,8 +80,8 @@ class PairedEpisodes:
         """The score statistic of `policy's rate - bar's rate = difference`, standard normal if that is true.
 
         Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
-        design", Statistics in Medicine 17 (1998), equations 6 to 8. It uses the most likely share of lost scenes that
-        the difference allows.
+        design", Statistics in Medicine 17 (1998). `share` is the most likely share of lost scenes that the difference
+        allows.
         """
         n, gained, lost = self.episodes, self.gained, self.lost
         b = -gained - lost + (2 * n - gained + lost) * difference

@@ -41,11 +41,13 @@ def hold_out(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -
         )
     if missing := [episode for episode in held if episode not in everything]:
         raise ReflowError(f"{FLAG}: there is no episode {missing[0]}; choose from 0 to {everything[-1]}.")
-    if held and dataset.episodes is None:
+    if not held:
+        return
+    if dataset.episodes is None:
         dataset.episodes = [episode for episode in everything if episode not in held]
         if not dataset.episodes:
             raise ReflowError(f"{FLAG} names every episode, and none is left to train on.")
-    elif both := sorted({*held}.intersection(chosen_episodes(metadata, dataset) or ())):
+    elif both := sorted({*held}.intersection(dataset.episodes)):
         raise ReflowError(f"{FLAG}: episode {both[0]} is trained on, too; take it out of --dataset.episodes.")
 
 

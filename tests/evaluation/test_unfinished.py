@@ -223,5 +223,14 @@ def test_other_frames_and_another_dataset_are_another_evaluation(workshop, tmp_p
     assert changed(first, key(moved, [0, 7])) == {"statistics of the dataset"}
 
 
+def test_another_version_of_a_package_is_another_evaluation(workshop, tmp_path, monkeypatch):
+    cfg = parsed(EvalConfig, load_plugins(driven_flags(workshop, tmp_path / "r")))
+    dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset")
+    first = key_of(cfg, {}, dataset, [0])
+    monkeypatch.setattr("smolvla_reflow.evaluation.key.version", lambda package: f"another {package}")
+    packages = ("smolvla-reflow", "lerobot", "torch", "transformers")
+    assert changed(first, key_of(cfg, {}, dataset, [0])) == {f"version of {package}" for package in packages}
+
+
 def changed(one: dict, other: dict) -> set[str]:
     return {name for name in {**one, **other} if one.get(name) != other.get(name)}

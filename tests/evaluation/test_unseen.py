@@ -150,7 +150,7 @@ def test_the_episodes_that_lerobot_held_out(known, workshop):
 
 def test_what_is_said_of_unknown_episodes():
     said = Seen(12, {"teacher": None, "round 1": 5, "student": None}).in_words()
-    assert said.startswith("Measured on 12 episodes. It is unknown which of them the student was trained on")
+    assert said.startswith("Measured on 12 episodes. The student's checkpoint does not say if it was trained on them")
     assert said.endswith("The round 1 was trained on 5 of them.")
 
 

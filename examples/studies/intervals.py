@@ -1,0 +1,150 @@
+"""How often does a policy that is worse by just the margin pass, by an interval of the energy distance?
+
+    python examples/studies/intervals.py                                                    # the tables of README.md
+    python examples/studies/intervals.py --study=outputs/study_arms --dataset_root=PATH     # how alike frames are
+
+Differences of energy distances are drawn with a mean of just the margin, so every policy that passes is one too many;
+2.5 % are meant to pass. The frames of an episode resemble each other. Four intervals are compared on the same draws:
+BCa over frames, and over episodes Student's t, BCa, and the bootstrap-t that `smolvla-reflow-eval` uses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+import numpy as np
+import pandas as pd
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from recipes import select
+from scipy.stats import bootstrap, norm, t
+from tables import markdown
+from tasks import recorded_task
+from torch import arange, ones
+from tqdm import tqdm
+
+from smolvla_reflow.distance import FINE_STEPS
+from smolvla_reflow.evaluation.intervals import CONFIDENCE, RESAMPLES, over_episodes
+from smolvla_reflow.evaluation.measure import Settings, measure_batch
+
+SIZES = ((5, 50), (10, 13), (10, 25), (20, 13), (50, 5))  # episodes, and frames of each
+CARRIED_BY = 0.05  # share of the frames that carry the loss
+LIKE_G1 = 0.15  # correlation of two frames of an episode, the largest of the humanoid's (README.md)
+TAIL = (1 - CONFIDENCE) / 2
+NAMES = ("BCa over frames", "Student's t", "BCa", "bootstrap-t")
+
+
+@dataclass
+class IntervalsConfig:
+    repeats: int = 1000
+    """Samples of each row."""
+    study: Path | None = None
+    """Folder of recipes.py with a teacher and one student, to measure how alike the frames of an episode are."""
+    dataset_root: Path | None = None
+    """The dataset of that study."""
+
+
+def normal(latent: np.ndarray) -> np.ndarray:
+    """Differences of mean 1."""
+    return 1 + latent
+
+
+def lognormal(latent: np.ndarray) -> np.ndarray:
+    """The same, skewed."""
+    return np.exp(latent - 0.5)
+
+
+def few(latent: np.ndarray) -> np.ndarray:
+    """The same, where few frames carry the loss and the others none, as at the forks of a task."""
+    surprise = norm.sf(latent) / CARRIED_BY
+    return np.where(surprise < 1, -np.log(np.clip(surprise, 1e-300, 1.0)), 0.0) / CARRIED_BY
+
+
+def correlated(draw, wanted: float, generator: np.random.Generator) -> float:
+    """The correlation of the latent numbers that gives their differences the wanted correlation within an episode."""
+    shared, own = generator.standard_normal((2, 400_000))
+    other = generator.standard_normal(400_000)
+
+    def found(latent: float) -> float:
+        first, second = (np.sqrt(latent) * shared + np.sqrt(1 - latent) * each for each in (own, other))
+        return float(np.corrcoef(draw(first), draw(second))[0, 1])
+
+    return min(np.linspace(0, 0.95, 39), key=lambda latent: abs(found(latent) - wanted))
+
+
+def upper_ends(values: np.ndarray) -> Iterator[float]:
+    """The upper ends of the intervals in NAMES, from (episodes, frames)."""
+    episodes, frames = values.shape
+    means = values.mean(axis=1)
+    flat = np.ptp(means) == 0
+
+    def bca(numbers: np.ndarray) -> float:
+        if np.ptp(numbers) == 0:
+            return float(numbers[0])
+        found = bootstrap((numbers,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, random_state=0)
+        return float(found.confidence_interval.high)
+
+    yield bca(values.ravel())
+    yield means.mean() + t.isf(TAIL, episodes - 1) * means.std(ddof=1) / np.sqrt(episodes)
+    yield means[0] if flat else bca(means)
+    high = over_episodes(values.ravel(), np.repeat(np.arange(episodes), frames), seed=0).high
+    yield np.inf if high is None else high
+
+
+def simulate(repeats: int) -> str:
+    """The table: in % of the samples, the share that passes with a loss of the margin, and with half of it."""
+    lines = []
+    for name, draw in (("normal", normal), ("log-normal", lognormal), ("carried by 5 % of the frames", few)):
+        for alike in (0.0, LIKE_G1):
+            latent = correlated(draw, alike, np.random.default_rng(1))
+            for episodes, frames in SIZES:
+                generator = np.random.default_rng(0)
+                ends = []
+                for _ in tqdm(range(repeats), desc=f"{name}, {episodes} x {frames}", leave=False):
+                    shared = generator.standard_normal((episodes, 1))
+                    own = generator.standard_normal((episodes, frames))
+                    ends.append([*upper_ends(draw(np.sqrt(latent) * shared + np.sqrt(1 - latent) * own))])
+                passed = np.array(ends) <= 1
+                half = np.array(ends) <= 2  # the same differences less half of the margin, in units of that half
+                shares = [f"{100 * share:.1f}" for share in passed.mean(axis=0)]
+                lines.append([name, f"{alike:g}", f"{episodes} x {frames}", *shares, f"{100 * half[:, -1].mean():.0f}"])
+    head = ["differences", "correlation", "episodes x frames", *NAMES, "bootstrap-t at half the margin"]
+    return markdown(head, lines)
+
+
+def likeness(folder: Path, root: Path) -> str:
+    """How much wider the interval over episodes is than over frames, and the correlation within an episode."""
+    task = recorded_task(root, folder, width=128)
+    (student,) = (path for path in folder.glob("seed-0/*") if path.name != "teacher")
+    policies = [
+        task.on_frames(name, SmolVLAPolicy.from_pretrained(path).eval())
+        for name, path in (("teacher", folder / "seed-0/teacher"), ("student", student))
+    ]
+    lines = []
+    for which, frames in (("trained on", task.seen), ("held out", task.unseen)):
+        places = arange(0, len(frames["index"]), 4)
+        settings = Settings(ones(frames["action"].shape[-1]), [1, 2, 4], 4, FINE_STEPS, seed=0)
+        table = pd.concat(measure_batch(policies, select(frames, each), settings) for each in places.split(32))
+        bar = table[(table["policy"] == "teacher") & (table["num_steps"] == 10)]["energy_distance"].to_numpy()
+        for n in settings.num_steps:
+            rows = table[(table["policy"] == "student") & (table["num_steps"] == n)]
+            difference, of = rows["energy_distance"].to_numpy() - bar, rows["episode"].to_numpy()
+            per_episode = [difference[of == each] for each in np.unique(of)]
+            size = len(difference) / len(per_episode)
+            over = np.std([each.mean() for each in per_episode], ddof=1) / np.sqrt(len(per_episode))
+            wider = over / (difference.std(ddof=1) / np.sqrt(len(difference)))
+            correlation = (wider**2 - 1) / (size - 1)
+            lines.append([which, str(n), str(len(per_episode)), f"{size:.0f}", f"{wider:.2f}", f"{correlation:.2f}"])
+    return markdown(["frames", "steps", "episodes", "frames of each", "times as wide", "correlation"], lines)
+
+
+def main(cfg: IntervalsConfig) -> None:
+    """Print one table."""
+    if cfg.study is not None and cfg.dataset_root is not None:
+        print(likeness(cfg.study, cfg.dataset_root))
+    else:
+        print(simulate(cfg.repeats))
+
+
+if __name__ == "__main__":
+    main(draccus.parse(IntervalsConfig))
