@@ -24,8 +24,10 @@ from torch import arange, ones
 from tqdm import tqdm
 
 from smolvla_reflow.distance import FINE_STEPS
+from smolvla_reflow.evaluation.decision import decide
 from smolvla_reflow.evaluation.intervals import CONFIDENCE, RESAMPLES, over_episodes
-from smolvla_reflow.evaluation.measure import Settings, measure_batch
+from smolvla_reflow.evaluation.measure import Cell, Settings, measure_batch
+from smolvla_reflow.evaluation.success import Episodes
 
 SIZES = ((5, 50), (10, 13), (10, 25), (20, 13), (50, 5))  # episodes, and frames of each
 CARRIED_BY = 0.05  # share of the frames that carry the loss
@@ -112,6 +114,30 @@ def simulate(repeats: int) -> str:
     return markdown(head, lines)
 
 
+def in_turn(repeats: int) -> str:
+    """The table: in % of the samples, how often a number of steps is recommended though each loses just the margin."""
+    generator, rows = np.random.default_rng(0), {evidence: [] for evidence in ("success", "energy_distance")}
+    bar, student = Cell("teacher", 10), [Cell("student", n) for n in (1, 2, 5, 10)]
+    margins = {"success": 0.05, "energy_distance": 1.0}
+    for _ in tqdm(range(repeats), leave=False):
+        luck = generator.random((5, 300))
+        luck[1:] = np.where(generator.random((4, 300)) < 0.5, luck[0], luck[1:])  # half of the scenes decide
+        succeeded = (luck < np.array([0.95, 0.9, 0.9, 0.9, 0.9])[:, None]).tolist()
+        driven = {cell: {"a": Episodes(each, [0.0])} for cell, each in zip([bar, *student], succeeded, strict=True)}
+        frames = generator.standard_normal((20, 13)) + generator.standard_normal((20, 1))
+        distances = [frames, *(1 + frames + 2 * generator.standard_normal((4, 20, 13)))]
+        table = pd.concat(
+            pd.DataFrame({**cell._asdict(), "episode": np.repeat(np.arange(20), 13), "energy_distance": each.ravel()})
+            for cell, each in zip([bar, *student], distances, strict=True)
+        )
+        for evidence, passed in rows.items():
+            decision = decide(table, driven, bar, "student", margins=margins, decide_by=evidence)
+            each = [comparison.not_inferior for comparison in decision.comparisons]
+            passed.append([each[-1], any(each), decision.recommended is not None])
+    lines = [[name, *(f"{100 * share:.1f}" for share in np.mean(each, axis=0))] for name, each in rows.items()]
+    return markdown(["evidence", "one number passes", "any of four passes", "one of four is recommended"], lines)
+
+
 def likeness(folder: Path, root: Path) -> str:
     """How much wider the interval over episodes is than over frames, and the correlation within an episode."""
     task = recorded_task(root, folder, width=128)
@@ -143,7 +169,7 @@ def main(cfg: IntervalsConfig) -> None:
     if cfg.study is not None and cfg.dataset_root is not None:
         print(likeness(cfg.study, cfg.dataset_root))
     else:
-        print(simulate(cfg.repeats))
+        print(simulate(cfg.repeats), in_turn(cfg.repeats), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,10 @@ def choose(
         metadata: of the dataset.
         checkpoints: by the policies' names, the judged one last.
     """
-    trained = {name: trained_episodes(checkpoint, dataset, metadata) for name, checkpoint in checkpoints.items()}
+    trained = {}
+    for name, checkpoint in checkpoints.items():
+        with doing(f"reading which episodes {checkpoint.source} was trained on"):
+            trained[name] = trained_episodes(checkpoint, dataset, metadata)
     chosen = chosen_episodes(metadata, dataset, held_out=True)
     everything = list(range(metadata.total_episodes)) if chosen is None else chosen
     by_judged = list(trained.values())[-1]
@@ -103,8 +106,7 @@ def trained_episodes(
         return None
     known = {field.name for field in fields(dataset)}
     then = {name: noted[name] for name in CHOOSING if name in known and noted.get(name) is not None}
-    with doing(f"reading which episodes {checkpoint.source} was trained on"):
-        chosen = chosen_episodes(metadata, replace(dataset, **{**_everything(known), **then}))
+    chosen = chosen_episodes(metadata, replace(dataset, **{**_everything(known), **then}))
     return frozenset(range(metadata.total_episodes) if chosen is None else chosen)
 
 

@@ -1,4 +1,4 @@
-"""The report's picture: the evidence, success or energy distance, over the number of steps, and below it flow error."""
+"""The report's picture: the evidence over the number of steps, and below it flow error."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, Decision
+from smolvla_reflow.evaluation.decision import BEST_REWARD, ENERGY_DISTANCE, Decision
 from smolvla_reflow.evaluation.frames import Seen
 from smolvla_reflow.evaluation.intervals import Interval
 from smolvla_reflow.evaluation.measure import Row
@@ -28,7 +28,9 @@ def draw(rows: Sequence[Row], decision: Decision, seen: Seen, file: Path) -> Non
     figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, sharex=True)
-    if any(row["success"] is not None for row in rows):
+    if decision.evidence == BEST_REWARD:
+        draw_best_reward(rows, decision, above)
+    elif any(row["success"] is not None for row in rows):
         draw_success(rows, decision, above)
     else:
         draw_energy_distance(rows, decision, above)
@@ -52,6 +54,14 @@ def draw_success(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
     draw_intervals(rows, decision, axis, {i: (100 * s.low, 100 * s.rate, 100 * s.high) for i, s in driven.items()})
     axis.set_ylim(-3, 103)
     axis.set_ylabel("success (%)", fontsize=8)
+
+
+def draw_best_reward(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
+    """Plot the mean of the best rewards, and how low the judged policy's may be."""
+    means = {i: row["success"].best_reward for i, row in enumerate(rows)}
+    draw_intervals(rows, decision, axis, {i: (mean, mean, mean) for i, mean in means.items()})
+    axis.axhline(decision.comparisons[0].bar - decision.margin, color="black", lw=0.8, ls=":", label="bar - margin")
+    axis.set_ylabel("best reward", fontsize=8)
 
 
 def draw_energy_distance(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:

@@ -143,6 +143,22 @@ def test_a_reward_that_says_more_than_success_has_a_column(workshop, tmp_path, m
     assert shown == [f"{row['success']['best_reward']:.3f}" for row in report["rows"]]
 
 
+def test_best_reward_decides_and_is_drawn(workshop, tmp_path, monkeypatch):
+    """The policy alone at 1 step, against itself at 10 in the same scenes."""
+    reward_height(monkeypatch)
+    changes = {"eval__n_episodes": 8, "eval__batch_size": 8, "num_steps": "[1]", "reward_margin": 10}
+    by_reward = eval_main(driven_flags(workshop, tmp_path / "reward", decide_by="best_reward", **changes))
+    by_success = eval_main(driven_flags(workshop, tmp_path / "success", **changes))
+    assert (by_reward["decision"]["evidence"], by_reward["recommended_num_steps"]) == ("best_reward", 1)
+    one, ten = by_reward["decision"]["comparisons"]
+    bests = [row["success"]["best_reward"] for row in by_reward["rows"]]
+    assert [one["here"], one["bar"]] == pytest.approx(bests)
+    assert (ten["largest_loss"], one["episodes"]) == (0, 8)
+    assert by_success["decision"]["evidence"] != "best_reward"
+    pictures = [matplotlib.image.imread(tmp_path / name / "report.png") for name in ("reward", "success")]
+    assert (pictures[0] != pictures[1]).any()
+
+
 RENAMED = '{"observation.image": "observation.images.top"}'  # which is all that PushT lacks
 
 

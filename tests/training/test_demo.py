@@ -113,6 +113,7 @@ def test_the_whole_demo_in_short(tmp_path, monkeypatch, capsys):
     assert "$ smolvla-reflow-eval --policy.path=" in output
     assert output.count("teacher ") >= 4
     assert "exists already; name a new folder" in refused(capsys, demo.main, [f"--output_dir={folder}"])
+    assert "--seed=-1: at least 0 is needed" in refused(capsys, demo.main, ["--seed=-1"])
 
 
 @pytest.mark.slow
