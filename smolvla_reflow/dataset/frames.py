@@ -132,6 +132,11 @@ def check_finite(dataset: LeRobotDataset, names: Iterable[str]) -> None:
             )
 
 
+def episodes_of(dataset: LeRobotDataset, positions: Sequence[int]) -> list[int]:
+    """The episode of each of these positions in the dataset."""
+    return dataset.hf_dataset.select_columns("episode_index").with_format("numpy")[positions]["episode_index"].tolist()
+
+
 def trained_columns(features: Iterable[str], rename_map: Mapping[str, str]) -> list[str]:
     """The columns of a dataset that become a policy's state and actions."""
     return [name for name in features if rename_map.get(name, name) in TYPES]

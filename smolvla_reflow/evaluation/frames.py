@@ -1,10 +1,11 @@
 """The episodes to measure on: where there are any, episodes that the judged policy was not trained on.
 
-choose(...)       the dataset's configuration with these episodes, and how many each policy was trained on
-Seen.in_words()   the same in a sentence of the report
+trained_episodes(...)   the episodes that a policy was trained on
+choose(...)             the dataset's configuration with the episodes to measure on
+Seen.in_words()         how many of them each policy was trained on, for the report
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,37 +23,44 @@ CHOOSING = ("episodes", "eval_split", "exclude_episodes")
 
 @dataclass(frozen=True)
 class Seen:
-    """The number of episodes that are measured on, and how many each policy was trained on.
+    """The frames that are measured on, and how many of their episodes each policy was trained on.
 
     Attributes:
-        episodes: number of episodes that are measured on.
+        frames: number of frames.
+        episodes: number of episodes that the frames are from.
         trained_on: by policy, how many of these episodes it was trained on; None if its checkpoint does not say.
     """
 
+    frames: int
     episodes: int
     trained_on: Mapping[str, int | None]
 
+    @classmethod
+    def count(cls, episodes: Sequence[int], trained: Mapping[str, frozenset[int] | None]) -> "Seen":
+        """Count the episodes of some frames, of which the policies (the judged one last) were trained on some."""
+        of_frames = set(episodes)
+        counts = {name: None if of is None else len(of & of_frames) for name, of in trained.items()}
+        return cls(len(episodes), len(of_frames), counts)
+
     @property
     def by_judged(self) -> int | None:
-        """The number that the judged policy was trained on, None if that is unknown."""
+        """How many of the episodes the judged policy was trained on, None if that is unknown."""
         return list(self.trained_on.values())[-1]
 
     def in_words(self) -> str:
         """For the report."""
         *others, judged = self.trained_on
         verb, seen = "was trained on", self.by_judged
+        measured = f"Distances are measured on {self.frames} frames of {self.episodes} episodes"
+        more = "on new observations it may need more steps."
         if seen == 0:
-            said = f"Measured on {self.episodes} episodes that the {judged} was not trained on."
+            said = f"{measured} that the {judged} was not trained on."
         elif seen is None:
             said = (
-                f"Measured on {self.episodes} episodes. The {judged}'s checkpoint does not say if it {verb} them, so "
-                "they count as seen: on new observations it may need more steps."
+                f"{measured}. The {judged}'s checkpoint does not say if it {verb} them, so they count as seen: {more}"
             )
         else:
-            said = (
-                f"Measured on {self.episodes} episodes, and the {judged} {verb} {_of(seen, self.episodes)}: on new "
-                "observations it may need more steps."
-            )
+            said = f"{measured}, and the {judged} {verb} {_of(seen, self.episodes)}: {more}"
         known = [(name, self.trained_on[name]) for name in others]
         return " ".join([said, *(f"The {name} {verb} {_of(n, self.episodes)}." for name, n in known if n)])
 
@@ -64,28 +72,17 @@ class Seen:
         return f"distances: on episodes that {known} trained on"
 
 
-def choose(
-    dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, checkpoints: Mapping[str, Checkpoint]
-) -> tuple[DatasetConfig, Seen]:
-    """The dataset's configuration with the episodes to measure on, and how many each policy was trained on.
+def choose(dataset: DatasetConfig, metadata: LeRobotDatasetMetadata, trained: frozenset[int] | None) -> DatasetConfig:
+    """The dataset's configuration with the episodes to measure on: others than these, if there are any.
 
-    Args:
-        dataset: the user's configuration. Episodes that the user names are kept.
-        metadata: of the dataset.
-        checkpoints: by the policies' names, the judged one last.
+    Episodes that the user names are kept.
     """
-    trained = {}
-    for name, checkpoint in checkpoints.items():
-        with doing(f"reading which episodes {checkpoint.source} was trained on"):
-            trained[name] = trained_episodes(checkpoint, dataset, metadata)
-    chosen = chosen_episodes(metadata, dataset, held_out=True)
-    everything = list(range(metadata.total_episodes)) if chosen is None else chosen
-    by_judged = list(trained.values())[-1]
-    unseen = [] if by_judged is None else [episode for episode in everything if episode not in by_judged]
-    if unseen and dataset.episodes is None and not holds_out(dataset):
-        everything, dataset = unseen, replace(dataset, episodes=unseen)
-    seen = {name: None if of is None else len(of.intersection(everything)) for name, of in trained.items()}
-    return dataset, Seen(len(everything), seen)
+    if trained is None or dataset.episodes is not None or holds_out(dataset):
+        return dataset
+    chosen = chosen_episodes(metadata, dataset)
+    everything = range(metadata.total_episodes) if chosen is None else chosen
+    unseen = [episode for episode in everything if episode not in trained]
+    return replace(dataset, episodes=unseen) if unseen else dataset
 
 
 def trained_episodes(
@@ -96,6 +93,13 @@ def trained_episodes(
     It is unknown without a train_config.json, and if the dataset has changed since: its episodes may have been
     numbered anew.
     """
+    with doing(f"reading which episodes {checkpoint.source} was trained on"):
+        return _trained_episodes(checkpoint, dataset, metadata)
+
+
+def _trained_episodes(
+    checkpoint: Checkpoint, dataset: DatasetConfig, metadata: LeRobotDatasetMetadata
+) -> frozenset[int] | None:
     noted = checkpoint.training_dataset()
     if not noted:
         return None

@@ -19,6 +19,12 @@ NAMES = ("report.json", "report.md", "report.png")
 # Fine solutions are called out if their own error is above this share of the smallest flow error.
 COARSE = 0.2
 
+# The settings that a model card names; report.json has all.
+MADE_WITH = {
+    *("dataset.repo_id", "num_frames", "num_noises", "reference_steps", "bar_num_steps", "seed", "policy.device"),
+    *("success_margin", "reward_margin", "energy_margin", "env.type", "env.task", "env_task", "eval.n_episodes"),
+}
+
 COLUMNS_IN_WORDS = (
     "Energy distance compares the distribution of the actions with that of the reference policy's fine solutions: a "
     "robot does not care which noise becomes which of the good ways. Flow error compares them noise by noise. Spread "
@@ -94,7 +100,11 @@ class Report:
 
     def markdown(self) -> str:
         """The report as a section of a model card."""
-        made = "\n".join(f"- {name}: `{value}`" for name, value in self.made_with.items())
+        made = "\n".join(
+            f"- {name}: `{value}`"
+            for name, value in self.made_with.items()
+            if value is not None and (name in MADE_WITH or name.endswith("'s path") or name.startswith("version of"))
+        )
         said = "\n\n".join(self.sentences())
         return (
             f"## How many ODE steps\n\n{said}\n\n{markdown_table(self.rows)}\n\n"

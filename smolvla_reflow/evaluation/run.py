@@ -12,14 +12,14 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
 from smolvla_reflow.compat import LeRobotDatasetMetadata, renamed_statistics
-from smolvla_reflow.dataset.frames import check_finite, evenly_spaced, load_batches, trained_columns
+from smolvla_reflow.dataset.frames import check_finite, episodes_of, evenly_spaced, load_batches, trained_columns
 from smolvla_reflow.dataset.opening import open_dataset, open_metadata
 from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.decision import EVIDENCE, Decision, bar_is_low, decide
-from smolvla_reflow.evaluation.frames import Seen, choose
+from smolvla_reflow.evaluation.frames import Seen, choose, trained_episodes
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.key import key_of
 from smolvla_reflow.evaluation.measure import fine_errors, summary
@@ -43,8 +43,10 @@ def run(cfg: EvalConfig) -> None:
     checkpoints = fit_to_dataset(checkpoints, metadata, cfg.rename_map)
     *_, judged = checkpoints.values()
     shown = [] if cfg.env is None else check_env(cfg.env, list(checkpoints.values()), cfg.rename_map, cfg.seed)
-    cfg.dataset, seen = choose(cfg.dataset, metadata, checkpoints)
+    trained = {name: trained_episodes(each, cfg.dataset, metadata) for name, each in checkpoints.items()}
+    cfg.dataset = choose(cfg.dataset, metadata, [*trained.values()][-1])
     dataset, positions = open_frames(cfg, judged, metadata)
+    seen = Seen.count(episodes_of(dataset, positions), trained)
     assert cfg.output_dir is not None  # checked
     with Journal(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
         warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)

@@ -67,8 +67,8 @@ def test_the_default_holds_out_episodes_and_measures_on_them(workshop, large, tr
     assert held == [0, 5, 11, 16, 22, 27, 33, 38, 44, 49]
     assert noted["dataset"]["episodes"] == sorted({*range(EPISODES)} - {*held})
     assert seen == held
-    assert report["seen"] == {"episodes": 10, "trained_on": {"teacher": None, "student": 0}}
-    said = "Measured on 10 episodes that the student was not trained on."
+    assert report["seen"] == {"frames": 12, "episodes": 10, "trained_on": {"teacher": None, "student": 0}}
+    said = "Distances are measured on 12 frames of 10 episodes that the student was not trained on."
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "r/report.md").read_text()
 
@@ -80,11 +80,9 @@ def test_where_every_frame_was_trained_on_report_and_picture_say_so(
     seen = measured_episodes(monkeypatch)
     report = evaluate(workshop, large, tmp_path / "all", trained["all"], energy_margin=100)
     assert len(seen) == 12
-    assert report["seen"]["trained_on"]["student"] == EPISODES
+    assert report["seen"]["trained_on"]["student"] == 12
     assert report["recommendation"].startswith("Recommended for frames seen in training: num_steps=1, ")
-    said = (
-        f"Measured on {EPISODES} episodes, and the student was trained on all of them: on new observations it may need"
-    )
+    said = "on 12 frames of 12 episodes, and the student was trained on all of them: on new observations it may need"
     assert said in capsys.readouterr().out
     unseen = evaluate(workshop, large, tmp_path / "unseen", trained["default"], energy_margin=100)
     assert unseen["recommendation"].startswith("Recommended: num_steps=1, ")
@@ -97,7 +95,7 @@ def test_the_user_chooses(workshop, large, trained, tmp_path, monkeypatch):
     seen = measured_episodes(monkeypatch)
     report = evaluate(workshop, large, tmp_path / "some", trained["some"])
     assert min(seen) == 4
-    assert report["seen"] == {"episodes": EPISODES - 4, "trained_on": {"teacher": None, "student": 0}}
+    assert report["seen"]["trained_on"] == {"teacher": None, "student": 0}
     report = evaluate(workshop, large, tmp_path / "named", trained["some"], dataset__episodes="[2,3,4]")
     assert seen == [2, 3, 4]
     assert report["seen"]["trained_on"]["student"] == 2
@@ -105,7 +103,7 @@ def test_the_user_chooses(workshop, large, trained, tmp_path, monkeypatch):
 
 def test_the_teacher_has_seen_its_own_frames(workshop, tmp_path, capsys):
     report = eval_main(eval_flags(workshop, tmp_path / "r", teacher_path=workshop / "1rf" / LAST, num_steps="[1]"))
-    assert report["seen"] == {"episodes": 8, "trained_on": {"teacher": 8, "student": 8}}
+    assert report["seen"] == {"frames": 6, "episodes": 6, "trained_on": {"teacher": 6, "student": 6}}
     assert "The teacher was trained on all of them." in capsys.readouterr().out
 
 
@@ -149,8 +147,10 @@ def test_the_episodes_that_lerobot_held_out(known, workshop):
 
 
 def test_what_is_said_of_unknown_episodes():
-    said = Seen(12, {"teacher": None, "round 1": 5, "student": None}).in_words()
-    assert said.startswith("Measured on 12 episodes. The student's checkpoint does not say if it was trained on them")
+    said = Seen(40, 12, {"teacher": None, "round 1": 5, "student": None}).in_words()
+    assert said.startswith(
+        "Distances are measured on 40 frames of 12 episodes. The student's checkpoint does not say if"
+    )
     assert said.endswith("The round 1 was trained on 5 of them.")
 
 
