@@ -115,8 +115,10 @@ def test_adapters_of_every_kind(workshop, tmp_path, kind):
     assert_same(acts(SmolVLAPolicy.from_pretrained(tmp_path / "new"), saved, workshop / "dataset"), expected)
 
 
-def test_evaluating_one(workshop, adapter, merged, tmp_path):
+def test_evaluating_one(workshop, adapter, merged, tmp_path, monkeypatch):
     """Its report is that of the merged checkpoint, and LeRobot follows the number that is stored with the adapter."""
+    for name in ("FEWEST_FRAMES", "FEWEST_EPISODES"):
+        monkeypatch.setattr(f"smolvla_reflow.evaluation.decision.{name}", 2)
     teacher = Path(shutil.copytree(adapter, tmp_path / "teacher"))
     edit_json(teacher / CONFIG, num_steps=2)
     found = []
@@ -137,7 +139,7 @@ def test_evaluating_by_one(workshop, trained, tmp_path):
     """As the teacher of the first round, and as a round in between."""
     flags = {"policy__path": workshop / "1rf" / LAST, "teacher_path": trained, "earlier_rounds": f"[{trained}]"}
     eval_command.main(eval_flags(workshop, tmp_path / "r", **flags))
-    assert read_json(tmp_path / "r/report.json")["made_with"]["teacher"] == str(trained.resolve())
+    assert read_json(tmp_path / "r/report.json")["made_with"]["teacher's path"] == str(trained.resolve())
 
 
 def test_a_student_starts_from_the_merged_weights(workshop, adapter, merged, tmp_path):

@@ -220,7 +220,7 @@ def test_a_backbone_that_is_somewhere_else_here(workshop, teacher, tmp_path, mon
     reflow_train_main([f"--config_path={student / 'train_config.json'}", "--resume=true", "--steps=3"])
     assert (tmp_path / "run/checkpoints/000003").is_dir()
     report = evaluate(workshop, student, tmp_path / "r", teacher_path=teacher, policy__vlm_model_name=here)
-    assert report["made_with"]["teacher"] == str(teacher)
+    assert report["made_with"]["teacher's path"] == str(teacher)
     few = {"dataset__episodes": "[0]", "couplings_per_frame": 1, "policy__vlm_model_name": here}
     pairs_command.main(pairs_flags(workshop, tmp_path / "pairs", reflow__teacher_path=teacher, **few))
     assert (tmp_path / "pairs/manifest.json").is_file()
@@ -365,9 +365,9 @@ def test_training_on_a_revision_and_evaluating_it(workshop, cache, tmp_path, cap
     flags = eval_flags(workshop, tmp_path / "r", policy__path=student, teacher_path="me/teacher")
     assert f"Name the one it learnt from with its revision, {COMMITS[0]}" in refused(capsys, eval_command.main, flags)
     report = evaluate(workshop, student, tmp_path / "r", teacher_path="me/teacher", teacher_revision="v1")
-    assert report["made_with"]["teacher"] == f"me/teacher at {COMMITS[0]}"
+    assert report["made_with"]["teacher's path"] == f"me/teacher at {COMMITS[0]}"
     report = evaluate(workshop, "me/teacher", tmp_path / "s", policy__pretrained_revision="v1")
-    assert report["made_with"]["policy"] == f"me/teacher at {COMMITS[0]}"
+    assert report["made_with"]["policy's path"] == f"me/teacher at {COMMITS[0]}"
 
 
 def test_a_revision_that_has_no_effect_or_is_not_there(teacher, cache):

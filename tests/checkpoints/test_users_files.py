@@ -172,7 +172,7 @@ def test_a_runs_folder_without_last_means_its_newest_checkpoint(workshop, copied
     newest, path = copied_run / "checkpoints/000030/pretrained_model", copied_run / name
     (tmp_path / "report").mkdir()
     report = eval_main(eval_flags(workshop, tmp_path / "report", policy__path=path, num_frames=2))
-    assert report["made_with"]["policy"] == str(newest)
+    assert report["made_with"]["policy's path"] == str(newest)
     reflow_train_main(reflow_run(workshop, tmp_path / "run", reflow__teacher_path=path, steps=1))
     assert saved_config(tmp_path / "run")["reflow"]["teacher_path"] == str(newest)
 

@@ -63,9 +63,9 @@ def test_pairs_evaluation_and_training(aloha, stock, tmp_path):
     made = {"couplings_per_frame": 1, "dtype": "float32", "num_workers": 0, "reflow.solver": "euler"}
     reflow_pairs.main(as_flags({**where, **made, "reflow.teacher_path": teacher, "output_dir": tmp_path / "pairs"}))
     policy, batch, _ = stock
-    noise = torch.stack([pair_noise(0, frame, 0, (4, 16)) for frame in (3, 30)])
-    expected = policy.predict_action_chunk(batch, noise)  # in Aloha's units, into which pairs have to be converted
     pairs = Pairs(tmp_path / "pairs")
+    noise = torch.stack([pair_noise(pairs.manifest.provenance.seed, frame, 0, (4, 16)) for frame in (3, 30)])
+    expected = policy.predict_action_chunk(batch, noise)  # in Aloha's units, into which pairs have to be converted
     stored = torch.stack([pairs.lookup(frame, 0).actions for frame in (3, 30)])[..., :ARMS]
     torch.testing.assert_close(policy._pi_aloha_encode_actions(stored), expected, rtol=1e-4, atol=1e-4)
 

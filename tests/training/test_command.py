@@ -61,7 +61,8 @@ def test_train_config_remembers_the_teacher(workshop, student):
     teacher_path = str((workshop / "1rf" / LAST).resolve())
     defaults = dataclasses.asdict(ReflowConfig())
     fingerprint = open_checkpoint(teacher_path).fingerprint()
-    remembered = {**defaults, "teacher_path": teacher_path, "teacher_fingerprint": fingerprint, "num_steps": 5}
+    filled_in = {"teacher_fingerprint": fingerprint, "num_steps": 5, "measure_episodes": []}
+    remembered = {**defaults, "teacher_path": teacher_path, **filled_in}
     assert saved_config(student)["reflow"] == remembered
     chosen = {"strategy": "reflow", "solver": "jittered", "weighting": "t", "padding_weight": 0.1}
     assert chosen.items() <= defaults.items()
