@@ -1,9 +1,10 @@
 """The time that a control loop waits for one chunk of actions, and the share of the ODE steps in it."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from smolvla_reflow.smolvla.observation import with_one_state
 WARM_UP, ROUNDS = 3, 30
 # Fewer rounds are enough if a chunk takes long.
 SECONDS, FEWEST_ROUNDS = 30.0, 5
-# On an idle machine 95 % of the chunks are late by less than this share of their time.
-BUSY = 0.25
+# On an idle machine 95 % of the chunks are late by less than this share of their time, and fewer programs wait for each
+# processor.
+LATE, LOADED = 0.25, 1.5
 
 
 def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
@@ -30,10 +32,15 @@ def pace(policy: MeasuredPolicy) -> tuple[str, ...]:
     )
 
 
-def measure_rounds(
-    policies: Sequence[tuple[MeasuredPolicy, Sequence[int]]], frame: dict[str, Any]
-) -> list[list[list[float]]]:
-    """The times of `predict_action_chunk` on a raw batch of size 1, in ms: by policy, number of steps and round.
+class Rounds(NamedTuple):
+    """The times of chunks."""
+
+    times: list[list[list[float]]]  # in ms, by policy, number of steps and round
+    load: float  # programs at work for each processor, over the last minute
+
+
+def measure_rounds(policies: Sequence[tuple[MeasuredPolicy, Sequence[int]]], frame: dict[str, Any]) -> Rounds:
+    """Time `predict_action_chunk` on a raw batch of size 1.
 
     Each round times every policy at every of its numbers of steps, so a load that comes and goes slows them all alike.
     """
@@ -47,7 +54,8 @@ def measure_rounds(
             with policy.inference(n):
                 of_cell.append(milliseconds(policy, observation))
     measured = iter(of_cell[WARM_UP:] for of_cell in times)
-    return [[next(measured) for _ in numbers] for _, numbers in policies]
+    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+    return Rounds([[next(measured) for _ in numbers] for _, numbers in policies], load)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class ChunkTime:
     prefix: float  # to encode images, language and state
     step: float  # for one ODE step
     late: float  # 95 % of the chunks take at most this share of their time longer, 0.1 for a tenth
+    load: float = 0.0  # of the machine meanwhile, see `Rounds`
 
     def p50(self, num_steps: int) -> float:
         """The median time."""
@@ -71,19 +80,19 @@ class ChunkTime:
         return self.p50(num_steps) * (1 + self.late)
 
     @classmethod
-    def fit(cls, num_steps: Sequence[int], times: Sequence[Sequence[float]]) -> "ChunkTime":
+    def fit(cls, num_steps: Sequence[int], times: Sequence[Sequence[float]], load: float = 0.0) -> "ChunkTime":
         """Fit times by number of steps, at least two numbers, and round."""
         n = np.repeat(np.asarray(num_steps, float), [len(each) for each in times])
         took = np.concatenate([np.asarray(each, float) for each in times])
         step = max(float(theilslopes(took, n).slope), 0.0)
         prefix = max(float(np.median(took - step * n)), 0.0)
         late = np.percentile(took / (prefix + step * n) - 1, 95)
-        return cls(prefix, step, max(float(late), 0.0))
+        return cls(prefix, step, max(float(late), 0.0), load)
 
     @property
-    def is_uncertain(self) -> bool:
-        """True if chunks of equal work took unequal times."""
-        return self.late > BUSY
+    def was_busy(self) -> bool:
+        """True if chunks of equal work took unequal times, or other programs were at work."""
+        return self.late > LATE or self.load > LOADED
 
 
 def left_to_gain(chunk: ChunkTime, num_steps: int) -> str:
@@ -97,10 +106,10 @@ def left_to_gain(chunk: ChunkTime, num_steps: int) -> str:
         said += ". Nothing more can be gained by fewer steps."
     else:
         said += f"; one step instead would save another {saved:.1f} ms ({saved / max(whole, 1e-9):.0%})."
-    if chunk.is_uncertain:
+    if chunk.was_busy:
         said += (
-            f" The machine was busy: one chunk in twenty took over {chunk.late:.0%} longer. Measure again on an idle "
-            "machine."
+            f" The machine was busy (load {chunk.load:.1f} for each processor, one chunk in twenty over {chunk.late:.0%}"
+            " late), so measure the times again on an idle one."
         )
     return said
 

@@ -21,7 +21,7 @@ from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import Seen
 from smolvla_reflow.evaluation.journal import Journal
-from smolvla_reflow.evaluation.latency import ChunkTime, measure_rounds, pace
+from smolvla_reflow.evaluation.latency import ChunkTime, Rounds, measure_rounds, pace
 from smolvla_reflow.evaluation.measure import Cell, Settings, cells, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.success import Driven, Episodes
@@ -69,7 +69,8 @@ class Evaluation:
         if LATENCY not in self.journal.parts:
             return {}
         timed, paces = self._timed(), list(self._timed())
-        fits = [ChunkTime.fit(timed[of], times) for of, times in zip(paces, self.journal.parts[LATENCY], strict=True)]
+        rounds = Rounds(*self.journal.parts[LATENCY])
+        fits = [ChunkTime.fit(timed[of], times, rounds.load) for of, times in zip(paces, rounds.times, strict=True)]
         return {policy.name: fits[paces.index(pace(policy))] for policy in self.policies}
 
     def driven(self) -> dict[Cell, Driven]:
@@ -107,8 +108,8 @@ class Evaluation:
         is_first = positions[0] == self.positions[0]
         return measure_batch(self.policies, batch, settings, check_fine=is_first).to_dict("records")
 
-    def _time(self) -> list[list[list[float]]]:
-        """The times in ms by pace, number of steps and round."""
+    def _time(self) -> Rounds:
+        """The times by pace, in place of policy."""
         (frame,) = self.load([self.positions[:1]])
         first = {pace(policy): policy for policy in reversed(self.policies)}
         timed = self._timed()

@@ -380,6 +380,7 @@ class Clock:
 def test_chunks_are_timed_in_rounds_after_a_warm_up(policy, monkeypatch):
     """Two policies at two numbers of steps each; a robot has no recorded actions to prepare."""
     clock, seen = Clock(monkeypatch), []
+    monkeypatch.setattr(latency, "os", SimpleNamespace(getloadavg=lambda: (5.0, 2.0, 1.0), cpu_count=lambda: 4))
 
     def chunk(observation):
         seen.append((policy.config.num_steps, sorted(observation)))
@@ -392,7 +393,8 @@ def test_chunks_are_timed_in_rounds_after_a_warm_up(policy, monkeypatch):
     in_turn = [(n, ["observation.state"]) for n in (1, 4, 2, 3)]
     assert seen == in_turn * 33
     expected = [[[4 * turn + place for turn in range(3, 33)] for place in places] for places in ((1, 2), (3, 4))]
-    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(found.times, expected)
+    assert found.load == 1.25
     assert policy.config.num_steps == 10
 
 
@@ -401,7 +403,7 @@ def test_slow_chunks_are_timed_in_five_rounds(policy, monkeypatch):
     monkeypatch.setattr(latency.time, "monotonic", lambda: clock.now)
     vars(policy)["predict_action_chunk"] = clock.taking(20.0, lambda observation: None)
     measured = MeasuredPolicy("policy", policy, lambda frame: frame, None, None, 10)
-    ((times,),) = measure_rounds([(measured, [1])], {"observation.state": torch.zeros(1, 3)})
+    ((times,),), _ = measure_rounds([(measured, [1])], {"observation.state": torch.zeros(1, 3)})
     assert times == pytest.approx([20e3] * 5)
 
 
@@ -410,7 +412,7 @@ def test_prefix_and_step_are_told_apart(workshop, measured, monkeypatch):
     model, clock = measured.policy.model, Clock(monkeypatch)
     monkeypatch.setitem(vars(model), "embed_prefix", clock.taking(0.030, model.embed_prefix))
     monkeypatch.setitem(vars(model), "denoise_step", clock.taking(0.007, model.denoise_step))
-    (times,) = measure_rounds([(measured, [1, 3, 10])], raw_frames(workshop, [0]))
+    (times,), _ = measure_rounds([(measured, [1, 3, 10])], raw_frames(workshop, [0]))
     chunk = ChunkTime.fit([1, 3, 10], times)
     assert (chunk.prefix, chunk.step, chunk.late) == pytest.approx((30, 7, 0), abs=1e-6)
     assert (chunk.p50(3), chunk.p95(3)) == pytest.approx((51, 51))
@@ -427,7 +429,11 @@ def test_a_busy_machine_does_not_put_two_steps_behind_five(capsys):
         assert sorted(map(found.p50, steps)) == list(map(found.p50, steps))
     assert idle.late == pytest.approx(0.0165, abs=0.005)  # 1.645 standard deviations
     assert "The machine was busy" not in left_to_gain(idle, 2)
-    assert f"The machine was busy: one chunk in twenty took over {busy.late:.0%} longer" in left_to_gain(busy, 2)
+    assert f"The machine was busy (load 0.0 for each processor, one chunk in twenty over {busy.late:.0%} late)" in (
+        left_to_gain(busy, 2)
+    )
+    loaded = ChunkTime.fit(steps, times, load=3.4)  # so evenly that the times do not show it
+    assert "The machine was busy (load 3.4 for each processor" in left_to_gain(loaded, 2)
 
 
 def test_what_is_left_to_gain_in_words():

@@ -91,7 +91,7 @@ def test_the_report_grows_under_one_bar(workshop, tmp_path, monkeypatch, capsys)
 
     def held(policies, frame):
         timed.append(frame["index"].tolist())
-        return [[[1.0 + n] * 3 for n in numbers] for _, numbers in policies]
+        return [[[1.0 + n] * 3 for n in numbers] for _, numbers in policies], 0.0
 
     monkeypatch.setattr(stages, "drive", look)
     monkeypatch.setattr(stages, "measure_rounds", held)
