@@ -108,8 +108,8 @@ def left_to_gain(chunk: ChunkTime, num_steps: int) -> str:
         said += f"; one step instead would save another {saved:.1f} ms ({saved / max(whole, 1e-9):.0%})."
     if chunk.was_busy:
         said += (
-            f" The machine was busy (load {chunk.load:.1f} for each processor, one chunk in twenty over {chunk.late:.0%}"
-            " late), so measure the times again on an idle one."
+            f" The machine was busy (load {chunk.load:.1f} for each processor, one chunk in twenty over "
+            f"{chunk.late:.0%} late), so measure the times again on an idle one."
         )
     return said
 
