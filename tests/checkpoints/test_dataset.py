@@ -219,7 +219,7 @@ def test_pairs_are_made_of_what_is_trained_on_and_the_report_of_what_is_not(work
     measured = load_frames(where, [0, 11], chunk_size=6, batch_size=2)
     assert next(measured)["index"].tolist() == [36, 47]
     eval_command.main(eval_flags(workshop, tmp_path / "report", **split, num_frames=100))
-    assert json.loads((tmp_path / "report/report.json").read_text())["made_with"]["num_frames"] == 12
+    assert json.loads((tmp_path / "report/report.json").read_text())["seen"]["frames"] == 12
 
 
 @from_lerobot_with("exclude_episodes")

@@ -262,7 +262,7 @@ def test_another_seed_gives_another_report(workshop, against, report, tmp_path):
 
 
 def test_a_policy_alone(workshop, tmp_path, capsys):
-    found, said = run_eval(workshop, tmp_path / "alone", reference_steps=64), capsys.readouterr().out
+    found, said = run_eval(workshop, tmp_path / "alone", reference_steps=160), capsys.readouterr().out
     assert {row["policy"] for row in found["rows"]} == {"policy"}
     assert all(row["flow_rmse"] == row["own_flow_rmse"] for row in found["rows"])
     assert found["decision"]["bar"] == ["policy", 10]
