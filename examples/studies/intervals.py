@@ -24,8 +24,8 @@ from smolvla_reflow.evaluation.success import Episodes
 
 SIZES = ((5, 50), (10, 13), (10, 25), (20, 13), (50, 5))  # episodes, and frames of each
 CARRIED_BY = 0.05  # share of the frames that carry the loss
-# Correlation of two frames of an episode. With 20 episodes of 13 frames, the interval over episodes is then 1.7 times as
-# wide as an interval over frames.
+# Correlation of two frames of an episode. With 20 episodes of 13 frames, the interval over episodes is then 1.7 times
+# as wide as an interval over frames.
 ALIKE = 0.15
 TAIL = (1 - CONFIDENCE) / 2
 NAMES = ("BCa over frames", "Student's t", "BCa", "bootstrap-t")
