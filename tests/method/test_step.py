@@ -103,6 +103,7 @@ def test_the_batch_is_at_hand(batch, steps):
     ],
 )
 def test_the_first_tensor_that_is_not_finite_is_named(policy, batch, name, indices, said):
+    sound = {**batch, name: batch[name].clone()}
     batch[name][[1, 3]] = math.nan
     if indices is not None:
         batch["index"] = indices
@@ -110,6 +111,8 @@ def test_the_first_tensor_that_is_not_finite_is_named(policy, batch, name, indic
     with attach_plain(policy, strategy=strategy) as attachment:
         assert math.isnan(loss_of(policy, batch))
         assert attachment.step_metrics.not_finite == said
+        assert math.isfinite(loss_of(policy, sound))  # of the next step, which nothing is to be blamed for
+        assert attachment.step_metrics.not_finite is None
 
 
 def test_couplings_that_are_not_finite_are_named(policy, batch):
