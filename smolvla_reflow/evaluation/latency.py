@@ -54,8 +54,15 @@ def measure_rounds(policies: Sequence[tuple[MeasuredPolicy, Sequence[int]]], fra
             with policy.inference(n):
                 of_cell.append(milliseconds(policy, observation))
     measured = iter(of_cell[WARM_UP:] for of_cell in times)
-    load = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
-    return Rounds([[next(measured) for _ in numbers] for _, numbers in policies], load)
+    return Rounds([[next(measured) for _ in numbers] for _, numbers in policies], load_of_machine())
+
+
+def load_of_machine() -> float:
+    """Programs at work for each processor, over the last minute."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # Windows does not tell
+        return 0.0
 
 
 @dataclass(frozen=True)
