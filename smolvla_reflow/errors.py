@@ -1,4 +1,4 @@
-"""The error that this package raises on purpose, the wording of its messages, and files that are never half-written."""
+"""The error that this package raises on purpose, the wording of its messages, and files and folders written safely."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,10 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK_NAME = ".lock"
 
 
 class ReflowError(ValueError):
@@ -80,6 +84,35 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def sole_use(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and hold its lock. Folders that were made for it, and are empty at the end, disappear.
+
+    Raises:
+        ReflowError: another process holds the lock; `busy` is the message.
+        OSError: the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / LOCK_NAME)  # the operating system releases it if the process is killed
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ReflowError(busy) from None
+        yield
+    finally:
+        if lock.is_locked:
+            # Removed while it is held: another process that has opened the file meanwhile locks a file that is gone,
+            # and FileLock then asks anew.
+            with contextlib.suppress(OSError):
+                (folder / LOCK_NAME).unlink()
+            lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -14,11 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from smolvla_reflow.errors import ReflowError, doing, sole_use, write_json
 
-from smolvla_reflow.errors import ReflowError, doing, write_json
-
-NAME, KEY, LOCK = "unfinished", "key.json", ".lock"
+NAME, KEY = "unfinished", "key.json"
 
 
 class Journal:
@@ -33,21 +31,14 @@ class Journal:
         self.folder = output_dir / NAME
         self.key: dict[str, Any] = json.loads(json.dumps(key))
         self.parts: dict[str, Any] = {}
-        self._lock = FileLock(self.folder / LOCK)  # the operating system releases it if the command is killed
-        self._made: list[Path] = []
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Journal":
         """Lock and read the journal in this folder. Raises ReflowError if another command uses it, or began it."""
-        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        with doing(f"writing to --output_dir={self.folder.parent}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise ReflowError(
-                    f"Another smolvla-reflow-eval is at work in --output_dir={self.folder.parent}; wait for it to end, "
-                    "or name another folder."
-                ) from None
+        where = f"--output_dir={self.folder.parent}"
+        busy = f"Another smolvla-reflow-eval is at work in {where}; wait for it to end, or name another folder."
+        with doing(f"writing to {where}"):
+            self._held.enter_context(sole_use(self.folder, busy))
         try:
             with doing(f"reading {self.folder} (remove {self.folder.parent} to begin anew)"):
                 self.parts = {file.stem: json.loads(file.read_text()) for file in self.folder.glob("*.json")}
@@ -92,11 +83,6 @@ class Journal:
             file.unlink(missing_ok=True)
 
     def _release(self) -> None:
-        if self._lock.is_locked:
-            # Removed while it is held: another command that has opened the file locks a file that is gone.
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()
-            self._lock.release()
-        for folder in dict.fromkeys([self.folder, *self._made]):
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        self._held.close()
+        with contextlib.suppress(OSError):  # it holds something, or is gone
+            self.folder.rmdir()

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
-from smolvla_reflow.errors import ReflowError, write_whole
+from smolvla_reflow.errors import LOCK_NAME, ReflowError, sole_use, write_whole
 from smolvla_reflow.pairs.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -27,8 +26,6 @@ from smolvla_reflow.pairs.manifest import (
     shard_path,
 )
 
-LOCK_NAME = ".lock"
-
 
 @contextlib.contextmanager
 def reserved(folder: Path) -> Iterator[None]:
@@ -39,28 +36,15 @@ def reserved(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not _is_for_pairs(folder):
         raise ReflowError(f"--output_dir={folder} exists and holds no pairs; name a new folder.")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = FileLock(folder / LOCK_NAME)  # the operating system releases it if the run is killed
-    try:
+    busy = f"Another smolvla-reflow-pairs is at work in {folder}; wait for it to end."
+    with contextlib.ExitStack() as held:
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        yield
-    except Timeout:
-        raise ReflowError(f"Another smolvla-reflow-pairs is at work in {folder}; wait for it to end.") from None
-    except (Exception, KeyboardInterrupt):
-        _clear_unless_begun(folder)
-        raise
-    finally:
-        if lock.is_locked:
-            # Removed while it is held: another run that has opened the file meanwhile locks a file that is gone, and
-            # FileLock then asks anew.
-            with contextlib.suppress(OSError):
-                (folder / LOCK_NAME).unlink()
-            lock.release()
-        for path in made:
-            with contextlib.suppress(OSError):  # it holds something
-                path.rmdir()
+            held.enter_context(sole_use(folder, busy))
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            _clear_unless_begun(folder)
+            raise
 
 
 def _is_for_pairs(folder: Path) -> bool:
@@ -128,8 +112,6 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn an OSError, such as that of a full disk, into a ReflowError that says how to go on."""
     try:
         yield
-    except Timeout:  # another run's lock, which filelock makes an OSError
-        raise
     except OSError as error:
         raise ReflowError(
             f"While writing to {folder}: {error}. Finished files are kept; make room, and the same command goes on."
