@@ -19,7 +19,7 @@ PAIRS, EVALUATION = 0, 1
 
 def pair_noise(seed: int, frame: int, pair: int, shape: tuple[int, ...], stream: int = PAIRS) -> Tensor:
     """Standard normal noise of a frame's pair, float32 on the CPU; `shape` is usually (chunk_size, max_action_dim)."""
-    # The lowest word of the counter counts the numbers drawn, and would need 2**64 of them to reach the next word.
+    # The lowest word of the counter counts the numbers drawn, and reaches the next word after 2**64 numbers.
     generator = np.random.Philox(key=seed, counter=[0, stream, pair, frame])
     return torch.from_numpy(np.random.RandomState(generator).standard_normal(shape).astype(np.float32))
 

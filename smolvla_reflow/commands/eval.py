@@ -3,11 +3,11 @@
     smolvla-reflow-eval --policy.path=STUDENT --teacher_path=TEACHER --dataset.repo_id=... --output_dir=DIR
 
 Teacher and student are measured on the same frames, from the same noise, in episodes that the student was not trained
-on if there are any. The command recommends the smallest number of steps that is shown to be enough: with it, and with
-every larger number up to the teacher's own, the student is as good as the teacher. With --env.type=... the policies run
-in that simulated environment, as in lerobot-eval, and their success in the same scenes decides. Otherwise the distance
-between the distributions of their actions decides. Without --teacher_path the report is about one policy alone and says
-if it needs reflow.
+on if there are any. The command recommends the smallest number of steps that is shown to be enough. The student is then
+as good as the teacher with that number, and with every larger number up to the teacher's own. With --env.type=... the
+policies run in that simulated environment, as in lerobot-eval, and their success in the same scenes decides. Otherwise
+the distance between the distributions of their actions decides. Without --teacher_path the report is about one policy
+alone and says if it needs reflow.
 --earlier_rounds='[2RF,3RF]' adds the earlier rounds of reflow to the report.
 
 If the command is interrupted, the same command goes on.

@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """The amount by which the policy is worse than the bar, in the unit of the values."""
+        """How far the policy is behind the bar, in the unit of the values."""
         return self.here - self.bar if self.evidence == ENERGY_DISTANCE else self.bar - self.here
 
     def shortfall(self, margin: float) -> str:

@@ -17,8 +17,9 @@ from smolvla_reflow.compat import LeRobotDatasetMetadata, holds_out
 from smolvla_reflow.dataset.opening import chosen_episodes
 from smolvla_reflow.errors import doing
 
-# The fields of a run's dataset configuration that choose its episodes. Some exist in newer versions of LeRobot alone.
-CHOOSING = ("episodes", "eval_split", "exclude_episodes")
+# The fields of a run's dataset configuration that choose its episodes, with the values that choose every episode. Some
+# exist in newer versions of LeRobot alone.
+CHOOSING = {"episodes": None, "eval_split": 0.0, "exclude_episodes": None}
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,11 @@ def _trained_episodes(
     if not as_then:
         return None
     known = {field.name for field in fields(dataset)}
-    then = {name: noted[name] for name in CHOOSING if name in known and noted.get(name) is not None}
-    chosen = chosen_episodes(metadata, replace(dataset, **{**_everything(known), **then}))
+    then: dict[str, Any] = {
+        name: every if noted.get(name) is None else noted[name] for name, every in CHOOSING.items() if name in known
+    }
+    chosen = chosen_episodes(metadata, replace(dataset, **then))
     return frozenset(range(metadata.total_episodes) if chosen is None else chosen)
-
-
-def _everything(known: set[str]) -> dict[str, Any]:
-    """The values that choose every episode."""
-    return {name: value for name, value in zip(CHOOSING, (None, 0.0, None), strict=True) if name in known}
 
 
 def _has_statistics_of(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> bool:

@@ -18,7 +18,14 @@ from smolvla_reflow.errors import ReflowError, doing
 from smolvla_reflow.evaluation.checks import check_lineage, check_values, fit_to_dataset
 from smolvla_reflow.evaluation.closed_loop import check_env
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.decision import EVIDENCE, Decision, bar_is_low, decide
+from smolvla_reflow.evaluation.decision import (
+    BEST_REWARD,
+    ENERGY_DISTANCE,
+    SUCCESS,
+    Decision,
+    bar_is_low,
+    decide,
+)
 from smolvla_reflow.evaluation.frames import Seen, choose, trained_episodes
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.key import key_of
@@ -33,7 +40,6 @@ from smolvla_reflow.smolvla.features import rename_map_in_use
 from smolvla_reflow.smolvla.statistics import moving_deviations
 
 SECONDS_BETWEEN_WRITES = 20.0
-MARGINS = ("success", "reward", "energy")  # the flags of EVIDENCE
 
 
 def run(cfg: EvalConfig) -> None:
@@ -168,7 +174,7 @@ def make_report(evaluation: Evaluation) -> Report:
         driven,
         bar,
         judged,
-        margins={evidence: getattr(cfg, f"{flag}_margin") for evidence, flag in zip(EVIDENCE, MARGINS, strict=True)},
+        margins={SUCCESS: cfg.success_margin, BEST_REWARD: cfg.reward_margin, ENERGY_DISTANCE: cfg.energy_margin},
         decide_by=cfg.decide_by,
         one_step_only=evaluation.one_step_only,
         on_seen_frames=evaluation.seen.by_judged != 0,

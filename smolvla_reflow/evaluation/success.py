@@ -10,7 +10,7 @@ from scipy.stats import binomtest, norm
 
 from smolvla_reflow.evaluation.intervals import CONFIDENCE
 
-# The share of policies worse by just the margin that pass the one-sided test.
+# A policy that is worse by just the margin passes the one-sided test in this share of the evaluations.
 SIGNIFICANCE = 0.05
 
 

@@ -12,7 +12,7 @@ from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 
 FLAG = "--reflow.measure_episodes"
 # A tenth of the episodes, and at least as many as an evaluation needs for a recommendation (`evaluation.decision`).
-# A smaller dataset would lose more than a fifth of its episodes, so nothing is held out of it.
+# A smaller dataset would lose more than a fifth of its episodes, and is trained on whole.
 SHARE, FEWEST, MOST = 0.1, 10, 50
 SMALLEST_DATASET = 50
 
