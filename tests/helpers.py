@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lerobot.configs.default import DatasetConfig
@@ -17,6 +18,8 @@ from lerobot.datasets import utils as dataset_utils
 from lerobot.scripts import lerobot_train
 from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smolvla_reflow import Attachment, Recipe, attach
 from smolvla_reflow.commands import eval as reflow_eval
@@ -24,8 +27,9 @@ from smolvla_reflow.commands import train as reflow_train
 from smolvla_reflow.commands.console import command_line
 from smolvla_reflow.dataset.frames import load_batches
 from smolvla_reflow.dataset.opening import open_dataset
-from smolvla_reflow.demo.flags import LAST, reflow_flags
-from smolvla_reflow.demo.task import REPO_ID
+from smolvla_reflow.demo.environment import DrivePast
+from smolvla_reflow.demo.flags import LAST, one_rectified_flow_flags, reflow_flags
+from smolvla_reflow.demo.task import CAMERA, REPO_ID, TASK
 from smolvla_reflow.smolvla import sharing
 
 # Sizes of the tests' small policy and its batches.
@@ -61,7 +65,7 @@ def make_batch(size: int, seed: int = 2) -> dict[str, torch.Tensor]:
 
 def plain(**changes: Any) -> Recipe:
     """The papers' own loss, without weights."""
-    return Recipe(**{"weighting": "none", "padding_weight": 1.0, **changes})
+    return Recipe(**{"weighting": "none", "padding_weight": 1.0, "scaled_noise": 0.0, **changes})
 
 
 def attach_plain(policy: nn.Module, *source: Any, recipe: Recipe | None = None, **options: Any) -> Attachment:
@@ -168,11 +172,7 @@ def stock_flags(workshop: Path, flags: Sequence[str], run: Path, stock_run: Path
 
 
 def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one.
-
-    On an overloaded machine gloo has hung, once in some forty launches. So a launch that hangs is made once more. A
-    mistake of ours, such as two processes that wait for different things, hangs both times.
-    """
+    """Two CPU processes over gloo; `accelerate launch --cpu --num_processes 2` would quietly start one."""
     env = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
@@ -180,15 +180,14 @@ def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.
         "GLOO_SOCKET_IFNAME": "lo",
         **(env or {}),
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *command]
-    for _ in range(2):
-        with subprocess.Popen(launch, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                out, err = process.communicate(timeout=150)
-                break
-            except subprocess.TimeoutExpired:
-                process.terminate()  # the launcher ends the processes that it started
-                out, err = process.communicate()
+    script = str(Path(__file__).with_name("one_of_two.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, *command]
+    with subprocess.Popen(launch, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends the processes that it started
+            out, err = process.communicate()
     assert process.returncode == 0, err
     return subprocess.CompletedProcess(launch, process.returncode, out, err)
 
@@ -202,6 +201,25 @@ def refused(capsys, main, flags) -> str:
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     # A progress bar that an earlier test left open erases itself once it is collected: spaces, then one line up.
     return line.rpartition("\x1b[A")[2]
+
+
+def write_smooth_workshop(workshop: Path, folder: Path) -> Path:
+    """The workshop with a 1-RF whose velocity is smooth in time, so that fine solutions by two methods agree."""
+    for name in ("dataset", "backbone"):
+        (folder / name).symlink_to(workshop / name)
+    periods = {f"policy__{name}": value for name, value in SMOOTH.items()}
+    lerobot_train_main(short(one_rectified_flow_flags(folder, steps=30), **periods))
+    return folder
+
+
+def seen_by_the_policy(envs: Sequence[DrivePast], positions: np.ndarray) -> dict[str, Any]:
+    """The demo's environments as a batch for a preprocessor."""
+    images = np.stack([env.render() for env in envs])
+    return {
+        "observation.state": torch.tensor(positions).float(),
+        CAMERA: torch.tensor(images).permute(0, 3, 1, 2) / 255,
+        "task": [TASK] * len(envs),
+    }
 
 
 def driven_flags(workshop: Path, output_dir: Path, **changes: Any) -> list[str]:
@@ -250,3 +268,31 @@ def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -
     """True if the values are the same, bitwise. The names have to be."""
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class ListReads(TorchFunctionMode):
+    """Counts how often the host reads all of a tensor's values, which reaches no dispatch on the CPU."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.tolist
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads a tensor's value. It would wait for a GPU each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "item", "masked_select", "unique")
+        self.count += function.overloadpacket.__name__ in names
+        return function(*args, **(kwargs or {}))
+
+
+def reads(function):
+    """How often a function reads a tensor's value."""
+    with Reads() as mode, ListReads() as lists:
+        function()
+    return mode.count + lists.count

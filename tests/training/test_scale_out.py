@@ -97,7 +97,7 @@ def test_two_processes_draw_apart(by_two, workshop, noting):
     for name in ("noise", "times"):
         values = [value for steps in (*first, resumed[1]) for value in drawn(steps, name).flatten().tolist()]
         repeated = len(values) - len(set(values))
-        assert repeated <= sum(value == 1 for value in values)  # half of the times are 1
+        assert repeated <= sum(value in (0, 1) for value in values)  # half of the times are 1, some noise is zero
     assert not torch.equal(drawn(first[0], "times") == 1, drawn(first[1], "times") == 1)
     assert recorded[0] != recorded[1]
 
@@ -170,7 +170,8 @@ def test_two_processes_compute_the_gradient_of_one(workshop, tmp_path, one_prefi
         else:
             given = [load_file(f"{{folder}}/{{rank}}.safetensors") for rank in (0, 1)]
             fixed = {{name: torch.cat([one[name] for one in given]) for name in ("noise", "time")}}
-            assert len(fixed["noise"].flatten().unique()) == fixed["noise"].numel()
+            random = fixed["noise"][fixed["noise"] != 0]  # some noise is zero by the recipe
+            assert len(random.unique()) == random.numel() > 0
             attach_to(policy)
             policy.train()
         assert (attachment_of(policy).sharing.why_not_shared is None) is {one_prefix}
