@@ -32,9 +32,10 @@ from smolvla_reflow.pairs.store import Pairs, open_source
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.reduction import PolicyForward, losses_of, reduced_loss
 from smolvla_reflow.smolvla.binding import Binding, bind
+from smolvla_reflow.smolvla.graph import check_recordable
 from smolvla_reflow.smolvla.normalization import action_deviations
 from smolvla_reflow.smolvla.observation import Observation, observe, recorded_actions, with_one_state
-from smolvla_reflow.smolvla.prefix import is_trained, trained_part
+from smolvla_reflow.smolvla.prefix import compile_encoding, is_trained, trained_part
 from smolvla_reflow.smolvla.sharing import Sharing, share
 from smolvla_reflow.smolvla.statistics import Statistics
 from smolvla_reflow.smolvla.velocity import compile_velocity
@@ -196,6 +197,7 @@ def attach(
     solver: Solver | str | None = None,
     dataset_stats: Statistics | None = None,
     train_state_proj: bool = False,
+    cuda_graph: bool = False,
 ) -> Attachment:
     """Make `policy.forward` compute a strategy's loss, on couplings of a frozen teacher or stored pairs.
 
@@ -222,6 +224,8 @@ def attach(
             those saved in the teacher's checkpoint; state and actions are then mapped. Stored pairs of other
             statistics are refused. They also set the unit of `one_step_error`, standard deviations.
         train_state_proj: train `state_proj` too. The student then encodes the prefix itself, with gradient.
+        cuda_graph: on a GPU, solve the teacher's ODE as one CUDA graph (`smolvla/graph.py`). A policy with
+            `compile_model` keeps its compiled velocity instead.
 
     Raises:
         ReflowError: the policy is no SmolVLA of a supported LeRobot, or attached already; a name is unknown; an
@@ -235,7 +239,7 @@ def attach(
     if not isinstance(recipe, Recipe):
         raise ReflowError(f"recipe is a {type(recipe).__name__}; give a Recipe.")
     loss = get_loss_strategy(strategy)
-    loss.check_effect(recipe, teacher=teacher, pairs=pairs, solver=solver)
+    loss.check_effect(recipe, teacher=teacher, pairs=pairs, solver=solver, cuda_graph=cuda_graph)
     if train_state_proj and not is_trained(base.model.state_proj):
         raise ReflowError("train_state_proj has no effect on a policy whose own state_proj is frozen; leave it out.")
     source: CouplingSource
@@ -243,7 +247,12 @@ def attach(
         source = open_source(pairs, base.config, dataset_stats)
     else:
         ode = solver if isinstance(solver, Solver) else Solver(solver or Solver.method)
-        source = frozen_source(teacher, policy, ode, dataset_stats, revision)
+        if cuda_graph:
+            check_recordable(ode)
+        graphs = cuda_graph and not base.config.compile_model
+        source = frozen_source(teacher, policy, ode, dataset_stats, revision, cuda_graph=graphs)
+        if cuda_graph and not graphs:
+            logging.getLogger(__name__).info("cuda_graph is not used beside compile_model=true.")
     frozen = source.policy if isinstance(source, FrozenTeacher) else None
     reasons = {
         f"strategy={loss.name} trains it with the rest": loss.joint_forward,
@@ -320,7 +329,7 @@ def _bind(base: SmolVLAPolicy, teacher: SmolVLAPolicy | None, strategy: str) -> 
     model = base.model
     models = (model,) if teacher is None else (model, teacher.model)
     return (
-        *(compile_velocity(*models) if base.config.compile_model else ()),
+        *((*compile_velocity(*models), *compile_encoding(*models)) if base.config.compile_model else ()),
         bind(base, forward=MethodType(PolicyMixin.forward, base)),
         bind(
             model,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smolvla_reflow.noise import EVALUATION, frames_noise
+from smolvla_reflow.noise import evaluation_noise
 from smolvla_reflow.smolvla.velocity import Velocity
 from smolvla_reflow.solver import TABLEAUX, Solver, VelocityField
 
@@ -66,7 +66,7 @@ class FrameFlow:
 def frame_flow(velocity: Velocity, frames: Sequence[int], per_frame: int, seed: int) -> FrameFlow:
     """A policy's flow on these encoded frames, from noises of the seed and the frames' indices, which no pair has."""
     config, device = velocity.model.config, next(velocity.model.parameters()).device
-    noise = frames_noise(seed, frames, per_frame, (config.chunk_size, config.max_action_dim), EVALUATION)
+    noise = evaluation_noise(seed, frames, per_frame, (config.chunk_size, config.max_action_dim))
     return FrameFlow(velocity.repeated(per_frame), noise.to(device), per_frame)
 
 

@@ -67,24 +67,27 @@ class LossStrategy:
             )
         return losses
 
-    def check_effect(self, recipe: Recipe, *, teacher: object, pairs: object, solver: object) -> None:
+    def check_effect(
+        self, recipe: Recipe, *, teacher: object, pairs: object, solver: object, cuda_graph: bool = False
+    ) -> None:
         """Raise ReflowError if an argument of `attach` has no effect on this loss, or beside another argument."""
         for name in self.unused:
             if getattr(recipe, name) != getattr(Recipe, name):
                 raise ReflowError(
                     f"{name}={getattr(recipe, name)} has no effect with strategy={self.name}; leave it out."
                 )
-        for name, given in (("solver", solver), ("pairs", pairs)):
+        for name, given in (("solver", solver), ("pairs", pairs), ("cuda_graph", cuda_graph or None)):
             if given is not None and not self.couples:
                 raise ReflowError(
                     f"{name} has no effect with strategy={self.name}, which asks for no couplings; leave it out."
                 )
         if pairs is not None and teacher is not None:
             raise ReflowError("Attach either a teacher or the pairs it made, not both.")
-        if pairs is not None and solver is not None:
-            raise ReflowError(
-                "solver has no effect beside pairs, whose ODE was solved when they were made; leave it out."
-            )
+        for name, given in (("solver", solver), ("cuda_graph", cuda_graph or None)):
+            if pairs is not None and given is not None:
+                raise ReflowError(
+                    f"{name} has no effect beside pairs, whose ODE was solved when they were made; leave it out."
+                )
 
 
 _registry: dict[str, LossStrategy] = {}
@@ -199,7 +202,7 @@ def _run(file: Path) -> dict[str, LossStrategy]:
 @register_loss_strategy(
     "standard",
     couples=False,
-    unused=("time_sampling", "weighting", "padding_weight", "real_data_ratio"),
+    unused=("time_sampling", "weighting", "padding_weight", "real_data_ratio", "scaled_noise"),
     joint_forward=True,
 )
 def standard(step: Step) -> Tensor:

@@ -39,7 +39,9 @@ WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"none": None
 
 @dataclass(frozen=True)
 class Recipe:
-    """Times, weights and couplings of a training. The papers' own loss is `Recipe(weighting="none", padding_weight=1)`.
+    """Times, weights and couplings of a training.
+
+    The papers' own loss is `Recipe(weighting="none", padding_weight=1, scaled_noise=0)`.
 
     Attributes:
         time_sampling: distribution of t, see `smolvla_reflow.times`.
@@ -48,6 +50,8 @@ class Recipe:
         weighting: the weight of each coupling, a name of `WEIGHTINGS`.
         padding_weight: weight of errors in the padded action dimensions, 0 to 1; the robot's own dimensions have 1.
         real_data_ratio: share of each batch, 0 to 1, that trains on the recorded actions with the standard loss.
+        scaled_noise: share of a teacher's couplings, 0 to 1, that start from noise of a smaller scale, half of them
+            from zeros (`smolvla_reflow.noise.scaled`). Stored pairs and functions have noise of their own.
     """
 
     time_sampling: str = "grid:1+beta"
@@ -55,6 +59,7 @@ class Recipe:
     weighting: str = "t"
     padding_weight: float = 0.1
     real_data_ratio: float = 0.0
+    scaled_noise: float = 0.25
 
     def __post_init__(self) -> None:
         """Raises ReflowError, beginning with the field's name, if something is unknown or out of range."""
@@ -63,7 +68,7 @@ class Recipe:
             raise ReflowError(f"weighting '{self.weighting}' is unknown; {known_are(WEIGHTINGS, self.weighting)}")
         if self.couplings_per_frame < 1:
             raise ReflowError(f"couplings_per_frame={self.couplings_per_frame}: at least 1 is needed.")
-        for name, kind in (("padding_weight", "weight"), ("real_data_ratio", "share")):
+        for name, kind in (("padding_weight", "weight"), ("real_data_ratio", "share"), ("scaled_noise", "share")):
             if not 0 <= getattr(self, name) <= 1:
                 raise ReflowError(f"{name}={getattr(self, name)} is no {kind}; give a number from 0 to 1.")
 

@@ -21,6 +21,7 @@ import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from smolvla_reflow.losses import LossStrategy, standard
 from smolvla_reflow.smolvla.binding import bind
@@ -63,11 +64,18 @@ def reduced_loss(
 
 def counted_by_lerobot(losses: Tensor, step: Step, policy: SmolVLAPolicy, policy_forward: PolicyForward) -> Tensor:
     """The entries that LeRobot's reduction of recorded actions counts, bool: its loss has a gradient to them."""
-    with torch.enable_grad():
+    with torch.enable_grad(), Unread():
         probe = torch.zeros_like(losses, requires_grad=True)
         loss, _ = lerobot_loss(probe, step, policy, policy_forward, "none")
         (weights,) = torch.autograd.grad(loss.sum(), probe)
     return weights != 0
+
+
+class Unread(TorchFunctionMode):
+    """Within it `tensor.item()` is the tensor: LeRobot reads a loss for its metrics, which waits for the GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.item else func(*args, **(kwargs or {}))
 
 
 def lerobot_loss(

@@ -2,24 +2,30 @@
 
     dx = v(x, t) dt, from t = 1 down to t = 0
 
-A fixed-step method is a loop over numbers with the method's own table, so a GPU is never waited for. An adaptive method
-looks at its error before it goes on; it is torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
+A fixed-step method is a loop over a grid of numbers, which are known before the first step. So a GPU is never waited
+for, and a solve can be recorded with the grid as an input (`smolvla/graph.py`). An adaptive method looks at its error
+before it goes on; it is torchdiffeq's (https://github.com/rtqichen/torchdiffeq).
 
-`jittered` is the midpoint rule on a grid that is shifted at random in each solve. The velocity of a network is rough in
-time. A fixed grid biases every coupling of a training in the same way; the bias of shifted grids averages out, so half
-as many evaluations do as well.
+`jittered` reads the velocity once in each interval of a grid that is shifted at random in each solve. It reaches the
+middle of an interval along the velocity before, as the leapfrog method does. The velocity of a network is rough in
+time. A fixed grid biases every coupling of a training in the same way. On shifted grids every time has the same weight,
+and most of the bias averages out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
 from smolvla_reflow.errors import ReflowError, known_are
+
+# A number, or a scalar float32 tensor.
+Number: TypeAlias = float | Tensor
+# (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t in [0, 1].
+VelocityField = Callable[[Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,18 @@ class Tableau:
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
 
-    def step(self, velocity: "VelocityField", x: Tensor, t: float, dt: float) -> Tensor:
-        """x at t + dt."""
+    def numbers(self, start: float, length: float) -> list[float]:
+        """The numbers of a step from t = start to start + length: the stages' times, then all weights times length."""
+        times = [start + sum(stage) * length for stage in self.stages]
+        return times + [length * weight for weights in (*self.stages, self.weights) for weight in weights]
+
+    def step(self, velocity: VelocityField, x: Tensor, numbers: Sequence[Number]) -> Tensor:
+        """x at the end of a step."""
+        times, weights = numbers[: len(self.stages)], iter(numbers[len(self.stages) :])
         slopes: list[Tensor] = []
-        for stage in self.stages:
-            slopes.append(velocity(_moved(x, dt, stage, slopes), t + sum(stage) * dt))
-        return _moved(x, dt, self.weights, slopes)
+        for t, stage in zip(times, self.stages, strict=True):
+            slopes.append(velocity(_moved(x, stage, weights, slopes), t))
+        return _moved(x, self.weights, weights, slopes)
 
 
 TABLEAUX = {
@@ -50,6 +62,7 @@ TABLEAUX = {
     "rk4": Tableau(stages=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), weights=(1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
 JITTERED = "jittered"
+INTERVALS = 2  # of `jittered` in each of its steps, each with one velocity evaluation
 FIXED_STEP = (*TABLEAUX, JITTERED)
 ADAPTIVE = ("dopri5",)
 DEFAULT_TOLERANCE = 1e-5
@@ -57,20 +70,16 @@ DEFAULT_TOLERANCE = 1e-5
 # errors at so few steps would be handed on.
 LEAST_STEPS = 10
 
-# (x, t) -> dx/dt; x is (B, chunk_size, max_action_dim), t in [0, 1], a number or a scalar tensor.
-VelocityField = Callable[[Tensor, Any], Tensor]
-
 
 @dataclass(frozen=True)
 class Solver:
     """An ODE method and its accuracy.
 
     Attributes:
-        method: a name of `FIXED_STEP` (`euler`, `midpoint`, `rk4`, `jittered`, with 1, 2, 4, 2 velocity evaluations a
-            step and of that order) or of `ADAPTIVE` (`dopri5`, order 5).
-        num_steps: of a fixed-step method. All steps are equal, except that the first and last step of `jittered` add up
-            to one. None: the policy's own `config.num_steps` (for couplings at least 10), or half of that for
-            `jittered`, which then evaluates the velocity as often as the stock sampler.
+        method: a name of `FIXED_STEP` (`euler`, `midpoint`, `rk4`, with 1, 2, 4 velocity evaluations a step and of that
+            order; `jittered`, with 2, of order 2) or of `ADAPTIVE` (`dopri5`, order 5).
+        num_steps: of a fixed-step method, all equal. None: the policy's own `config.num_steps` (for couplings at least
+            10), or half of that for `jittered`, which then evaluates the velocity as often as the stock sampler.
         rtol: relative tolerance of an adaptive method, default 1e-5. The error estimate is one norm over the whole
             batch, so a sample's last digits depend on its neighbours.
         atol: absolute tolerance in normalised units, default 1e-5.
@@ -114,7 +123,8 @@ class Solver:
         if self.method in ADAPTIVE:
             return f"{self.method} with rtol {self.rtol:g} and atol {self.atol:g}"
         assert self.num_steps is not None
-        evaluations = self.num_steps * len(self._tableau.stages)
+        each = INTERVALS if self.method == JITTERED else len(TABLEAUX[self.method].stages)
+        evaluations = self.num_steps * each
         return f"{self.method} with num_steps {self.num_steps} ({evaluations} velocity evaluations)"
 
     def integrate(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Tensor:
@@ -130,18 +140,31 @@ class Solver:
         """
         if self.method in ADAPTIVE:
             return self._adaptive(velocity, noise)
+        return self.follow(self.grid(num_steps), velocity, noise)
+
+    def grid(self, num_steps: int | None = None) -> list[list[float]]:
+        """The numbers of each step of one solve by a fixed-step method; `jittered` draws its numbers at random.
+
+        Raises:
+            ReflowError: no number of steps is known.
+        """
         if self.num_steps is None and num_steps is None:
             raise ReflowError(f"{self.method} needs num_steps.")
         count = self.resolved(num_steps or 0).num_steps
         assert count is not None
-        x = noise
-        for interval in _jittered(count) if self.method == JITTERED else _equal(count):
-            x = self._tableau.step(velocity, x, interval.start, interval.length)
-        return x
+        if self.method == JITTERED:
+            return _shifted(INTERVALS * count)
+        dt = -1 / count
+        return [TABLEAUX[self.method].numbers(1 + k * dt, dt) for k in range(count)]
 
-    @property
-    def _tableau(self) -> Tableau:
-        return TABLEAUX["midpoint" if self.method == JITTERED else self.method]
+    def follow(self, grid: Sequence[Sequence[Number]] | Tensor, velocity: VelocityField, noise: Tensor) -> Tensor:
+        """Solve on a grid of `self.grid`, lists of numbers or a float32 tensor (steps, numbers of a step)."""
+        if self.method == JITTERED:
+            return _along_slopes(grid, velocity, noise)
+        x = noise
+        for numbers in grid:
+            x = TABLEAUX[self.method].step(velocity, x, list(numbers))
+        return x
 
     def _adaptive(self, velocity: VelocityField, noise: Tensor) -> Tensor:
         times = torch.tensor([1, 0], dtype=noise.dtype, device=noise.device)
@@ -152,33 +175,43 @@ class Solver:
             raise ReflowError(f"The ODE cannot be solved by {self.method} ({error}).") from None
 
 
-class _Interval(NamedTuple):
-    """From t = start to start + length; lengths are negative."""
+def _shifted(intervals: int) -> list[list[float]]:
+    """For each interval the time where its velocity is read, the way there from its start, and its length.
 
-    start: float
-    length: float
-
-
-def _equal(count: int) -> list[_Interval]:
-    dt = -1 / count
-    return [_Interval(1 + k * dt, dt) for k in range(count)]
-
-
-def _jittered(count: int) -> list[_Interval]:
-    """Steps whose ends, except 1 and 0, are shifted by one random part of a step."""
-    if count == 1:
-        return _equal(1)
-    dt, shift = -1 / (count - 1), torch.rand(()).item()
-    ends = [1.0, *(1 + (k + shift) * dt for k in range(count - 1)), 0.0]
-    return [_Interval(start, end - start) for start, end in pairwise(ends)]
+    Ways and lengths are negative. All ends but 1 and 0 are shifted by a random part u of an interval h. So the first
+    interval is u h long, the last (1 - u) h. In whole intervals the velocity is read in the middle. In the first it is
+    read s = u^2 h / 2 from t = 1, and in the last (1 - u)^2 h / 2 from t = 0. Their middles would give the times near
+    the ends too little weight. So the velocity at s has the expected weight u h du / ds = 1 on the first and the last
+    half of an h. In between, the middles are uniform, and every time has the same weight.
+    """
+    u, h = torch.rand(()).item(), 1 / (intervals - 1)
+    first = (0.0, u**2 * h / 2, u * h)
+    whole = [((u + k) * h, h / 2, h) for k in range(intervals - 2)]
+    last = (1 - (1 - u) * h, (1 - u) * h * (1 + u) / 2, (1 - u) * h)
+    return [[1 - start - way, -way, -length] for start, way, length in (first, *whole, last)]
 
 
-def _moved(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """x + dt * (the weighed sum of the slopes)."""
-    for weight, slope in zip(weights, slopes, strict=True):
-        if weight:
-            x = x + (dt * weight) * slope
+def _along_slopes(grid: Sequence[Sequence[Number]] | Tensor, velocity: VelocityField, noise: Tensor) -> Tensor:
+    """Solve with one velocity for each interval, read at a point that is reached along the velocity before."""
+    x, slope = noise, None
+    for t, way, length in grid:
+        slope = velocity(x if slope is None else x + _scaled(slope, way), t)
+        x = x + _scaled(slope, length)
     return x
+
+
+def _moved(x: Tensor, pattern: Sequence[float], weights: Iterator[Number], slopes: Sequence[Tensor]) -> Tensor:
+    """x plus the weighed sum of the slopes, without those whose weight in the pattern is 0."""
+    for kept, slope in zip(pattern, slopes, strict=True):
+        weight = next(weights)
+        if kept:
+            x = x + _scaled(slope, weight)
+    return x
+
+
+def _scaled(slope: Tensor, weight: Number) -> Tensor:
+    # A number multiplies a bfloat16 slope in float32. A scalar tensor would be rounded to bfloat16 first.
+    return (weight * slope.float()).to(slope.dtype) if isinstance(weight, Tensor) else weight * slope
 
 
 # The strings below the fields are their --help texts; draccus drops a text with a colon in it.
@@ -187,8 +220,8 @@ class SolverFlags:
     """The flags of a `Solver`, which `--reflow.*` has in every command that solves a teacher's ODE."""
 
     solver: str = Solver.method
-    """Solver of the teacher's ODE, either 'jittered' (the midpoint rule on a grid that is shifted at random in each
-    batch), 'midpoint', 'euler' (the stock sampler), 'rk4' or 'dopri5'."""
+    """Solver of the teacher's ODE, either 'jittered' (one velocity in each interval of a grid that is shifted at
+    random in each batch), 'midpoint', 'euler' (the stock sampler), 'rk4' or 'dopri5'."""
     num_steps: int | None = None
     """Steps of the solver (not for dopri5). Default is the num_steps of the teacher's own config, but at least 10;
     'jittered' takes half as many. A training run fills the number in, and keeps it when resumed."""

@@ -25,6 +25,7 @@ from torch.nn.functional import mse_loss
 from smolvla_reflow.compat import REPORTED_BY_LEROBOT
 from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
+from smolvla_reflow.noise import scaled
 from smolvla_reflow.recipe import Recipe
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.prefix import Prefix, encode
@@ -122,7 +123,8 @@ class Step:
         seen = self.observation if self.teachers_observation is None else self.teachers_observation
         encoded = {"prefix": self._prefix} if self.one_prefix else {}
         per_frame = self.couplings_per_frame
-        coupling = self.source(seen, frames=self.frames, noise=self.noise, per_frame=per_frame, **encoded)
+        noise = self._scaled_noise() if self.noise is None and isinstance(self.source, FrozenTeacher) else self.noise
+        coupling = self.source(seen, frames=self.frames, noise=noise, per_frame=per_frame, **encoded)
         if not isinstance(coupling, Coupling):
             raise ReflowError(f"The source of couplings gave a {type(coupling).__name__}; return a Coupling.")
         self._check(coupling, len(self.actions) * per_frame)
@@ -242,6 +244,13 @@ class Step:
                 of = "rows" if frames is None else "frames"
                 return f"the {name} of the {of} {', '.join(map(str, which.tolist()))}"
         return None
+
+    def _scaled_noise(self) -> Tensor:
+        """Noise for a teacher, B * K in the shape of the actions, scaled by the recipe."""
+        count, device = len(self.actions) * self.couplings_per_frame, self.actions.device
+        noise = self.model.sample_noise((count, *self.actions.shape[1:]), device)
+        share = self.recipe.scaled_noise
+        return scaled(noise, share, torch.rand(count, device=device)) if share else noise
 
     def _times(self, count: int, times: Tensor | float | str) -> Tensor:
         if self.time is not None:

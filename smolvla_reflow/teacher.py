@@ -30,6 +30,7 @@ from smolvla_reflow.checkpoint.read import (
 from smolvla_reflow.coupling import Coupling
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.smolvla.features import cameras_seen, saved_rename_map
+from smolvla_reflow.smolvla.graph import SolveGraphs, solved
 from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.observation import Observation, observe
 from smolvla_reflow.smolvla.prefix import Prefix, encode
@@ -68,12 +69,14 @@ class FrozenTeacher:
         solver: of the teacher's ODE.
         space: the maps into the teacher's normalised space and back, if that is not the student's.
         rename_map: from a dataset's own names to the teacher's, for batches that have none of the teacher's cameras.
+        graphs: its recorded solves, None to solve kernel by kernel.
     """
 
     policy: SmolVLAPolicy
     solver: Solver
     space: SpaceMaps | None = None
     rename_map: Mapping[str, str] = field(default_factory=dict)
+    graphs: SolveGraphs | None = None
 
     @torch.no_grad()
     def __call__(
@@ -101,7 +104,7 @@ class FrozenTeacher:
             shape = (len(observation.state) * per_frame, config.chunk_size, config.max_action_dim)
             noise = self.policy.model.sample_noise(shape, observation.state.device)
         velocity = self.velocity(observation, prefix).repeated(per_frame)
-        actions = self.solver.integrate(velocity, noise, config.num_steps)
+        actions = solved(self.solver.resolved(config.num_steps), velocity, noise, self.graphs)
         return Coupling(noise, actions if self.space is None else self.space.actions(actions))
 
     def velocity(self, observation: Observation, prefix: Prefix | None = None) -> Velocity:
@@ -159,6 +162,8 @@ def frozen_source(
     solver: Solver,
     dataset_stats: Statistics | None,
     revision: str | None = None,
+    *,
+    cuda_graph: bool = False,
 ) -> FrozenTeacher:
     """Build the frozen teacher of a student that has none attached; arguments and errors as of `attach`."""
     if revision is not None:
@@ -175,7 +180,7 @@ def frozen_source(
     resolved = solver.of_couplings(policy.config.num_steps)
     if isinstance(origin, Checkpoint):
         warn_of_distilled(origin, resolved)
-    return FrozenTeacher(policy, resolved, space, rename_map)
+    return FrozenTeacher(policy, resolved, space, rename_map, SolveGraphs() if cuda_graph else None)
 
 
 def warn_of_distilled(teacher: Checkpoint, solver: Solver) -> None:

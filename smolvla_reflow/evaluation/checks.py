@@ -11,6 +11,8 @@ from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, EVIDENCE
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED
+from smolvla_reflow.evaluation.late import LATEST, aggregation, check_latency
+from smolvla_reflow.evaluation.start import check_start
 from smolvla_reflow.smolvla.features import fitted
 
 
@@ -27,6 +29,7 @@ def check_values(cfg: EvalConfig) -> None:
     for name, least in {"num_frames": 2, "num_noises": 2, "reference_steps": 2, "batch_size": 1, "seed": 0}.items():
         if getattr(cfg, name) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+    check_start(cfg.noise)
     if cfg.decide_by is not None and cfg.decide_by not in EVIDENCE:
         raise ReflowError(f"--decide_by={cfg.decide_by} is unknown; {known_are(EVIDENCE, cfg.decide_by)}")
     if cfg.decide_by not in (None, ENERGY_DISTANCE) and cfg.env is None:
@@ -36,6 +39,13 @@ def check_values(cfg: EvalConfig) -> None:
     for name, example in {"energy_margin": 0.003, "reward_margin": 0.03}.items():
         if not 0 < getattr(cfg, name) < math.inf:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: give a number above 0, such as {example}.")
+    if cfg.latency_ms is not None:
+        check_latency(cfg.latency_ms)
+        if cfg.env is None:
+            raise ReflowError("--latency_ms has no effect without --env.type; leave it out.")
+    aggregation(cfg.aggregate_fn_name)
+    if cfg.aggregate_fn_name != LATEST and cfg.latency_ms is None:
+        raise ReflowError("--aggregate_fn_name has no effect without --latency_ms; leave it out.")
     if cfg.env_task is not None and cfg.env is None:
         raise ReflowError("--env_task has no effect without --env.type; leave it out.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():

@@ -3,6 +3,7 @@
 MeasuredPolicy, --env.*  ->  drive: the episodes of lerobot-eval, by task
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from lerobot.configs.default import EvalConfig as ClosedLoopConfig
@@ -14,6 +15,7 @@ from lerobot.utils.random_utils import set_seed
 
 from smolvla_reflow.checkpoint.read import Checkpoint
 from smolvla_reflow.errors import doing
+from smolvla_reflow.evaluation.late import LateChunks, executing
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
 from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.evaluation.task_sentence import shown_sentences, with_sentence
@@ -35,10 +37,13 @@ def drive(
     num_steps: int,
     seed: int,
     task: str | None = None,
+    late: LateChunks | None = None,
 ) -> dict[str, Episodes]:
     """Run the episodes of `lerobot-eval --seed`, the same for every policy; returns them by task.
 
-    `task` is the sentence to show the policy, None for the environment's own.
+    Args:
+        task: the sentence to show the policy, None for the environment's own.
+        late: the policy's chunks that arrive late; None for a simulator that waits for the policy.
     """
     # New environments each time, so that no episode depends on earlier episodes of another policy.
     envs = make_env(env, n_envs=settings.batch_size, use_async_envs=settings.use_async_envs)
@@ -46,7 +51,7 @@ def drive(
     before = before if task is None else with_sentence(before, task)
     set_seed(seed)
     try:
-        with policy.inference(num_steps):
+        with policy.inference(num_steps), contextlib.nullcontext() if late is None else executing(late):
             info = eval_policy_all(
                 envs=envs,
                 policy=policy.policy,

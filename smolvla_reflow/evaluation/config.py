@@ -10,6 +10,8 @@ from lerobot.envs.configs import EnvConfig
 
 from smolvla_reflow.dataset.opening import TOLERANCE_S, in_home
 from smolvla_reflow.distance import FINE_STEPS
+from smolvla_reflow.evaluation.late import LATEST
+from smolvla_reflow.evaluation.start import NORMAL
 
 
 # The strings below the fields are their --help texts; draccus drops a text with a colon, and adds the default's value.
@@ -20,7 +22,7 @@ class PolicyConfig:
     pretrained_revision: str | None = None
     """Branch, tag or commit of a checkpoint on the hub (None is main)."""
     vlm_model_name: str | None = None
-    """Folder or hub id of the vision-language backbone of all policies (None is the one in their config.json)."""
+    """Folder or hub id of the vision-language backbone of all policies (None is the backbone in their config.json)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of all policies."""
 
@@ -60,12 +62,24 @@ class EvalConfig:
     decide_by: str | None = None
     """Evidence that decides, 'success', 'best_reward' (for an environment that rewards progress) or 'energy_distance'
     (None is success in an environment and energy distance without)."""
+    noise: str = NORMAL
+    """Noise that the robot's client starts each chunk from, 'normal', 'zeros', or the seed of one draw for all chunks.
+    If it is not 'normal', the policy is measured from it, too, and has to be as good as the teacher from normal
+    noise."""
     batch_size: int = 16
     """Frames at once, each with all its noises."""
     seed: int = 0
     """Seed of the noise, and of the first episode in the simulator."""
     env: EnvConfig | None = None
     """Simulated environment to count successes in, as for lerobot-eval (None is no environment)."""
+    latency_ms: str | None = None
+    """Time from an observation to its chunk in the simulator. Give 'measured' (on this device, at each number of
+    steps), the milliseconds of every chunk, or those of the prefix and of each ODE step, such as '120+35'. Meanwhile
+    the robot goes on with the chunk before (None is a simulator that waits for the policy)."""
+    aggregate_fn_name: str = LATEST
+    """Function of LeRobot's robot client that makes one action of two, where two chunks have an action for the same
+    control step. 'latest_only' takes the newer action. 'weighted_average' (the client's default) takes 0.7 of the newer
+    and 0.3 of the older action. Needs --latency_ms."""
     env_task: str | None = None
     """Sentence for the policies (None is the environment's own)."""
     eval: ClosedLoopConfig = field(default_factory=ClosedLoopConfig)

@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def loss(self) -> float:
-        """How far the policy is behind the bar, in the unit of the values."""
+        """The policy's distance behind the bar, in the unit of the values."""
         return self.here - self.bar if self.evidence == ENERGY_DISTANCE else self.bar - self.here
 
     def shortfall(self, margin: float) -> str:
@@ -97,6 +97,7 @@ class Decision:
     comparisons: tuple[Comparison, ...]  # of every number of steps that was measured, in rising order
     too_little: str | None = None  # the reason why there is too little data to recommend anything
     on_seen_frames: bool = False  # True if the energy distances are of frames that the policy was trained on
+    in_time: bool = False  # True if chunks arrive late in the simulator: then the best of the numbers is recommended
 
     @property
     def is_alone(self) -> bool:
@@ -122,11 +123,13 @@ class Decision:
             return f"No number of steps is shown to be as good as {bar} ({how})."
         where = " for frames seen in training" if self.on_seen_frames else ""
         chosen = f"Recommended{where}: num_steps={self.recommended}, "
-        if self.is_alone and self.recommended == self.bar.num_steps:
+        if self.is_alone and self.recommended == self.bar.num_steps and not self.in_time:
             return f"{chosen}{bar}: no smaller number is shown to be as good ({how})."
         (found,) = (each for each in self.comparisons if each.num_steps == self.recommended)
+        which = "the best of the numbers" if self.in_time else "the smallest number"
+        verb = "are" if self.in_time else "is"
         return (
-            f"{chosen}the smallest number that is shown to make the {self.policy} as good as {bar} ({how}): it "
+            f"{chosen}{which} that {verb} shown to make the {self.policy} as good as {bar} ({how}): it "
             f"{found.figures()}."
         )
 
@@ -134,7 +137,8 @@ class Decision:
         """For a policy alone, if it needs reflow; for a student, if reflow has saved no steps."""
         if self.is_alone:
             return "".join(each.needs_reflow() for each in self.comparisons if each.num_steps == 1 and each.is_tested)
-        return " So reflow has saved no steps yet." if self.recommended == self.bar.num_steps else ""
+        saved_none = self.recommended == self.bar.num_steps and not self.in_time
+        return " So reflow has saved no steps yet." if saved_none else ""
 
     def _failures_above(self, failed: Sequence[Comparison]) -> str:
         """The larger numbers of steps that would fail, so that nobody takes them for safer."""
@@ -154,6 +158,8 @@ def decide(
     decide_by: str | None = None,
     one_step_only: bool = False,
     on_seen_frames: bool = False,
+    in_time: bool = False,
+    one_noise: bool = False,
     seed: int = 0,
 ) -> Decision:
     """Choose a number of steps for the policy of this name.
@@ -168,6 +174,9 @@ def decide(
             energy distance.
         one_step_only: True for a student that was trained for one step alone.
         on_seen_frames: True if the policy was trained on some of the frames.
+        in_time: True if more steps delay the chunks in the simulator. The number with the highest mean is recommended
+            then, among the numbers that are enough, in place of the smallest.
+        one_noise: True if the policy starts every chunk from one noise. Its chunks have no distribution then.
         seed: of the resampling.
     """
     groups = by_cell(table)
@@ -183,7 +192,7 @@ def decide(
         return _by_energy_distance(cell, bar, groups, margin, seed)
 
     comparisons = {cell.num_steps: compared(cell) for cell in rows}
-    too_little = _too_little(groups[bar]) if evidence == ENERGY_DISTANCE else None
+    too_little = _too_little(groups[bar], one_noise) if evidence == ENERGY_DISTANCE else None
     recommended = None
     for n in sorted(comparisons, reverse=True):
         if too_little is None and n <= (1 if one_step_only else bar.num_steps):
@@ -191,8 +200,13 @@ def decide(
             if not comparisons[n].not_inferior:
                 break
             recommended = n
+    in_time = in_time and evidence != ENERGY_DISTANCE
+    if in_time and recommended is not None:
+        enough = [each for each in comparisons.values() if each.is_tested and each.not_inferior]
+        recommended = max(enough, key=lambda each: (each.here, -each.num_steps)).num_steps
     on_seen_frames = on_seen_frames and evidence == ENERGY_DISTANCE
-    return Decision(policy, bar, evidence, margin, recommended, tuple(comparisons.values()), too_little, on_seen_frames)
+    compared_all = tuple(comparisons.values())
+    return Decision(policy, bar, evidence, margin, recommended, compared_all, too_little, on_seen_frames, in_time)
 
 
 def bar_is_low(bar: Cell) -> str | None:
@@ -266,7 +280,12 @@ def _by_interval(
     )
 
 
-def _too_little(frames: pd.DataFrame) -> str | None:
+def _too_little(frames: pd.DataFrame, one_noise: bool) -> str | None:
+    if one_noise:
+        return (
+            "from one noise the policy makes one chunk for each frame, and a chunk has no distribution to compare. "
+            "Name a simulator (--env.type), whose episodes can decide."
+        )
     count, episodes = len(frames), frames["episode"].nunique()
     if count >= FEWEST_FRAMES and episodes >= FEWEST_EPISODES:
         return None

@@ -8,8 +8,8 @@ policy's actions are first converted to the robot's units by its own statistics,
 differently can be compared.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from smolvla_reflow.distance import absolute_error, energy_distance, frame_flow, spread, squared_error
 from smolvla_reflow.evaluation.intervals import over_episodes
+from smolvla_reflow.evaluation.late import Delay
 from smolvla_reflow.evaluation.latency import ChunkTime
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.evaluation.start import NORMAL, constant_noise
 from smolvla_reflow.evaluation.success import Driven, Success
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
@@ -64,16 +66,26 @@ def measure_batch(
 ) -> pd.DataFrame:
     """Measure policies, the reference policy first, on a raw batch; a row for each policy, number of steps and frame.
 
-    `check_fine` adds `fine_error`, the error of the fine solutions themselves.
+    Each policy is compared with the reference's fine solutions from the same noise. `check_fine` adds `fine_error`, the
+    error of the fine solutions themselves.
     """
-    tables, target = [], None
+
+    def solutions(policy: MeasuredPolicy, num_steps: Sequence[int]) -> Solutions:
+        with policy.inference(policy.num_steps):
+            return solve(policy, batch, num_steps, settings, check_fine=check_fine)
+
+    tables = []
+    targets: dict[str, Tensor] = {}
     for policy in policies:
         its_steps = [cell.num_steps for cell in cells(policies, settings.num_steps) if cell.policy == policy.name]
-        with policy.inference(policy.num_steps):
-            solved = solve(policy, batch, its_steps, settings, check_fine=check_fine)
-        target = solved.fine if target is None else target
+        solved = solutions(policy, its_steps)
+        if policy.start not in targets:
+            reference = replace(policies[0], start=policy.start)
+            targets[policy.start] = (solved if policy is policies[0] else solutions(reference, [])).fine
         for n in its_steps:
-            found = frame_metrics(solved, n, target, batch, policy.policy.config.n_action_steps, settings)
+            found = frame_metrics(
+                solved, n, targets[policy.start], batch, policy.policy.config.n_action_steps, settings
+            )
             of = {"frame": batch["index"].tolist(), "episode": batch["episode_index"].tolist()}
             columns = {**of, **{name: value.tolist() for name, value in found.items()}}
             tables.append(pd.DataFrame({"policy": policy.name, "num_steps": n, **columns}))
@@ -95,6 +107,8 @@ def solve(
     """Solve a policy's ODE for every noise of a batch; each frame's observation is encoded once."""
     velocity = velocity_of(policy.policy.model, observe(policy.policy, policy.preprocessor(dict(batch))))
     flow = frame_flow(velocity, batch["index"].tolist(), settings.num_noises, settings.seed)
+    if policy.start != NORMAL:
+        flow = replace(flow, noise=constant_noise(policy.start, flow.noise.shape).to(flow.noise.device))
     scale, moving = policy.robot_units.scale, settings.action_std > 0
 
     def in_deviations(x: Tensor) -> Tensor:
@@ -145,10 +159,13 @@ def summary(
     seed: int = 0,
     chunk_times: Mapping[str, ChunkTime] | None = None,
     driven: Mapping[Cell, Driven] | None = None,
+    delays: Mapping[Cell, Delay] | None = None,
+    one_noise: Collection[str] = (),
 ) -> list[Row]:
     """A row of the report for each policy and number of steps, over all frames of the table; see the guide `report.md`.
 
-    The chunk times (by policy) and the episodes can be missing.
+    The chunk times (by policy), the episodes and the delays in them can be missing. A policy of `one_noise` makes one
+    chunk for each frame, so it has no energy distance.
     """
     groups = by_cell(table)
     fine_spread = _mean(groups[bar], "fine_spread")
@@ -158,10 +175,12 @@ def summary(
         executed = float(np.mean(_mean(group, "action_error_executed"))) / _mean(group, "steps_executed")
         chunk, bars_chunk = ((chunk_times or {}).get(each.policy) for each in (cell, bar))
         episodes = (driven or {}).get(cell)
+        is_one_chunk = cell.policy in one_noise
+        distance = None if is_one_chunk else over_episodes(group["energy_distance"], group["episode"], seed)
         row = {
             "policy": cell.policy,
             "num_steps": cell.num_steps,
-            "energy_distance": over_episodes(group["energy_distance"], group["episode"], seed),
+            "energy_distance": distance,
             "flow_rmse": _mean(group, "flow_error") ** 0.5,
             "own_flow_rmse": _mean(group, "own_flow_error") ** 0.5,
             "action_mae": float(error.mean()),
@@ -172,6 +191,7 @@ def summary(
             "latency_ms_p50": chunk.p50(cell.num_steps) if chunk else None,
             "latency_ms_p95": chunk.p95(cell.num_steps) if chunk else None,
             "speedup": bars_chunk.p50(bar.num_steps) / chunk.p50(cell.num_steps) if chunk and bars_chunk else None,
+            "delay": (delays or {}).get(cell),
             "success": None if episodes is None else Success.count(episodes),
         }
         rows.append(row)

@@ -66,8 +66,8 @@ def draw_best_reward(rows: Sequence[Row], decision: Decision, axis: Axes) -> Non
 
 def draw_energy_distance(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
     """Plot energy distances with their confidence intervals, and how high the judged policy's may be."""
-    distances = [row["energy_distance"] for row in rows]
-    draw_intervals(rows, decision, axis, {i: ends_of(distance) for i, distance in enumerate(distances)})
+    distances = {i: row["energy_distance"] for i, row in enumerate(rows) if row["energy_distance"] is not None}
+    draw_intervals(rows, decision, axis, {i: ends_of(distance) for i, distance in distances.items()})
     if decision.evidence == ENERGY_DISTANCE:
         highest = decision.comparisons[0].bar + decision.margin
         axis.axhline(highest, color="black", lw=0.8, ls=":", label="bar + margin")

@@ -121,6 +121,7 @@ EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("own flow error", lambda row: f"{row['own_flow_rmse']:.4f}"),
     ("spread", lambda row: f"{row['spread_ratio']:.3f}"),
     ("straightness", lambda row: f"{row['straightness']:.4f}"),
+    ("delay", lambda row: "" if row["delay"] is None else row["delay"].in_words()),
     ("success (95 % interval)", lambda row: "" if row["success"] is None else in_percent(row["success"])),
     ("best reward", lambda row: "" if row["success"] is None else f"{row['success'].best_reward:.3f}"),
     ("action error", lambda row: f"{row['action_mae']:.4g}"),
@@ -130,8 +131,10 @@ EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
 DETAILS = ("own flow error", "straightness", "action error")
 
 
-def as_interval(found: Interval) -> str:
-    """A mean and its confidence interval as text."""
+def as_interval(found: Interval | None) -> str:
+    """A mean and its confidence interval as text, empty if there is none."""
+    if found is None:
+        return ""
     low, high = ("no bound" if end is None else f"{end:.4f}" for end in (found.low, found.high))
     return f"{found.value:.4f} ({low} to {high})"
 

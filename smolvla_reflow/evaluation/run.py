@@ -33,6 +33,9 @@ from smolvla_reflow.evaluation.measure import fine_errors, summary
 from smolvla_reflow.evaluation.policy import load_measured_policy
 from smolvla_reflow.evaluation.report import COLUMNS_IN_WORDS, NAMES, Report, table
 from smolvla_reflow.evaluation.stages import Evaluation
+from smolvla_reflow.evaluation.start import NORMAL
+from smolvla_reflow.evaluation.start import in_words as start_in_words
+from smolvla_reflow.evaluation.start import warning as start_warning
 from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 from smolvla_reflow.evaluation.task_sentence import in_words, unseen_sentences
 from smolvla_reflow.evaluation.two_errors import TwoErrors, advice, fit
@@ -115,6 +118,9 @@ def prepared(
     ]
     if cfg.bar_num_steps is not None:
         policies[0] = replace(policies[0], num_steps=cfg.bar_num_steps)
+    if cfg.noise != NORMAL:
+        last = policies[-1]
+        policies.append(replace(last, name=f"{last.name} from {start_in_words(cfg.noise)}", start=cfg.noise))
     return Evaluation(
         cfg=cfg,
         policies=policies,
@@ -168,23 +174,34 @@ def make_report(evaluation: Evaluation) -> Report:
     """The report of the parts that are finished, at least the frames of a first batch."""
     cfg, bar, frames, driven = evaluation.cfg, evaluation.bar, evaluation.table(), evaluation.driven()
     judged, chunk_times = evaluation.policies[-1].name, evaluation.chunk_times()
-    rows = summary(frames, bar, cfg.seed, chunk_times, driven)
+    one_noise = {policy.name for policy in evaluation.policies if policy.start != NORMAL}
+    rows = summary(frames, bar, cfg.seed, chunk_times, driven, evaluation.delays(), one_noise)
+    margins = {SUCCESS: cfg.success_margin, BEST_REWARD: cfg.reward_margin, ENERGY_DISTANCE: cfg.energy_margin}
     decision = decide(
         frames,
         driven,
         bar,
         judged,
-        margins={SUCCESS: cfg.success_margin, BEST_REWARD: cfg.reward_margin, ENERGY_DISTANCE: cfg.energy_margin},
+        margins=margins,
         decide_by=cfg.decide_by,
         one_step_only=evaluation.one_step_only,
         on_seen_frames=evaluation.seen.by_judged != 0,
+        in_time=cfg.latency_ms is not None,
+        one_noise=judged in one_noise,
         seed=cfg.seed,
     )
     two_errors = {
         policy.name: fit({row["num_steps"]: row["flow_rmse"] for row in rows if row["policy"] == policy.name})
         for policy in evaluation.policies[1:]
     }
-    notes = [bar_is_low(bar), *evaluation.warnings, rtc_note(evaluation.rtc_config, decision.recommended)]
+    start = None if cfg.noise == NORMAL else start_warning(rows, judged, evaluation.policies[-2].name, margins)
+    notes = [
+        start,
+        late_note(cfg),
+        bar_is_low(bar),
+        *evaluation.warnings,
+        rtc_note(evaluation.rtc_config, decision.recommended),
+    ]
     return Report(
         rows=rows,
         recommended_num_steps=decision.recommended,
@@ -198,6 +215,17 @@ def make_report(evaluation: Evaluation) -> Report:
         notes=[each for each in notes if each is not None],
         made_with=evaluation.journal.key,
         complete=evaluation.is_complete,
+    )
+
+
+def late_note(cfg: EvalConfig) -> str | None:
+    """A sentence about `--latency_ms`; None without it."""
+    if cfg.latency_ms is None or cfg.env is None:
+        return None
+    return (
+        f"Each chunk arrived in the simulator with its delay (--latency_ms={cfg.latency_ms}, {cfg.env.fps} control "
+        "steps a second). The robot executed the chunk before meanwhile. It dropped the late actions, and took "
+        f"--aggregate_fn_name={cfg.aggregate_fn_name} where both chunks had an action for one control step."
     )
 
 

@@ -21,6 +21,7 @@ from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import Seen
 from smolvla_reflow.evaluation.journal import Journal
+from smolvla_reflow.evaluation.late import Delay, LateChunks, aggregation, chunk_time
 from smolvla_reflow.evaluation.latency import ChunkTime, Rounds, measure_rounds, pace
 from smolvla_reflow.evaluation.measure import Cell, Settings, cells, measure_batch
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
@@ -73,6 +74,16 @@ class Evaluation:
         fits = [ChunkTime.fit(timed[of], times, rounds.load) for of, times in zip(paces, rounds.times, strict=True)]
         return {policy.name: fits[paces.index(pace(policy))] for policy in self.policies}
 
+    def delays(self) -> dict[Cell, Delay]:
+        """The delay of each policy's chunks in the simulator, once its time is known; none without --latency_ms."""
+        cfg, times = self.cfg, self.chunk_times()
+        if cfg.latency_ms is None or cfg.env is None or not times:
+            return {}
+        return {
+            cell: Delay.of(chunk_time(cfg.latency_ms, times[cell.policy]).p50(cell.num_steps), cfg.env.fps)
+            for cell in self.cells
+        }
+
     def driven(self) -> dict[Cell, Driven]:
         """The episodes that were driven, of each policy and number of steps."""
         parts, names = self.journal.parts, {cell: _episodes_of(cell) for cell in self.cells}
@@ -124,7 +135,11 @@ class Evaluation:
             return policy.postprocessor(action)
 
         ticked = replace(policy, postprocessor=ticking)
-        return drive(ticked, cfg.env, cfg.eval, cell.num_steps, cfg.seed, cfg.env_task)
+        delay = self.delays().get(cell)
+        late = None
+        if delay is not None:
+            late = LateChunks(policy.policy, delay.steps, aggregation(cfg.aggregate_fn_name))
+        return drive(ticked, cfg.env, cfg.eval, cell.num_steps, cfg.seed, cfg.env_task, late)
 
     def _policy(self, cell: Cell) -> MeasuredPolicy:
         return next(policy for policy in self.policies if policy.name == cell.policy)

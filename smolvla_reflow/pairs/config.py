@@ -9,7 +9,8 @@ from lerobot.configs.default import DatasetConfig
 from smolvla_reflow.dataset.opening import TOLERANCE_S, check_as_recorded, in_home
 from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.pairs.manifest import DTYPES
-from smolvla_reflow.solver import JITTERED, SolverFlags
+from smolvla_reflow.recipe import Recipe
+from smolvla_reflow.solver import ADAPTIVE, JITTERED, SolverFlags
 
 
 # The strings below the fields are their --help texts. argparse adds each default; draccus drops a text with a colon.
@@ -22,6 +23,9 @@ class TeacherConfig(SolverFlags):
     """Checkpoint of the teacher, a folder or hub id."""
     teacher_revision: str | None = None
     """Branch, tag or commit of a teacher on the hub."""
+    cuda_graph: bool = False
+    """On a GPU, solve the teacher's ODE as one CUDA graph instead of kernel by kernel, which gives the same pairs
+    faster. Not for dopri5."""
 
 
 @dataclass
@@ -51,6 +55,8 @@ class PairsConfig:
     """Folder of the pairs. The same command finishes an interrupted run."""
     couplings_per_frame: int = 4
     """Couplings stored for each frame, each from another noise."""
+    scaled_noise: float = Recipe.scaled_noise
+    """Share of the pairs, 0 to 1, that start from noise of a smaller scale, half of them from zeros."""
     seed: int | None = None
     """Seed of the noise (default a number that follows from the teacher, so each round of reflow has its own noise)."""
     dtype: str = "float16"
@@ -81,10 +87,17 @@ def check_values(cfg: PairsConfig) -> None:
     for name, least in {"couplings_per_frame": 1, "batch_size": 1, "frames_per_shard": 1, "seed": 0}.items():
         if (getattr(cfg, name) or 0) < least:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: at least {least} is needed.")
+    try:
+        Recipe(scaled_noise=cfg.scaled_noise)
+    except ReflowError as error:
+        raise ReflowError(f"--{error}") from None
     if cfg.dtype not in DTYPES:
         raise ReflowError(f"--dtype={cfg.dtype} is unknown; {known_are(DTYPES, cfg.dtype)}")
     check_as_recorded(cfg.dataset, "pairs are made from")
-    if cfg.reflow.to_solver().method == JITTERED:
+    solver = cfg.reflow.to_solver()
+    if cfg.reflow.cuda_graph and solver.method in ADAPTIVE:
+        raise ReflowError(f"--reflow.cuda_graph=true has no effect with --reflow.solver={solver.method}; leave it out.")
+    if solver.method == JITTERED:
         raise ReflowError(
             f"--reflow.solver={JITTERED} draws a random number for each batch, and stored pairs have to be the same in "
             "whatever batches they are solved; leave it out."

@@ -34,11 +34,12 @@ from smolvla_reflow.dataset.opening import (
     policy_features,
 )
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.noise import frames_noise
+from smolvla_reflow.noise import pairs_noise
 from smolvla_reflow.pairs.config import PairsConfig
 from smolvla_reflow.pairs.folder import begin, reserved, write_manifest, write_shard
 from smolvla_reflow.pairs.manifest import DTYPES, MANIFEST_NAME, Manifest, Provenance, read_manifest
 from smolvla_reflow.smolvla.features import fitted, rename_map_in_use
+from smolvla_reflow.smolvla.graph import SolveGraphs, solved
 from smolvla_reflow.smolvla.normalization import SpaceMaps, space_maps
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.statistics import fingerprint
@@ -73,7 +74,7 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
         warn_of_distilled(teacher, made.solver)
         dataset = open_dataset(cfg.dataset, tolerance_s=cfg.tolerance_s, rename_map=made.rename_map)
         check_finite(dataset, trained_columns(dataset.meta.features, made.rename_map))
-        maker = load_pair_maker(teacher, made, space, cfg.policy.on(process), cfg.rename_map)
+        maker = load_pair_maker(teacher, made, space, cfg, cfg.policy.on(process))
         process.wait_for_everyone()  # so does a process that sees another folder, or lacks memory
         try:
             generate(folder, manifest, maker, dataset, cfg, process)
@@ -110,6 +111,7 @@ def plan(cfg: PairsConfig, teacher: Checkpoint) -> tuple[Checkpoint, Manifest, S
         seed=int(made_by[:8], base=16) if cfg.seed is None else cfg.seed,
         couplings_per_frame=cfg.couplings_per_frame,
         dtype=cfg.dtype,
+        scaled_noise=cfg.scaled_noise,
         rename_map=rename_map,
     )
     made_from = {
@@ -203,12 +205,14 @@ class PairMaker:
         preprocessor: of its checkpoint, from a dataset's batch to its input.
         space: the maps between the dataset's normalised space and the teacher's, None if they are the same.
         provenance: the pairs to make.
+        graphs: the teacher's recorded solves, None to solve kernel by kernel.
     """
 
     policy: SmolVLAPolicy
     preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
     space: SpaceMaps | None
     provenance: Provenance
+    graphs: SolveGraphs | None = None
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Tensor:
@@ -219,11 +223,12 @@ class PairMaker:
         """
         made = self.provenance
         frames = batch["index"].tolist()
-        noise = frames_noise(made.seed, frames, made.couplings_per_frame, (made.chunk_size, made.max_action_dim))
+        pairs = [(frame, pair) for frame in frames for pair in range(made.couplings_per_frame)]
+        noise = pairs_noise(made.seed, pairs, (made.chunk_size, made.max_action_dim), made.scaled_noise)
         observation = observe(self.policy, self.preprocessor(dict(batch)))
         with stock_autocast(self.policy):
             velocity = velocity_of(self.policy.model, observation).repeated(made.couplings_per_frame)
-            actions = made.solver.integrate(velocity, noise.to(observation.state.device))
+            actions = solved(made.solver, velocity, noise.to(observation.state.device), self.graphs)
         if self.space is not None:
             actions = self.space.actions(actions)
         if not (actions.abs() < torch.finfo(DTYPES[made.dtype]).max).all():
@@ -235,8 +240,9 @@ class PairMaker:
 
 
 def load_pair_maker(
-    teacher: Checkpoint, provenance: Provenance, space: SpaceMaps | None, device: str, rename_map: dict[str, str]
+    teacher: Checkpoint, provenance: Provenance, space: SpaceMaps | None, cfg: PairsConfig, device: str
 ) -> PairMaker:
     """Load the teacher as plain LeRobot would, on `device`."""
     policy = load_policy(teacher, device)
-    return PairMaker(policy, load_processors(teacher, device, rename_map).before, space, provenance)
+    before = load_processors(teacher, device, cfg.rename_map).before
+    return PairMaker(policy, before, space, provenance, SolveGraphs() if cfg.reflow.cuda_graph else None)

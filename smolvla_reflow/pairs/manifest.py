@@ -38,6 +38,7 @@ class Provenance:
         seed: of the noise.
         couplings_per_frame: stored for each frame.
         dtype: of the stored actions.
+        scaled_noise: share of the pairs whose noise is scaled (`smolvla_reflow.noise.scaled`).
         rename_map: from the dataset's names to the teacher's.
     """
 
@@ -51,6 +52,7 @@ class Provenance:
     seed: int
     couplings_per_frame: int
     dtype: str
+    scaled_noise: float = 0.0
     rename_map: dict[str, str] = field(default_factory=dict)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolvla_reflow.coupling import Coupling, CouplingSource
 from smolvla_reflow.errors import ReflowError
-from smolvla_reflow.noise import pair_noise
+from smolvla_reflow.noise import pairs_noise
 from smolvla_reflow.pairs.manifest import TENSOR_NAME, check_shards, not_as_written, read_manifest, shard_path
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint
@@ -104,7 +104,7 @@ class Pairs:
                 raise ReflowError(f"The pairs in {path} cannot be read ({error}).") from None
         shape = (made.chunk_size, made.max_action_dim)
         return Coupling(
-            noise=torch.stack([pair_noise(made.seed, frame, pair, shape) for frame, pair in wanted]),
+            noise=pairs_noise(made.seed, wanted, shape, made.scaled_noise),
             actions=torch.stack([actions[i] for i in range(len(wanted))]),
         )
 
@@ -136,11 +136,8 @@ class Pairs:
                 "LeRobotDataset and call policy.forward(batch)."
             )
         found = brought.pop(BROUGHT, None) if isinstance(brought, dict) else None
-        if found:  # for the whole batch; the caller may ask for its last frames
-            found = {name: tensor[len(tensor) - len(frames) :] for name, tensor in found.items()}
-        if found and found["noise"].shape[1] == per_frame and torch.equal(found["frames"].to(frames.device), frames):
-            device = observation.state.device
-            return Coupling(*(found[name].flatten(0, 1).to(device) for name in ("noise", "actions")))
+        if found and found["noise"].shape[1] == per_frame:
+            return _of_frames(frames.to(observation.state.device), **found)
         return self.draw(frames.tolist(), observation.state.device, per_frame)
 
     def bring(self, batch: dict[str, Any], per_frame: int, generator: torch.Generator) -> None:
@@ -193,6 +190,21 @@ class Pairs:
         if i < 0 or frame >= self.manifest.frames[i][1]:
             raise ReflowError(f"Frame {frame} has no pairs in {self.folder}.")
         return self._offsets[i] + frame - self._starts[i]
+
+
+def _of_frames(wanted: Tensor, frames: Tensor, noise: Tensor, actions: Tensor) -> Coupling:
+    """The couplings of the wanted frames, (B,), among the couplings of these frames, (C,), K for each.
+
+    Reading the indices here would wait for the GPU. A frame without couplings gets NaN, which stops the run and names
+    the frame.
+    """
+    frames, noise, actions = (tensor.to(wanted.device, non_blocking=True) for tensor in (frames, noise, actions))
+    holds = (frames == wanted[:, None]).int()
+    # A frame that is there twice has its own row: the caller may ask for the last frames of the batch.
+    offset = len(frames) - len(wanted)
+    rows = (holds + holds.tril(offset).triu(offset)).argmax(dim=1)
+    missing = (holds.sum(dim=1) == 0)[:, None, None, None]
+    return Coupling(noise[rows].flatten(0, 1), actions[rows].masked_fill(missing, torch.nan).flatten(0, 1))
 
 
 def open_source(pairs: str | Path | CouplingSource, config: SmolVLAConfig, stats: Statistics | None) -> CouplingSource:

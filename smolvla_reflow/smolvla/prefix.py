@@ -9,6 +9,7 @@ frozen, and only `state_proj` is trained, which straighter paths need not change
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, VLAFlowMatc
 from torch import Tensor, nn
 
 from smolvla_reflow.compat import copy_prefix
-from smolvla_reflow.smolvla.binding import bind
+from smolvla_reflow.smolvla.binding import Binding, bind
 from smolvla_reflow.smolvla.observation import Observation
+
+_COMPILED = "_compiled_for_prefix"  # the attribute of a model that holds its compiled sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,23 @@ class Prefix:
     """
 
     given: dict[str, Any]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the prefix, in the order of `of`."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        copy_prefix(self.given, note)
+        return tuple(found)
+
+    def of(self, tensors: Sequence[Tensor]) -> "Prefix":
+        """A prefix like this one, made of other tensors."""
+        others = iter(tensors)
+        return Prefix(copy_prefix(self.given, lambda tensor: next(others)))
 
     def copied(self) -> dict[str, Any]:
         """For one call of `denoise_step`, which writes into the cache it is given. The tensors are shared."""
@@ -55,12 +75,20 @@ def encode(model: VLAFlowMatching, observation: Observation) -> Prefix:
     config = copy.copy(model.config)
     config.num_steps, config.rtc_config = 1, None
     noise = observation.state.new_zeros(len(observation.state), config.chunk_size, config.max_action_dim)
+    compiled = vars(model).get(_COMPILED)
     binding = bind(model, denoise_step=keep, config=config)
     try:
-        type(model).sample_actions(model, *observation, noise=noise)
+        (compiled or type(model).sample_actions)(model, *observation, noise=noise)
     finally:
         binding.undo()
-    return Prefix(given)
+    # CUDA graphs of a compiled sampler write the next prefix into the memory of this one.
+    return Prefix(copy_prefix(given, torch.clone) if compiled else given)
+
+
+def compile_encoding(*models: VLAFlowMatching) -> tuple[Binding, ...]:
+    """Let `encode` compile what it runs of these models, in the mode of the first model's config."""
+    compiled = torch.compile(type(models[0]).sample_actions, mode=models[0].config.compile_mode)
+    return tuple(bind(model, **{_COMPILED: compiled}) for model in models)
 
 
 def trained_part(policy: SmolVLAPolicy) -> str | None:

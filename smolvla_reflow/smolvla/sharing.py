@@ -60,7 +60,7 @@ class Sharing:
             )
         else:
             whom = "for the student" if teacher is None else "for teacher and student"
-            if teacher is not None and list(teacher.config.image_features) != list(student.config.image_features):
+            if not _same_cameras(student, teacher):
                 whom += " (for each of them if they see other images, or in another order)"
             sentences.append(f"The prefix (images, language, state) is encoded once {whom}, and state_proj is frozen.")
         return " ".join(sentences)
@@ -74,13 +74,19 @@ def share(
     `why_not` is a reason against one prefix that the policies do not show.
     """
     features = None
-    if teacher is not None or several:
-        features = share_features(*(policy for policy in (student, teacher) if policy is not None))
     why_not_shared = why_not or _why_not_shared(student, teacher)
+    # The vision encoder is compiled with the rest of a prefix that both see alike, and encodes each image once anyway.
+    compiled = student.config.compile_model and why_not_shared is None and _same_cameras(student, teacher)
+    if (teacher is not None or several) and not compiled:
+        features = share_features(*(policy for policy in (student, teacher) if policy is not None))
     frozen = () if why_not_shared else tuple(p for p in student.model.state_proj.parameters() if p.requires_grad)
     for parameter in frozen:
         parameter.requires_grad_(False)
     return Sharing(why_not_shared, features, frozen)
+
+
+def _same_cameras(student: SmolVLAPolicy, teacher: SmolVLAPolicy | None) -> bool:
+    return teacher is None or list(teacher.config.image_features) == list(student.config.image_features)
 
 
 def _why_not_shared(student: SmolVLAPolicy, teacher: SmolVLAPolicy | None) -> str | None:

@@ -30,12 +30,13 @@ from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.features import check_students_cameras, fitted, rename_map_in_use
 from smolvla_reflow.smolvla.normalization import space_maps
 from smolvla_reflow.smolvla.statistics import Statistics, fingerprint, saved_statistics
-from smolvla_reflow.solver import SolverFlags
+from smolvla_reflow.solver import ADAPTIVE, SolverFlags
 from smolvla_reflow.teacher import check_agreement
 from smolvla_reflow.training.config import ReflowConfig, ReflowTrainPipelineConfig
 from smolvla_reflow.training.hold_out import hold_out
 
-SOLVER_FLAGS = tuple(SolverFlags.__dataclass_fields__)
+# The flags that decide how couplings are made. Stored pairs bring them.
+COUPLING_FLAGS = (*SolverFlags.__dataclass_fields__, "scaled_noise")
 
 
 def check_flags(reflow: ReflowConfig) -> LossStrategy:
@@ -50,9 +51,11 @@ def check_flags(reflow: ReflowConfig) -> LossStrategy:
         raise ReflowError(f"--reflow.measure_freq={reflow.measure_freq}: give a number of steps, or 0 for never.")
     with_this_loss = f"with --reflow.strategy={reflow.strategy}"
     without_effect = {
-        with_this_loss: (*loss.unused, *(() if loss.couples else ("pairs_path", *SOLVER_FLAGS))),
+        with_this_loss: (*loss.unused, *(() if loss.couples else ("pairs_path", "cuda_graph", *COUPLING_FLAGS))),
         f"{with_this_loss}, which trains state_proj anyway": ("train_state_proj",) if loss.joint_forward else (),
         "without --reflow.pairs_path": () if reflow.pairs_path else ("augment_pairs",),
+        "with --reflow.pairs_path": ("cuda_graph",) if reflow.pairs_path else (),
+        f"with --reflow.solver={reflow.solver}": ("cuda_graph",) if reflow.solver in ADAPTIVE else (),
     }
     for why, names in without_effect.items():
         for name in names:
@@ -133,7 +136,7 @@ def check_pairs(
     stats: Statistics,
     typed: Collection[str],
 ) -> None:
-    """Raise ReflowError unless the pairs are this teacher's on this dataset, solved by its flags, for every frame."""
+    """Raise ReflowError unless the pairs are this teacher's on this dataset, made by its flags, for every frame."""
     made, policy, flags = pairs.manifest.provenance, cfg.policy, cfg.reflow
     assert isinstance(policy, SmolVLAConfig)
     of_this_run = replace(
@@ -148,7 +151,7 @@ def check_pairs(
     )
     unlike = differences(of_this_run, made)
     solved = by_flag(made)
-    for name in SOLVER_FLAGS:
+    for name in COUPLING_FLAGS:
         value = getattr(flags, name)
         asked = value != getattr(ReflowConfig, name) or f"reflow.{name}" in typed
         if asked and value != solved[name]:

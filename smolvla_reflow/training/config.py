@@ -43,9 +43,15 @@ class ReflowConfig(SolverFlags):
     """Loss weight of the padded action dimensions, 0 to 1. The robot's own dimensions have weight 1."""
     real_data_ratio: float = Recipe.real_data_ratio
     """Share of each batch, 0 to 1, that trains on the recorded actions with the standard loss instead."""
+    scaled_noise: float = Recipe.scaled_noise
+    """Share of the couplings, 0 to 1, that start from noise of a smaller scale, half of them from zeros, where some
+    runtimes start every chunk."""
     train_state_proj: bool = False
     """Train state_proj, too. A step then costs more, since teacher and student no longer share the encoded prefix
     (images, language, state)."""
+    cuda_graph: bool = False
+    """On a GPU, solve the teacher's ODE as one CUDA graph instead of kernel by kernel, which gives the same couplings
+    faster. Not for dopri5. A policy with compile_model keeps its compiled solve."""
     pairs_path: str | None = None
     """Folder of smolvla-reflow-pairs to train from. No teacher is loaded then, and --reflow.teacher_path still says
     where the student starts."""

@@ -130,6 +130,7 @@ class Run:
             recipe=cfg.recipe(),
             dataset_stats=self.stats,
             train_state_proj=cfg.train_state_proj or self.state_has_to_be_learned(policy),
+            cuda_graph=cfg.cuda_graph,
         )
         if cfg.measure_freq:
             source = measured_teacher or self.attached.source
