@@ -29,6 +29,7 @@ def pairs_flags(workshop: Path, folder: Path, **changes: Any) -> list[str]:
         "output_dir": folder,
         "policy.device": "cpu",
         "couplings_per_frame": 3,
+        "scaled_noise": 0,  # so that a pair's noise is `pair_noise`
         "seed": 0,
         "batch_size": 5,
         "num_workers": 0,

@@ -7,14 +7,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import driven_flags, eval_main, refused
+from helpers import driven_flags, eval_main, refused, seen_by_the_policy
 from lerobot.configs.default import EvalConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.demo.task import CAMERA, TASK, draw_scenes
+from smolvla_reflow.demo.task import draw_scenes
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.success import Episodes, Success
 
@@ -75,14 +75,9 @@ def test_drives_are_the_stock_policys(workshop, measured, num_steps, monkeypatch
         for _ in range(MAX_STEPS):
             if None not in outcome:
                 break
-            images = np.stack([env.render() for env in envs])
-            observation = {
-                "observation.state": torch.tensor(positions).float(),
-                CAMERA: torch.tensor(images).permute(0, 3, 1, 2) / 255,
-                "task": [TASK] * 4,
-            }
+            observation = preprocessor(seen_by_the_policy(envs, positions))
             with torch.no_grad():
-                actions = postprocessor(policy.select_action(preprocessor(observation))).numpy()
+                actions = postprocessor(policy.select_action(observation)).numpy()
             for i, env in enumerate(envs):
                 seen, reward, ended, _, info = env.step(actions[i])
                 if counted[i]:  # by LeRobot, one step too many: the first of the episode that follows

@@ -267,6 +267,30 @@ def test_success_decides_where_it_was_driven():
     assert decided({TEACHER: 0.003, 1: 0.002, 10: 0.001}, successes, decide_by="energy_distance").recommended == 1
 
 
+def test_where_chunks_arrive_late_the_best_of_the_enough_is_recommended():
+    successes = {key: first(k, 200) for key, k in {TEACHER: 180, 1: 184, 2: 190, 5: 190, 10: 179}.items()}
+    distances = {TEACHER: 0.003, 1: 0.2, 2: 0.011, 5: 0.002, 10: 0.001}
+    decision = decided(distances, successes, in_time=True)
+    assert decision.recommended == 2  # of the two best the one with fewer steps
+    assert "the best of the numbers that are shown to make the student as good as" in decision.in_words()
+    assert decided(distances, successes).recommended == 1
+    # The bar's own number may be the best of several that are enough.
+    best = decided(distances, {**successes, 10: first(192, 200)}, in_time=True)
+    assert best.recommended == 10
+    assert "saved no steps" not in best.in_words()
+    # By energy distance nothing is late.
+    assert not decided(distances, successes, in_time=True, decide_by="energy_distance").in_time
+
+
+def test_one_chunk_for_each_frame_recommends_nothing_by_energy_distance():
+    distances = {TEACHER: 0.003, 1: 0.002, 10: 0.001}
+    decision = decided(distances, one_noise=True)
+    assert decision.recommended is None
+    assert "Name a simulator" in decision.in_words()
+    successes = {key: first(k, 200) for key, k in {TEACHER: 180, 1: 184, 10: 179}.items()}
+    assert decided(distances, successes, one_noise=True).recommended == 1
+
+
 def worst(gained: int, lost: int) -> float:
     """The end of the interval of the loss in 200 episodes, in points."""
     return 100 * brentq(lambda loss: most_likely_score(gained or 1e-9, lost, 200, -loss) - norm.isf(0.05), 0.04, 0.3)

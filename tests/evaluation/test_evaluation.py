@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers import change_config, eval_flags, eval_main, reflow_run, reflow_train_main, refused
+from helpers import change_config, eval_flags, eval_main, reflow_run, reflow_train_main, refused, write_smooth_workshop
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -127,6 +127,11 @@ def test_action_error_leaves_out_the_steps_that_were_not_recorded():
 
 
 @pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory):
+    return write_smooth_workshop(workshop, tmp_path_factory.mktemp("smooth"))
+
+
+@pytest.fixture(scope="module")
 def student(workshop, tmp_path_factory):
     run = tmp_path_factory.mktemp("student") / "run"
     reflow_train_main(reflow_run(workshop, run, steps=10))
@@ -146,7 +151,7 @@ def against(workshop, student):
 @pytest.fixture(scope="module")
 def report(workshop, against, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "report"
-    run_eval(workshop, folder, **against, reference_steps=320)
+    run_eval(workshop, folder, **against)
     return folder
 
 
@@ -158,7 +163,7 @@ def row_of(report: dict, policy: str, num_steps: int) -> dict:
 def test_numbers_equal_an_independent_derivation(workshop, student, report):
     """Stock processors and sampler, the oracle's flow in many Euler steps as the fine solution, numpy for the rest.
 
-    What needs no fine solution agrees to rounding.
+    The velocities are smooth in time, so both fine solutions are exact to a few digits beyond these tolerances.
     """
     found = json.loads((report / "report.json").read_text())
     frames, noises = [0, 9, 19, 28, 38, 47], 3
@@ -187,8 +192,8 @@ def test_numbers_equal_an_independent_derivation(workshop, student, report):
                 with torch.no_grad():
                     # Richardson's extrapolation cancels the error of order two.
                     flow = Flow(policy, batch)
-                    chunk = ((4 * flow.midpoint(noise, 320) - flow.midpoint(noise, 160)) / 3)[..., :2]
-                    bends.setdefault(path, []).append(bend(flow, noise, 800))
+                    chunk = ((4 * flow.midpoint(noise, 80) - flow.midpoint(noise, 40)) / 3)[..., :2]
+                    bends.setdefault(path, []).append(bend(flow, noise, 200))
             else:
                 policy.config.num_steps = num_steps
                 chunk = policy.predict_action_chunk(batch, noise=noise)
@@ -203,13 +208,13 @@ def test_numbers_equal_an_independent_derivation(workshop, student, report):
             off = np.abs(sampled - raw["action"].numpy())
             spread_ratio = np.divide(*((each / std).var(axis=0, ddof=1).mean() for each in (sampled, taught)))
             # An energy distance is a small difference of large ones.
-            distance = pytest.approx(energy_of_chunks(sampled / std, taught / std), rel=0.03, abs=2e-4)
+            distance = pytest.approx(energy_of_chunks(sampled / std, taught / std), rel=1e-3, abs=1e-6)
             assert row["energy_distance"]["value"] == distance, (name, n)
             expected = {
-                "flow_rmse": (np.sqrt((((sampled - taught) / std) ** 2).mean()), 0.03),
-                "own_flow_rmse": (np.sqrt((((sampled - fine[name]) / std) ** 2).mean()), 0.03),
-                "spread_ratio": (spread_ratio, 0.03),
-                "straightness": (np.mean(bends[path]), 0.02),
+                "flow_rmse": (np.sqrt((((sampled - taught) / std) ** 2).mean()), 1e-4),
+                "own_flow_rmse": (np.sqrt((((sampled - fine[name]) / std) ** 2).mean()), 1e-4),
+                "spread_ratio": (spread_ratio, 1e-4),
+                "straightness": (np.mean(bends[path]), 0.01),
                 "action_mae": (off[:, there].mean(), 1e-4),
                 "action_mae_executed": (off[:, :, :2][:, there[:, :2]].mean(), 1e-4),
                 "action_mae_per_dim": (off[:, there].mean(axis=(0, 1)).tolist(), 1e-4),
@@ -232,7 +237,7 @@ def test_the_report_says_what_it_was_made_with(workshop, student, report):
     found = json.loads((report / "report.json").read_text())
     assert found["complete"]
     names = "policy num_steps energy_distance flow_rmse own_flow_rmse action_mae action_mae_executed action_mae_per_dim"
-    names += " spread_ratio straightness latency_ms_p50 latency_ms_p95 speedup success"
+    names += " spread_ratio straightness latency_ms_p50 latency_ms_p95 speedup delay success"
     assert list(found["rows"][0]) == names.split()
     assert list(found["rows"][0]["energy_distance"]) == ["value", "low", "high"]
     cells = [(name, n) for name in ("teacher", "student") for n in (1, 2, 10)]
@@ -240,7 +245,7 @@ def test_the_report_says_what_it_was_made_with(workshop, student, report):
     assert found["made_with"]["student's path"] == str(student.resolve())
     assert found["made_with"]["teacher's path"] == str((workshop / "1rf" / LAST).resolve())
     assert found["made_with"]["version of smolvla-reflow"]
-    assert found["references"]["teacher"]["steps"] == 320
+    assert found["references"]["teacher"]["steps"] == 20
     assert 0 < found["references"]["teacher"]["rmse"] < found["rows"][0]["flow_rmse"]
     reference = row_of(found, "teacher", 10)
     assert reference["speedup"] == 1
@@ -262,7 +267,7 @@ def test_another_seed_gives_another_report(workshop, against, report, tmp_path):
 
 
 def test_a_policy_alone(workshop, tmp_path, capsys):
-    found, said = run_eval(workshop, tmp_path / "alone", reference_steps=160), capsys.readouterr().out
+    found, said = run_eval(workshop, tmp_path / "alone", reference_steps=64), capsys.readouterr().out
     assert {row["policy"] for row in found["rows"]} == {"policy"}
     assert all(row["flow_rmse"] == row["own_flow_rmse"] for row in found["rows"])
     assert found["decision"]["bar"] == ["policy", 10]
@@ -342,16 +347,16 @@ def test_a_dimension_that_never_moves_counts_in_the_action_error_alone():
 def test_the_error_of_the_fine_solutions_is_the_change_by_the_last_doubling(workshop, measured):
     """And by the triangle inequality no flow error is off by more than the fine solutions are."""
     batch, tables, ends = raw_frames(workshop, [0, 9]), {}, {}
-    for steps in (16, 32, 256):
+    for steps in (2, 4, 64):
         settings = Settings(torch.ones(2), [1, 10], 2, steps, seed=0)
-        tables[steps] = measure_batch([measured], batch, settings, check_fine=steps == 32)
+        tables[steps] = measure_batch([measured], batch, settings, check_fine=steps == 4)
         with measured.inference(10):
             ends[steps] = measure.solve(measured, batch, [1], settings, check_fine=False).fine
-    change, off = ((ends[32] - ends[steps]).square().mean().sqrt().item() for steps in (16, 256))
-    assert measure.fine_errors(tables[32]) == {"policy": pytest.approx(change, rel=1e-2)}
-    for row, true in zip(*(summary(tables[steps], Cell("policy", 10)) for steps in (32, 256)), strict=True):
+    change, off = ((ends[4] - ends[steps]).square().mean().sqrt().item() for steps in (2, 64))
+    assert measure.fine_errors(tables[4]) == {"policy": pytest.approx(change, rel=1e-2)}
+    for row, true in zip(*(summary(tables[steps], Cell("policy", 10)) for steps in (4, 64)), strict=True):
         assert row["flow_rmse"] == pytest.approx(true["flow_rmse"], abs=off + 1e-6)
-    assert "fine_error" not in tables[16]
+    assert "fine_error" not in tables[2]
 
 
 def test_coarse_fine_solutions_are_called_out(workshop, tmp_path, capsys):
@@ -466,7 +471,7 @@ def test_no_recommendation_says_what_would_help(workshop, student, against, tmp_
     poor = Path(shutil.copytree(student, tmp_path / "poor"))
     change_config(poor, num_steps=3)
     weights = load_file(poor / "model.safetensors")
-    weights["model.action_out_proj.bias"] += 3.0  # its actions end three deviations off, at any number of steps
+    weights["model.action_out_proj.bias"] += 3.0  # its actions end some three deviations off, at any number of steps
     save_file(weights, poor / "model.safetensors", {"format": "pt"})
     flags = {**against, "policy__path": poor, "num_steps": "[1]"}
     found = run_eval(workshop, tmp_path / "report", write_num_steps="true", **flags)
@@ -475,7 +480,8 @@ def test_no_recommendation_says_what_would_help(workshop, student, against, tmp_
     said = capsys.readouterr().out
     assert "No number of steps is shown to be as good as the teacher's own 10 steps" in said
     errors = found["two_errors"]["student"]
-    assert errors["r"] == pytest.approx(3, rel=0.05)
+    assert 2 < errors["r"] < 4
+    assert errors["r"] == pytest.approx(row_of(found, "student", 10)["flow_rmse"], rel=0.02)
     assert f"actions in the wrong place (r = {errors['r']:.3f}" in said
     assert errors["holds"]
     assert "Stored num_steps" not in said

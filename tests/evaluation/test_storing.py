@@ -1,6 +1,7 @@
 """What is stored for plain LeRobot: the number of steps, and the weight of real-time chunking, by hand and by LeRobot."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,17 +22,14 @@ from smolvla_reflow.evaluation.storing import rtc_note, write_num_steps
 RTC = RTCConfig(enabled=True, max_guidance_weight=10.0, execution_horizon=10)
 
 
-def by_hand(weight: float, n: int, share: float) -> float:
-    """What n Euler steps of a straight flow leave of an error, guided by `share` of W.
+def by_hand(weight: float, n: int, share: float) -> list[float]:
+    """What each of n Euler steps of a straight flow leaves of an error, guided by `share` of W.
 
     v = (x - a) / t does not depend on where guidance has moved x, so that each step leaves 1 - w W / n.
     """
-    left = 1.0
-    for k in range(n):
-        t = 1 - k / n
-        w = weight if k == 0 else min(weight, t / (1 - t) * (t**2 + (1 - t) ** 2) / t**2)
-        left *= 1 - w * share / n
-    return left
+    times = [1 - k / n for k in range(n)]
+    ws = [weight, *(min(weight, t / (1 - t) * (t**2 + (1 - t) ** 2) / t**2) for t in times[1:])]
+    return [1 - w * share / n for w in ws]
 
 
 def guided_flow(weight: float, n: int) -> torch.Tensor:
@@ -49,7 +47,7 @@ def guided_flow(weight: float, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0, 5.0, 10.0])
 def test_each_step_leaves_its_share_of_the_error(weight, n):
     shares = [1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0, 0]
-    expected = torch.tensor([by_hand(weight, n, share) for share in shares], dtype=torch.float64)
+    expected = torch.tensor([math.prod(by_hand(weight, n, share)) for share in shares], dtype=torch.float64)
     torch.testing.assert_close(guided_flow(weight, n), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -75,13 +73,21 @@ def test_at_one_step_any_network_leaves_one_minus_the_weight(policy, schedule, w
     assert prefix_error(policy, make_batch(4)) / unguided == pytest.approx(abs(1 - weight), abs=1e-4)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_weight_to_store_never_goes_past_the_chunk_before_and_keeps_the_prefix(n):
+    """No step leaves a negative share of an error, and with a larger weight the first step does."""
+    assert min(by_hand(n, n, 1.0)) > -1e-12
+    assert by_hand(1.1 * n, n, 1.0)[0] < 0
+    assert guided_flow(float(n), n)[:2].abs().max() < 1e-6
+
+
 def test_the_note():
-    for recommended in (1, None):
-        said = rtc_note(RTC, recommended)
-        assert "Real-time chunking: the max_guidance_weight of 10 in config.json is too large for 1 step." in said
-        assert "9 times as far from the chunk before" in said
-        assert said.endswith("--inference.rtc.max_guidance_weight=1. Two steps keep them with the weight as it is.")
+    said = rtc_note(RTC, 2)
+    assert "Real-time chunking: a max_guidance_weight of 10 in config.json is too large for num_steps=2." in said
+    assert said.endswith("--inference.rtc.max_guidance_weight=2.")
     assert rtc_note(replace(RTC, max_guidance_weight=1.5), 1).endswith("--inference.rtc.max_guidance_weight=1.")
+    assert rtc_note(RTC, None) == rtc_note(RTC, 1)
+    assert rtc_note(RTC, 10) is None
 
 
 SAVED = {"enabled": True, "prefix_attention_schedule": "EXP", "max_guidance_weight": 10.0, "execution_horizon": 4}
@@ -91,7 +97,9 @@ SAVED = {"enabled": True, "prefix_attention_schedule": "EXP", "max_guidance_weig
     ("rtc_config", "num_steps", "stored"),
     [
         (SAVED, 1, {**SAVED, "max_guidance_weight": 1.0}),
-        (SAVED, 2, SAVED),
+        (SAVED, 2, {**SAVED, "max_guidance_weight": 2.0}),
+        ({**SAVED, "max_guidance_weight": 1.5}, 2, {**SAVED, "max_guidance_weight": 1.5}),
+        (SAVED, 10, SAVED),
         ({"enabled": True}, 1, {"enabled": True, "max_guidance_weight": 1.0}),
         ({**SAVED, "max_guidance_weight": 1.5}, 1, {**SAVED, "max_guidance_weight": 1.0}),
         ({**SAVED, "max_guidance_weight": 1.0}, 1, {**SAVED, "max_guidance_weight": 1.0}),

@@ -14,7 +14,6 @@ from smolvla_reflow.checkpoint.read import open_checkpoint
 from smolvla_reflow.commands import eval as reflow_eval
 from smolvla_reflow.commands import pairs as reflow_pairs
 from smolvla_reflow.demo.flags import LAST
-from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.store import Pairs
 from smolvla_reflow.smolvla.normalization import robot_units
 
@@ -64,7 +63,7 @@ def test_pairs_evaluation_and_training(aloha, stock, tmp_path):
     reflow_pairs.main(as_flags({**where, **made, "reflow.teacher_path": teacher, "output_dir": tmp_path / "pairs"}))
     policy, batch, _ = stock
     pairs = Pairs(tmp_path / "pairs")
-    noise = torch.stack([pair_noise(pairs.manifest.provenance.seed, frame, 0, (4, 16)) for frame in (3, 30)])
+    noise = torch.stack([pairs.lookup(frame, 0).noise for frame in (3, 30)])
     expected = policy.predict_action_chunk(batch, noise)  # in Aloha's units, into which pairs have to be converted
     stored = torch.stack([pairs.lookup(frame, 0).actions for frame in (3, 30)])[..., :ARMS]
     torch.testing.assert_close(policy._pi_aloha_encode_actions(stored), expected, rtol=1e-4, atol=1e-4)

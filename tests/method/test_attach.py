@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -183,13 +182,14 @@ def test_sampling_is_untouched(policy, teacher, batch, noise):
 @pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_policy(make_policy, policy, teacher, batch, noise_and_time, monkeypatch, backend):
     """`compile_model=true` puts a compiled forward on the instance, which attach keeps and calls. attach also compiles
-    the `denoise_step` that student and teacher share, in the config's mode."""
-    compile_, calls = torch.compile, []
+    the `denoise_step` that student and teacher share, and the sampler that encodes the prefix, in the config's mode."""
+    compile_, calls, used = torch.compile, [], set()
 
     def compile_quickly(function, mode=None):
         """Capture the graph as always, if at all, and leave out generating machine code for it, minutes of work."""
         calls.append((function, mode))
-        return compile_(function, backend=backend) if backend else functools.partial(function)
+        quick = compile_(function, backend=backend) if backend else function
+        return lambda *args, **kwargs: used.add(function.__name__) or quick(*args, **kwargs)
 
     with attach(policy, teacher, solver="midpoint"):
         expected = loss_of(policy, batch, *noise_and_time)
@@ -200,10 +200,12 @@ def test_compiled_policy(make_policy, policy, teacher, batch, noise_and_time, mo
     before = snapshot(compiled)
     calls.clear()
     attach(compiled, teacher, solver="midpoint")
-    assert calls == [(type(policy.model).denoise_step, "reduce-overhead")]
+    flow = type(policy.model)
+    assert calls == [(flow.denoise_step, "reduce-overhead"), (flow.sample_actions, "reduce-overhead")]
     assert compiled.model.forward_standard is before["model"]["forward"]
     assert "sample_actions" not in vars(compiled.model.teacher.model)
     loss = loss_of(compiled, batch, *noise_and_time)
+    assert used == {"denoise_step", "sample_actions"}
     assert_close(loss, expected, rtol=1e-3, atol=1e-4)
     assert_close(gradients(compiled, loss), wanted, rtol=1e-2, atol=1e-4)
     detach(compiled.eval())

@@ -29,7 +29,7 @@ D, K = CHUNK * WIDTH, 0.00054 * CHUNK * WIDTH  # of the pseudo-Huber loss
 
 
 def test_the_command_and_a_recipe_have_one_set_of_defaults():
-    assert Recipe() == ReflowConfig().recipe() == Recipe("grid:1+beta", 1, "t", 0.1, 0.0)
+    assert Recipe() == ReflowConfig().recipe() == Recipe("grid:1+beta", 1, "t", 0.1, 0.0, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import SMOOTH, assert_close, prefixes_encoded
-from oracle import Flow, euler, inputs_of, midpoint, solved, three_eighths
+from oracle import Flow, euler, inputs_of, midpoint, three_eighths
 from torchdiffeq import odeint
 
 from smolvla_reflow import ReflowError, Solver, attach
@@ -59,37 +59,62 @@ def test_a_fixed_step_method_is_torchdiffeqs_of_that_name(start, method):
     torch.testing.assert_close(found, expected[-1], rtol=0, atol=1e-12)
 
 
+@pytest.fixture
+def draw(monkeypatch):
+    """Fixes the random number of `jittered`."""
+    return lambda u: monkeypatch.setattr(torch, "rand", lambda size: torch.full(size, u, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_jittered_is_the_midpoint_rule_on_a_shifted_grid(start, count):
-    """Against the rule written out, on the grid of the times at which the velocity was evaluated."""
-    ends = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        flow = RiccatiFlow()
-        end = Solver(JITTERED, num_steps=count).integrate(flow, start)
-        assert flow.evaluations == 2 * count
-        times = [*flow.times[::2], 0.0]
-        assert times[0] == 1.0
-        assert flow.times[1::2] == pytest.approx([(before + after) / 2 for before, after in pairwise(times)])
-        lengths = [before - after for before, after in pairwise(times)]
-        if count > 1:  # all equal; the first and the last are two parts of one
-            assert [*lengths[1:-1], lengths[0] + lengths[-1]] == pytest.approx([1 / (count - 1)] * (count - 1))
-        torch.testing.assert_close(end, solved(lambda x, t: t * x**2, start, times, midpoint))
-        ends.append(end)
-    assert count == 1 or not torch.equal(ends[0], ends[1])
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.9])
+def test_jittered_reads_the_velocity_once_in_each_interval_of_a_shifted_grid(start, draw, count, u):
+    """Against the rule written out. There are two intervals for each step."""
+    draw(u)
+    flow, h = RiccatiFlow(), 1 / (2 * count - 1)
+    end = Solver(JITTERED, num_steps=count).integrate(flow, start)
+    ends = [1.0, *(1 - (k + u) * h for k in range(2 * count - 1)), 0.0]
+    middles = [(before + after) / 2 for before, after in pairwise(ends)]
+    read_at = [1 - u**2 * h / 2, *middles[1:-1], (1 - u) ** 2 * h / 2]
+    assert flow.times == pytest.approx(read_at)
+    x, slope = start, torch.zeros_like(start)
+    for (before, after), t in zip(pairwise(ends), read_at, strict=True):
+        slope = t * (x - (before - t) * slope) ** 2
+        x = x - (before - after) * slope
+    torch.testing.assert_close(end, x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_jittered_gives_every_time_the_same_weight(draw, count):
+    """The weight of each fortieth of the time in the actions, averaged over its random number."""
+    bins, draws = 40, 4000
+
+    def indicator(x, t):
+        return torch.nn.functional.one_hot(torch.tensor(min(bins - 1, int(bins * t))), bins).double().expand_as(x)
+
+    total = torch.zeros(bins, dtype=torch.float64)
+    for k in range(draws):
+        draw((k + 0.5) / draws)
+        noise = torch.zeros(1, 1, bins, dtype=torch.float64)
+        total -= Solver(JITTERED, num_steps=count).integrate(indicator, noise)[0, 0]
+    torch.testing.assert_close(total / draws, torch.full_like(total, 1 / bins), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 0.9])
+def test_jittered_is_of_second_order_wherever_its_grid_lies(start, draw, u):
+    draw(u)
+    errors = [error(Solver(JITTERED, num_steps=count), start)[0] for count in (80, 160)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.1)
 
 
 def test_shifted_grids_average_out_what_a_fixed_one_repeats():
-    """A velocity that is as rough in time as the grid is fine: its integral is 0, and each midpoint sees its crest.
-
-    The two partial steps at the ends leave 1 / (4 pi^2) * 2 each on average.
-    """
+    """A velocity that is as rough in time as the grid is fine: its integral is 0, and each midpoint sees its crest."""
     noise, rough = torch.zeros(1, 1, 1, dtype=torch.float64), lambda x, t: torch.full_like(x, math.cos(8 * math.pi * t))
     fixed = Solver("midpoint", num_steps=4).integrate(rough, noise).item()
     assert abs(fixed) == pytest.approx(1.0)
     torch.manual_seed(0)
     shifted = [Solver(JITTERED, num_steps=5).integrate(rough, noise).item() for _ in range(400)]
-    assert sum(shifted) / len(shifted) == pytest.approx(1 / math.pi**2, abs=0.1)  # 4 standard errors
+    assert len(set(shifted)) == 400
+    assert sum(shifted) / len(shifted) == pytest.approx(0, abs=0.05)
 
 
 def test_dopri5_meets_its_tolerance_at_the_cost_of_a_fifth_order_method(start):
@@ -224,12 +249,17 @@ def test_euler_is_the_stock_sampler_with_the_teachers_own_steps_but_at_least_ten
 def test_by_default_it_is_jittered_with_as_many_evaluations_as_the_teachers_own_steps(policy, teacher, batch, noise):
     teacher.config.num_steps = 14
     torch.manual_seed(0)
-    shift = torch.rand(()).item()
+    u = torch.rand(()).item()
     torch.manual_seed(0)
     found = couplings(policy, batch, noise, teacher)
-    times = [1.0, *(1 - (k + shift) / 6 for k in range(6)), 0.0]
+    velocity = Flow(teacher, batch).velocity
     with torch.no_grad():
-        assert_close(found, solved(Flow(teacher, batch).velocity, noise, times, midpoint))
+        x = noise - u / 13 * (slope := velocity(noise, 1 - u**2 / 26))
+        for k in range(12):
+            x = x - (slope := velocity(x - slope / 26, 1 - (u + k + 0.5) / 13)) / 13
+        left, read = (1 - u) / 13, (1 - u) ** 2 / 26
+        x = x - left * velocity(x - (left - read) * slope, read)
+    assert_close(found, x)
 
 
 @pytest.mark.parametrize("method", [*FIXED_STEP, *ADAPTIVE])

@@ -7,7 +7,7 @@ import lerobot
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import reflow_run, reflow_train_main, refused
+from helpers import reads, reflow_run, reflow_train_main, refused
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from packaging.version import Version
@@ -21,6 +21,7 @@ from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.pairs import store
 from smolvla_reflow.pairs.loading import CollateWithPairs, read_in_loader
 from smolvla_reflow.pairs.manifest import shard_path
+from smolvla_reflow.smolvla.observation import observe
 
 NEW = Version(lerobot.__version__) >= Version("0.6.0")
 streams_images = pytest.mark.skipif(not NEW, reason="this LeRobot streams videos only")
@@ -164,6 +165,41 @@ def test_what_does_not_belong_to_the_batch_is_not_used(workshop, stored, items, 
     policy.train().forward(batch)
     for frame, noise in zip(frames, asked[0][1], strict=True):
         assert which_pairs(frame, [noise])
+
+
+def test_a_step_from_pairs_waits_no_more_often_than_a_standard_one(workshop, stored, items, preprocessor):
+    policy, _ = observed(workshop)
+    batch = preprocessor(with_pairs(stored)(items))
+    batch["action"] = torch.zeros(4, CHUNK, 2)
+    policy.train()
+    standard = reads(lambda: policy.forward(batch))
+    attach(policy, pairs=stored)
+    assert 1 <= reads(lambda: policy.forward(batch)) <= standard
+
+
+def test_a_frame_that_stands_twice_keeps_its_two_pairs_and_a_foreign_one_stops_the_run(workshop, stored, items):
+    policy, batch = observed(workshop)
+    pairs, seen = Pairs(stored), observe(policy, batch)
+
+    def coupled(frames, batch):
+        return pairs.in_batch(batch)(seen, frames=torch.tensor(frames), noise=None, per_frame=1)
+
+    twice = [items[0], items[0], items[1], items[2]]
+    frames = [item["index"].item() for item in twice]
+    batch = with_pairs(stored)(twice)
+    given = brought(batch)
+    expected = given["noise"].flatten(0, 1), given["actions"].flatten(0, 1)
+    assert not torch.equal(expected[0][0], expected[0][1])
+    found = coupled(frames, batch)
+    assert torch.equal(found.noise, expected[0])
+    assert torch.equal(found.actions, expected[1])
+    batch["info"] = {store.BROUGHT: given}
+    found = coupled(frames[1:], batch)
+    assert torch.equal(found.noise, expected[0][1:])
+    batch["info"] = {store.BROUGHT: given}
+    actions = coupled([frames[3], 10**6], batch).actions
+    assert torch.equal(actions[0], expected[1][3])
+    assert actions[1].isnan().all()
 
 
 def test_a_batch_opens_each_file_once(stored, opened):
