@@ -1,11 +1,15 @@
-"""Latency of one chunk of actions at SmolVLA's real size, by number of ODE steps.
+"""Latency of one chunk of actions at SmolVLA's real size, by number of ODE steps, as it is and compiled.
 
     python examples/benchmarks/chunk_latency.py
-    python examples/benchmarks/chunk_latency.py --device=cuda
+    python examples/benchmarks/chunk_latency.py --device=cuda --compile_model=true
 
-One frame with two cameras. The numbers of steps are timed in turn. Each line gives the median, the part of the ODE
-steps in it, and the speed-up over the largest number of steps. The rest is the prefix (images, language, state), which
-is encoded once for any number of steps.
+One frame with two cameras. Each line gives the first call, the median of the others, and the speed-up over the largest
+number of steps. A chunk is taken for a prefix (images, language, state) and as many equal steps, by the smallest and
+the largest number of steps.
+
+`--compile_model=true` adds LeRobot's own compiled sampler in `--compile_mode`. The default is SmolVLA's own mode,
+`max-autotune`, which on a GPU records CUDA graphs. With LeRobot 0.6.1 a compiled sampler keeps the number of steps of
+its first call, whatever the config says later. So each number of steps has a policy of its own here.
 """
 
 import contextlib
@@ -13,18 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
 import torch
 from architecture import make_batch, make_policy, write_real_size_backbone
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from timing import machine, synchronise
-
-from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.smolvla.prefix import encode
 
 
 @dataclass
@@ -32,48 +33,51 @@ class BenchmarkConfig:
     device: str = "cpu"
     num_steps: list[int] = field(default_factory=lambda: [10, 2, 1])
     repeats: int = 5
-
-
-def milliseconds(call: Callable[[], object], batch: dict[str, torch.Tensor]) -> float:
-    """Milliseconds of one call."""
-    synchronise(batch)
-    start = time.perf_counter()
-    call()
-    synchronise(batch)
-    return (time.perf_counter() - start) * 1e3
+    compile_model: bool = False
+    compile_mode: str = SmolVLAConfig.compile_mode
 
 
 @torch.no_grad()
-def measure(policy: SmolVLAPolicy, cfg: BenchmarkConfig) -> dict[str, float]:
-    """Median milliseconds of a chunk at each number of steps, and of the prefix alone."""
+def measure(policy: SmolVLAPolicy, repeats: int) -> list[float]:
+    """Milliseconds of each call."""
     policy.eval()
-    batch = make_batch(policy, 1)
-    taken: dict[str, list[float]] = {"prefix": [], **{str(n): [] for n in cfg.num_steps}}
-    for i in range(cfg.repeats + 1):
-        prefix = milliseconds(lambda: encode(policy.model, observe(policy, batch)), batch)
-        chunks = {}
-        for n in cfg.num_steps:
-            policy.config.num_steps = n
-            chunks[str(n)] = milliseconds(lambda: policy.predict_action_chunk(dict(batch)), batch)
-        if i > 0:  # the first one warms up
-            for name, value in {"prefix": prefix, **chunks}.items():
-                taken[name].append(value)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    batch, taken = make_batch(policy, 1), []
+    for _ in range(1 + repeats):
+        synchronise(batch)
+        start = time.perf_counter()
+        policy.predict_action_chunk(dict(batch))
+        synchronise(batch)
+        taken.append((time.perf_counter() - start) * 1e3)
+    return taken
+
+
+def report(name: str, taken: dict[int, list[float]]) -> None:
+    """Print a table of these calls; the first call of each number is not in its median."""
+    medians = {n: statistics.median(calls[1:]) for n, calls in taken.items()}
+    fewest, most = min(medians), max(medians)
+    step = (medians[most] - medians[fewest]) / max(1, most - fewest)
+    print(f"\n{name}: prefix {medians[fewest] - fewest * step:.1f} ms, each ODE step {step:.1f} ms")
+    for n, chunk in medians.items():
+        print(f"{n:>3} steps  {chunk:8.1f} ms a chunk, {medians[most] / chunk:5.2f}x as fast, first call ", end="")
+        print(f"{taken[n][0] / 1e3:.1f} s")
 
 
 def main() -> None:
     cfg = draccus.parse(BenchmarkConfig)
     print(machine(cfg.device))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        torch.manual_seed(0)
-        policy = make_policy(write_real_size_backbone(Path(folder) / "backbone"), cfg.device)
-        found = measure(policy, cfg)
-    most = found[str(max(cfg.num_steps))]
-    print(f"prefix     {found['prefix']:8.1f} ms")
-    for n in cfg.num_steps:
-        chunk = found[str(n)]
-        steps, faster = chunk - found["prefix"], most / chunk
-        print(f"{n:>3} steps  {chunk:8.1f} ms a chunk, the ODE steps in it {steps:8.1f} ms, {faster:5.2f}x as fast")
+    with tempfile.TemporaryDirectory() as folder:
+        for compiled in (False, True)[: 1 + cfg.compile_model]:
+            with contextlib.redirect_stdout(sys.stderr):
+                torch.manual_seed(0)
+                backbone = write_real_size_backbone(Path(folder) / "backbone")
+                how, taken, policy = {"compile_model": compiled, "compile_mode": cfg.compile_mode}, {}, None
+                for n in cfg.num_steps:
+                    if compiled or policy is None:
+                        torch.compiler.reset()
+                        policy = make_policy(backbone, cfg.device, **how)
+                    policy.config.num_steps = n
+                    taken[n] = measure(policy, cfg.repeats)
+            report(f"compiled, {cfg.compile_mode}" if compiled else "eager", taken)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from smolvla_reflow import Pairs, Solver, attach, detach
 from smolvla_reflow.pairs.make import PairMaker
 from smolvla_reflow.pairs.manifest import DTYPES, Manifest, Provenance, shard_path
+from smolvla_reflow.smolvla.graph import SolveGraphs
 from smolvla_reflow.smolvla.observation import observe
 
 COUPLINGS_PER_FRAME, FRAMES_PER_SHARD, READS = 4, 128, 10_000
@@ -44,6 +45,7 @@ class BenchmarkConfig:
     batch_size: int = 2
     steps: int = 5
     num_pairs: int = 1_000_000
+    cuda_graph: bool = False  # the teacher's solve, on a GPU
 
 
 def provenance(policy: SmolVLAPolicy, total_frames: int) -> Provenance:
@@ -95,7 +97,8 @@ def training_step(cfg: BenchmarkConfig, policy: SmolVLAPolicy, pairs: Pairs) -> 
 
 def generating(cfg: BenchmarkConfig, policy: SmolVLAPolicy) -> None:
     policy.eval()
-    maker = PairMaker(policy, lambda batch: batch, None, provenance(policy, cfg.batch_size))
+    graphs = SolveGraphs() if cfg.cuda_graph else None
+    maker = PairMaker(policy, lambda batch: batch, None, provenance(policy, cfg.batch_size), graphs)
     batch = {**make_batch(policy, cfg.batch_size), "index": torch.arange(cfg.batch_size)}
     shape = (cfg.batch_size, policy.config.chunk_size, policy.config.max_action_dim)
     together, separate = [], []

@@ -10,9 +10,11 @@ Variants, all with the same student on the same batch:
     standard            recorded actions, no teacher: `lerobot-train`
     naive               a second policy as the teacher, which encodes the prefix again; 10 Euler steps
     reflow              this package: the prefix is encoded once for both, without gradient; 10 velocity evaluations
+    cuda graph          the same with --reflow.cuda_graph=true, for a GPU
     midpoint            the same with --reflow.solver=midpoint, 20 evaluations
     by four             with four couplings for each frame of the batch
     by four, midpoint   the same with 20 evaluations
+    by four, cuda graph the same with --reflow.cuda_graph=true
     state_proj trained  this package without a shared prefix, by --reflow.train_state_proj=true
 
 Seconds are medians over interleaved steps (forward, backward, AdamW) in one process. The ratio is to the standard
@@ -50,11 +52,17 @@ class Attached:
     solver: str = Solver.method
     couplings_per_frame: int = 1
     train_state_proj: bool = False
+    cuda_graph: bool = False
 
     def attach(self, student: SmolVLAPolicy, checkpoint: Path) -> Attachment:
         recipe = Recipe(couplings_per_frame=self.couplings_per_frame)
         attached = attach(
-            student, checkpoint, solver=self.solver, recipe=recipe, train_state_proj=self.train_state_proj
+            student,
+            checkpoint,
+            solver=self.solver,
+            recipe=recipe,
+            train_state_proj=self.train_state_proj,
+            cuda_graph=self.cuda_graph,
         )
         assert (attached.sharing.why_not_shared is None) is not self.train_state_proj  # what is measured
         return attached
@@ -67,8 +75,10 @@ REFLOW = {
     "by four": Attached(couplings_per_frame=4),
     "by four, midpoint": Attached("midpoint", couplings_per_frame=4),
     "state_proj trained": Attached(train_state_proj=True),
+    "cuda graph": Attached(cuda_graph=True),
+    "by four, cuda graph": Attached(couplings_per_frame=4, cuda_graph=True),
 }
-VARIANTS = (STANDARD, NAIVE, *REFLOW)
+VARIANTS = (STANDARD, NAIVE, *(name for name, each in REFLOW.items() if not each.cuda_graph))
 WARM_UP = 3  # compiled steps: one compiles, and one records the CUDA graphs
 
 
@@ -81,6 +91,7 @@ class BenchmarkConfig:
     compile_model: bool = False
     compile_mode: str = SmolVLAConfig.compile_mode
     autocast: bool = False  # to bfloat16
+    memory: bool = True  # measured in a process for each variant
     # Internal: measure the peak memory of one variant on this checkpoint.
     checkpoint: Path | None = None
     variant: str = STANDARD
@@ -127,6 +138,8 @@ def time_steps(cfg: BenchmarkConfig, checkpoint: Path, batch_size: int) -> dict[
             # Not timed: a training attaches once, before its first step.
             with REFLOW[variant].attach(student, checkpoint) if variant in REFLOW else contextlib.nullcontext():
                 loss = naive_loss(student, teacher) if variant == NAIVE else own_loss(student)
+                if variant in REFLOW and REFLOW[variant].cuda_graph:  # records the graph
+                    take_step(loss, batch, optimizer, cfg.autocast)
                 seconds[variant] += [take_step(loss, batch, optimizer, cfg.autocast) for _ in range(at_once)]
     return {variant: statistics.median(values[-cfg.steps :]) for variant, values in seconds.items()}
 
@@ -185,17 +198,22 @@ def main() -> None:
         policy.save_pretrained(checkpoint)
         del policy
         for batch_size in cfg.batch_sizes:
-            memory = {variant: memory_of(cfg, variant, checkpoint, batch_size) for variant in cfg.variants}
+            memory = {}
+            if cfg.memory:
+                memory = {variant: memory_of(cfg, variant, checkpoint, batch_size) for variant in cfg.variants}
             seconds = time_steps(cfg, checkpoint, batch_size)
             title = f"batch {batch_size}"
-            lines = [f"\n{title:<18} s/step  ratio   parameters   extra   peak memory  extra, of the model's"]
+            of_memory = "   parameters   extra   peak memory  extra, of the model's" if memory else ""
+            lines = [f"\n{title:<19} s/step  ratio{of_memory}"]
             for variant in cfg.variants:
-                parameters, peak = memory[variant]["parameters"], memory[variant]["peak"]
-                lines.append(
-                    f"{variant:<18} {seconds[variant]:6.3f}  {seconds[variant] / seconds[STANDARD]:4.2f}x  "
-                    f"{parameters / 1e6:8.1f} M  {parameters / model_size - 1:6.1%}  {peak / 1e9:8.2f} GB  "
-                    f"{(peak - memory[STANDARD]['peak']) / model_bytes:6.1%}"
-                )
+                line = f"{variant:<19} {seconds[variant]:6.3f}  {seconds[variant] / seconds[STANDARD]:4.2f}x"
+                if memory:
+                    parameters, peak = memory[variant]["parameters"], memory[variant]["peak"]
+                    line += (
+                        f"  {parameters / 1e6:8.1f} M  {parameters / model_size - 1:6.1%}  {peak / 1e9:8.2f} GB  "
+                        f"{(peak - memory[STANDARD]['peak']) / model_bytes:6.1%}"
+                    )
+                lines.append(line)
             print("\n".join(lines), file=sys.__stdout__, flush=True)
 
 
