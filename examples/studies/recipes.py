@@ -33,6 +33,8 @@ from smolvla_reflow import Coupling, Recipe, Solver, Step, attach, get_loss_stra
 from smolvla_reflow.coupling import CouplingSource
 from smolvla_reflow.distance import FINE_STEPS
 from smolvla_reflow.evaluation.measure import Cell, Settings, measure_batch, summary
+from smolvla_reflow.evaluation.start import ZEROS
+from smolvla_reflow.noise import scaled
 from smolvla_reflow.smolvla.observation import observe
 from smolvla_reflow.smolvla.velocity import velocity_of
 from smolvla_reflow.solver import SolverFlags
@@ -81,6 +83,8 @@ class StudyConfig:
     """Number of unseen frames to measure on, with four noises each."""
     episodes: int = 200
     """Episodes in the simulator for each policy and number of steps, where there is one."""
+    zeros: bool = False
+    """Run the same episodes from zeros as well, in place of noise."""
 
 
 @dataclass
@@ -93,6 +97,7 @@ class Student(SolverFlags):
     weighting: str = Recipe.weighting
     padding_weight: float = Recipe.padding_weight
     real_data_ratio: float = Recipe.real_data_ratio
+    scaled_noise: float = Recipe.scaled_noise
     train_state_proj: bool = False
     batch_size: int = 32
     steps: int = 1200
@@ -169,7 +174,7 @@ def new_student(
     batches = (select(task.seen, which) for which in frames)
     if couples:
         solver, per_frame = options.to_solver(), options.couplings_per_frame
-        pairs = couplings_of(teacher, solver, made, options.batch_size, per_frame).source()
+        pairs = couplings_of(teacher, solver, made, options.batch_size, per_frame, options.scaled_noise).source()
     with attach(
         student,
         pairs=pairs,
@@ -212,12 +217,22 @@ class Couplings:
 
 @torch.no_grad()
 def couplings(
-    teacher: SmolVLAPolicy, solver: Solver, batches: int, batch_size: int, per_frame: int, *, task: Task, seed: int
+    teacher: SmolVLAPolicy,
+    solver: Solver,
+    batches: int,
+    batch_size: int,
+    per_frame: int,
+    scaled_noise: float,
+    *,
+    task: Task,
+    seed: int,
 ) -> Couplings:
     """Solve the teacher's ODE for all batches in advance, so that several variants share the work."""
     config = teacher.config
     frames = frames_of(task, batches, batch_size, seed)
     noise = torch.randn(batches, batch_size * per_frame, config.chunk_size, config.max_action_dim)
+    if scaled_noise:
+        noise = torch.stack([scaled(each, scaled_noise, torch.rand(len(each))) for each in noise])
     actions = []
     for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True):
         velocity = velocity_of(teacher.model, observe(teacher, select(task.seen, which))).repeated(per_frame)
@@ -279,6 +294,10 @@ def measured(
             driven = task.drive(policy, n, cfg.episodes, seed)
             found[n]["success"] = driven and driven.successes
             found[n]["best_reward"] = driven and driven.best_rewards
+            from_zeros = task.drive(policy, n, cfg.episodes, seed, start=ZEROS) if cfg.zeros else None
+            if from_zeros is not None:
+                found[n]["success_from_zeros"] = from_zeros.successes
+                found[n]["best_reward_from_zeros"] = from_zeros.best_rewards
         file.write_text(json.dumps(found) + "\n")
     return json.loads(file.read_text())
 

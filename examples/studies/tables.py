@@ -10,7 +10,12 @@ from smolvla_reflow.evaluation.intervals import over_episodes
 Measured = Mapping[str, Mapping[str, Any]]
 
 # Columns: name, factor, digits.
-DRIVEN = (("best_reward", 1, 3), ("success", 100, 1))
+DRIVEN = (
+    ("best_reward", 1, 3),
+    ("success", 100, 1),
+    ("best_reward_from_zeros", 1, 3),
+    ("success_from_zeros", 100, 1),
+)
 ON_FRAMES = (("energy_distance", 1, 4), ("flow_rmse", 1, 3), ("spread_ratio", 1, 2))
 
 
@@ -18,7 +23,7 @@ def table(found: Mapping[str, Sequence[Measured]]) -> str:
     """A Markdown table with a row for each variant: mean ± standard deviation over seeds."""
     first = found["teacher"][0]
     steps = list(first)
-    columns = [*(DRIVEN if first[steps[0]]["success"] is not None else ()), *ON_FRAMES]
+    columns = [each for each in (*DRIVEN, *ON_FRAMES) if first[steps[0]].get(each[0]) is not None]
     head = [f"{name}, {n}" for name, _, _ in columns for n in steps]
     lines = []
     for variant, runs in found.items():
@@ -48,7 +53,8 @@ def differences(found: Mapping[str, Sequence[Measured]]) -> str:
                 for here, there in zip(run[n]["best_reward"], bar[steps[-1]]["best_reward"], strict=True)
             ]
             interval = over_episodes([here - there for here, there in pairs], range(len(pairs)), seed=0)
-            cells.append(f"{interval.value:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
+            low, high = ("no bound" if end is None else f"{end:+.3f}" for end in (interval.low, interval.high))
+            cells.append(f"{interval.value:+.3f} ({low} to {high})")
         if cells:
             lines.append([_named(variant), *cells])
     title = f"best reward, less the teacher's at {steps[-1]} steps"

@@ -27,6 +27,7 @@ from smolvla_reflow.demo.environment import DrivePastConfig
 from smolvla_reflow.demo.task import DEMONSTRATIONS, IMAGE_SIZE, write_dataset
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.policy import MeasuredPolicy
+from smolvla_reflow.evaluation.start import NORMAL
 from smolvla_reflow.evaluation.success import Episodes
 from smolvla_reflow.smolvla.normalization import Affine
 
@@ -72,12 +73,19 @@ class Task:
         units = Affine(torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
         return MeasuredPolicy(name, policy, lambda batch: batch, lambda action: action, units, policy.config.num_steps)
 
-    def drive(self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int) -> Episodes | None:
-        """Run the policy in the simulator, from the starts `seed`, `seed` + 1, .... None without a simulator."""
+    def drive(
+        self, policy: SmolVLAPolicy, num_steps: int, episodes: int, seed: int, start: str = NORMAL
+    ) -> Episodes | None:
+        """Run the policy in the simulator, in the scenes `seed`, `seed` + 1, .... None without a simulator.
+
+        `start` is the noise of its chunks, as of `smolvla-reflow-eval --noise`.
+        """
         if self.env is None:
             return None
         before, after = make_smolvla_pre_post_processors(policy.config, self.stats)
-        measured = MeasuredPolicy("policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps)
+        measured = MeasuredPolicy(
+            "policy", policy, before, after, self.on_frames("", policy).robot_units, num_steps, start
+        )
         settings = EvalConfig(n_episodes=episodes, batch_size=episodes, use_async_envs=False)
         (driven,) = drive(measured, self.env, settings, num_steps, seed).values()
         return driven
