@@ -5,9 +5,10 @@ import io
 import logging
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import draccus
 import yaml
@@ -52,8 +53,9 @@ def one_interrupt() -> Iterator[None]:
     """Let the first Ctrl-C interrupt, and ignore every other until the process ends, so that nothing is left half-done.
 
     An error on the way out of the first, such as that of a file that was being written, stays an interruption.
+    Python drops what is raised in a finalizer or in a callback of a fork; a KeyboardInterrupt is then raised again.
     """
-    interrupted = False
+    interrupted, report = False, sys.unraisablehook
 
     def interrupt(*signal_and_frame: object) -> None:
         nonlocal interrupted
@@ -61,11 +63,18 @@ def one_interrupt() -> Iterator[None]:
         interrupted = True
         raise KeyboardInterrupt
 
+    def again(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            return report(dropped)
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        signal.signal(signal.SIGINT, interrupt)
+
     try:
         before = signal.signal(signal.SIGINT, interrupt)
     except ValueError:  # not in the main thread, which signals interrupt
         yield
         return
+    sys.unraisablehook = again
     try:
         yield
     except Exception as error:
@@ -73,8 +82,8 @@ def one_interrupt() -> Iterator[None]:
             raise KeyboardInterrupt(str(error)) from error
         raise
     finally:
-        if not interrupted:
-            signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = report
+        signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted else before)
 
 
 def asks_for_help(argv: Sequence[str], about: str | None) -> bool:

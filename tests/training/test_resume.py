@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -383,6 +384,26 @@ def test_a_second_ctrl_c_is_ignored(workshop, tmp_path, capsys, monkeypatch, reg
     reflow_train_main(hint)
     assert (run / "checkpoints/000004").is_dir()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_ctrl_c_in_a_finalizer_is_not_lost(workshop, tmp_path, capsys, registry, ctrl_c):
+    """Python drops what a finalizer raises; the run is interrupted all the same, without a word about the finalizer."""
+
+    class Finalized:
+        __del__ = ctrl_c
+
+    @register_loss_strategy("finalizing")
+    def finalizing(step):
+        Finalized()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            time.sleep(0.01)
+        return step.losses(step.coupling())
+
+    flags = reflow_run(workshop, tmp_path / "run", reflow__strategy="finalizing")
+    hook = sys.unraisablehook
+    assert "smolvla-reflow-train: interrupted." in interrupted(reflow_train_main, flags, capsys)
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.slow
