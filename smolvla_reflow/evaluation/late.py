@@ -4,9 +4,10 @@
     chunk of 0     0 1 2 3 4 5 6 7 8 9         the simulator waits for the first chunk, as a robot stands still
     chunk of 8                     . . 2 3 ...  observed at 8, there two steps later: its first two actions are dropped
 
-An observation is sent every `n_action_steps` control steps, and sooner if the chunk before would run out. A chunk that
-is there replaces the rest of the chunk before (the client's `latest_only`), or is mixed with it (its other functions,
-`--aggregate_fn_name`). If a chunk runs out all the same, the robot keeps its last action.
+An observation is sent after `n_action_steps` actions of a chunk. If the chunk would run out, it is sent sooner, but after
+half of the chunk. A chunk that is there replaces the rest of the chunk before (the client's `latest_only`), or is mixed
+with it (the client's other functions, `--aggregate_fn_name`). If a chunk runs out all the same, the robot keeps its last
+action, and the next chunk loses no action for that time.
 """
 
 import contextlib
@@ -105,40 +106,43 @@ class LateChunks:
     def __init__(self, policy: SmolVLAPolicy, delay: int, aggregate: Aggregate = latest):
         size = policy.config.chunk_size
         self.policy, self.delay, self.aggregate = policy, delay, aggregate
-        self.every = max(1, min(policy.config.n_action_steps, size - delay))
+        self.every = max(1, min(policy.config.n_action_steps, max(size - delay, size // 2)))
         self.reset()
 
     def reset(self) -> None:
         """Begin an episode."""
         type(self.policy).reset(self.policy)
-        self.clock = 0
-        self.current: tuple[int, Tensor] | None = None  # time of the observation, chunk
-        self.coming: tuple[int, Tensor] | None = None
+        self.now = 0  # control steps
+        self.clock = 0  # actions, which wait while the robot stands still
+        self.current: tuple[int, Tensor] | None = None  # the clock at the observation, chunk
+        self.coming: tuple[int, int, Tensor] | None = None  # when the chunk is there, and the same
 
     def select_action(self, batch: dict[str, Any]) -> Tensor:
         """The action (B, action_dim) of this control step, from its observation."""
         self._arrive()
         if self.coming is None and (self.current is None or self.clock - self.current[0] >= self.every):
-            self.coming = (self.clock, self.next_chunk(batch))
+            wait = 0 if self.current is None else self.delay  # the first chunk is waited for
+            self.coming = (self.now + wait, self.clock, self.next_chunk(batch))
         self._arrive()
         assert self.current is not None
         observed, chunk = self.current
-        action = chunk[:, min(self.clock - observed, chunk.shape[1] - 1)]
+        index = self.clock - observed
+        self.now += 1
+        if index == chunk.shape[1]:
+            return chunk[:, -1]
         self.clock += 1
-        return action
+        return chunk[:, index]
 
     def next_chunk(self, batch: dict[str, Any]) -> Tensor:
         """The chunk (B, chunk_size, action_dim) of an observation."""
         return self.policy.predict_action_chunk(batch)
 
     def _arrive(self) -> None:
-        if self.coming is None:
+        if self.coming is None or self.now < self.coming[0]:
             return
-        observed, chunk = self.coming
-        if self.current is not None:  # the first chunk is waited for
+        _, observed, chunk = self.coming
+        if self.current is not None:
             late = self.clock - observed
-            if late < self.delay:
-                return
             old = self.current[1][:, self.clock - self.current[0] :]
             both = min(old.shape[1], chunk.shape[1] - late)
             if both > 0:

@@ -1,11 +1,16 @@
 """Chunks that arrive late: which action each control step gets, the drives against a loop of the test's own, the report."""
 
+import threading
+from queue import Queue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import driven_flags, eval_main, refused, seen_by_the_policy
+from lerobot.async_inference.configs import get_aggregate_function
+from lerobot.async_inference.helpers import TimedAction
+from lerobot.async_inference.robot_client import RobotClient
 from lerobot.configs.default import EvalConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -33,41 +38,43 @@ class Clockwork:
         return torch.stack([torch.tensor([[float(batch["now"]), i]]) for i in range(self.config.chunk_size)], dim=1)
 
 
-@pytest.mark.parametrize("delay", [0, 1, 3, 7, 8, 9, 12, 16, 20])
+def robot_client(policy, delay: int, mix) -> list[tuple[bool, np.ndarray]]:
+    """LeRobot's robot client with its own queue of actions by number, in control steps: if each acts, and its action."""
+    lock, size = threading.Lock(), policy.config.chunk_size
+    client = SimpleNamespace(action_queue=Queue(), action_queue_lock=lock, latest_action=-1, latest_action_lock=lock)
+    sent, coming, done, last = None, None, [], None
+    for now in range(100):
+        if coming is not None and coming[0] <= now:
+            RobotClient._aggregate_action_queues(client, coming[1], mix)
+            coming = None
+        observed = client.latest_action + 1
+        would_run_out = client.action_queue.qsize() <= min(delay, size // 2)
+        if coming is None and (sent is None or observed - sent >= policy.config.n_action_steps or would_run_out):
+            chunk = policy.predict_action_chunk({"now": now})[0].numpy()
+            actions = [TimedAction(timestamp=0, timestep=observed + i, action=chunk[i]) for i in range(size)]
+            if sent is None or delay == 0:  # the robot stands still until the first chunk is there
+                RobotClient._aggregate_action_queues(client, actions, mix)
+            else:
+                coming = (now + delay, actions)
+            sent = observed
+        acts = not client.action_queue.empty()
+        if acts:
+            timed = client.action_queue.get()
+            client.latest_action, last = timed.timestep, timed.action
+        done.append((acts, last))
+    return done
+
+
+@pytest.mark.parametrize("mix", ["latest_only", "weighted_average"])
+@pytest.mark.parametrize("delay", [0, 1, 3, 7, 8, 9, 12, 15, 16, 20])
 @pytest.mark.parametrize("n_action_steps", [1, 4, 8, 16])
-def test_each_control_step_gets_the_newest_action_that_is_there(delay, n_action_steps):
-    """Written as a list of arrivals: chunk k is observed at times[k], there `delay` later, and replaces the others."""
+def test_each_control_step_gets_the_action_of_the_robot_client(delay, n_action_steps, mix):
     policy = Clockwork(16, n_action_steps)
-    late = LateChunks(policy, delay)
-    found = [late.select_action({"now": now})[0].tolist() for now in range(100)]
-
-    every = max(1, min(n_action_steps, 16 - delay))  # a robot sends the next observation before its chunk runs out
-    times = [0, *range(every, 100, max(every, delay))]  # the policy works on one observation at a time
-    arrivals = [0, *(time + delay for time in times[1:])]  # the robot stands still until the first chunk is there
-    for now, (observed, index) in enumerate(found):
-        newest = max(time for time, there in zip(times, arrivals, strict=True) if there <= now)
-        assert (observed, index) == (newest, min(now - newest, 15))
-    assert policy.observed == times
-
-
-@pytest.mark.parametrize("delay", [0, 1, 5, 9, 20])
-@pytest.mark.parametrize("n_action_steps", [4, 8])
-def test_two_chunks_are_mixed_as_in_the_robot_clients_queue(delay, n_action_steps):
-    """Written as the client's queue of actions by control step: 0.3 of the old action and 0.7 of the new one."""
-    policy = Clockwork(16, n_action_steps)
-    late = LateChunks(policy, delay, aggregation("weighted_average"))
+    late = LateChunks(policy, delay, aggregation(mix))
     found = [late.select_action({"now": now})[0] for now in range(100)]
-
-    queue, last = {i: np.array([0.0, i]) for i in range(16)}, None
-    coming = {time + delay: time for time in policy.observed[1:]}  # when the test above found it to be observed
-    for now, action in enumerate(found):
-        if now in coming:
-            new = {coming[now] + i: np.array([coming[now], i]) for i in range(16)}
-            kept = {step: value for step, value in new.items() if step >= now}
-            queue = {step: 0.3 * queue[step] + 0.7 * value if step in queue else value for step, value in kept.items()}
-            last = new[coming[now] + 15]
-        last = queue.pop(now, last)
-        np.testing.assert_allclose(action, last, rtol=1e-6)
+    client = robot_client(policy, delay, get_aggregate_function(mix))
+    np.testing.assert_allclose(np.stack(found), np.stack([action for _, action in client]), rtol=1e-6)
+    assert all(acts for acts, _ in client) == (delay <= 8)  # else the robot stands still at times
 
 
 @pytest.mark.parametrize(("num_steps", "delay"), [(1, 0), (2, 1), (1, 3)])
