@@ -16,6 +16,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import factory, utils
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import dataset_to_policy_features as dataset_to_policy_features
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from lerobot.scripts import lerobot_train
@@ -268,6 +269,12 @@ def depth_cameras(metadata: LeRobotDatasetMetadata) -> list[str]:
 def can_hold_out(dataset: DatasetConfig) -> bool:
     """True if training can hold out a share of the episodes (`--dataset.eval_split`); LeRobot does from 0.6.0 on."""
     return hasattr(dataset, "eval_split")
+
+
+def control_frequency(env: EnvConfig) -> float:
+    """Control steps a second. LeRobot 0.4 says 30 for LIBERO, whose simulator takes 20 there whatever `fps` says."""
+    ignores_fps = env.type == "libero" and type(env).__dataclass_fields__["fps"].default == 30
+    return 20 if ignores_fps else env.fps
 
 
 def installed() -> str:

@@ -46,6 +46,10 @@ def check_values(cfg: EvalConfig) -> None:
     aggregation(cfg.aggregate_fn_name)
     if cfg.aggregate_fn_name != LATEST and cfg.latency_ms is None:
         raise ReflowError("--aggregate_fn_name has no effect without --latency_ms; leave it out.")
+    if cfg.env is not None and cfg.env.max_parallel_tasks > 1:  # LeRobot's threads would share one policy's actions
+        raise ReflowError(
+            f"--env.max_parallel_tasks={cfg.env.max_parallel_tasks} would mix the tasks' actions; leave it out."
+        )
     if cfg.env_task is not None and cfg.env is None:
         raise ReflowError("--env_task has no effect without --env.type; leave it out.")
     if cfg.write_num_steps and not Path(cfg.policy.path).expanduser().is_dir():

@@ -97,12 +97,8 @@ class Decision:
     comparisons: tuple[Comparison, ...]  # of every number of steps that was measured, in rising order
     too_little: str | None = None  # the reason why there is too little data to recommend anything
     on_seen_frames: bool = False  # True if the energy distances are of frames that the policy was trained on
-    in_time: bool = False  # True if chunks arrive late in the simulator: then the best of the numbers is recommended
-
-    @property
-    def is_alone(self) -> bool:
-        """True if the policy is compared with itself."""
-        return self.policy == self.bar.policy
+    in_time: bool = False  # True if more steps delay the chunks: then the best of the numbers is recommended
+    is_alone: bool = False  # True if the policy is compared with itself
 
     def in_words(self) -> str:
         """The number, the evidence for it, and the reasons why the others are not enough."""
@@ -159,6 +155,7 @@ def decide(
     one_step_only: bool = False,
     on_seen_frames: bool = False,
     in_time: bool = False,
+    is_alone: bool = False,
     one_noise: bool = False,
     seed: int = 0,
 ) -> Decision:
@@ -176,6 +173,7 @@ def decide(
         on_seen_frames: True if the policy was trained on some of the frames.
         in_time: True if more steps delay the chunks in the simulator. The number with the highest mean is recommended
             then, among the numbers that are enough, in place of the smallest.
+        is_alone: True if the policy is compared with itself.
         one_noise: True if the policy starts every chunk from one noise. Its chunks have no distribution then.
         seed: of the resampling.
     """
@@ -192,10 +190,13 @@ def decide(
         return _by_energy_distance(cell, bar, groups, margin, seed)
 
     comparisons = {cell.num_steps: compared(cell) for cell in rows}
-    too_little = _too_little(groups[bar], one_noise) if evidence == ENERGY_DISTANCE else None
+    candidates = [n for n in sorted(comparisons, reverse=True) if n <= (1 if one_step_only else bar.num_steps)]
+    too_little = _too_little(groups[bar], one_noise, bar in driven) if evidence == ENERGY_DISTANCE else None
+    if not candidates:
+        too_little = f"the {policy} was trained for one step alone. Measure it there: --num_steps=[1]."
     recommended = None
-    for n in sorted(comparisons, reverse=True):
-        if too_little is None and n <= (1 if one_step_only else bar.num_steps):
+    for n in candidates:
+        if too_little is None:
             comparisons[n] = replace(comparisons[n], is_tested=True)
             if not comparisons[n].not_inferior:
                 break
@@ -206,7 +207,9 @@ def decide(
         recommended = max(enough, key=lambda each: (each.here, -each.num_steps)).num_steps
     on_seen_frames = on_seen_frames and evidence == ENERGY_DISTANCE
     compared_all = tuple(comparisons.values())
-    return Decision(policy, bar, evidence, margin, recommended, compared_all, too_little, on_seen_frames, in_time)
+    return Decision(
+        policy, bar, evidence, margin, recommended, compared_all, too_little, on_seen_frames, in_time, is_alone
+    )
 
 
 def bar_is_low(bar: Cell) -> str | None:
@@ -280,18 +283,20 @@ def _by_interval(
     )
 
 
-def _too_little(frames: pd.DataFrame, one_noise: bool) -> str | None:
+def _too_little(frames: pd.DataFrame, one_noise: bool, is_driven: bool) -> str | None:
+    rewards = "let the simulator's rewards decide (--decide_by=best_reward)"
+    simulator = rewards if is_driven else "name a simulator (--env.type)"
     if one_noise:
         return (
             "from one noise the policy makes one chunk for each frame, and a chunk has no distribution to compare. "
-            "Name a simulator (--env.type), whose episodes can decide."
+            f"To have a number recommended, {simulator}."
         )
     count, episodes = len(frames), frames["episode"].nunique()
     if count >= FEWEST_FRAMES and episodes >= FEWEST_EPISODES:
         return None
     return (
         f"{count} frames of {episodes} episodes are too few, and {FEWEST_FRAMES} frames of {FEWEST_EPISODES} episodes "
-        "are needed. Raise --num_frames, name more --dataset.episodes, or name a simulator (--env.type)."
+        f"are needed. Raise --num_frames, name more --dataset.episodes, or {simulator}."
     )
 
 

@@ -117,6 +117,17 @@ def _trained_episodes(
     return frozenset(range(metadata.total_episodes) if chosen is None else chosen)
 
 
+def copy_warning(checkpoint: Checkpoint, dataset: DatasetConfig, trained: frozenset[int] | None) -> list[str]:
+    """A warning if the checkpoint was trained on a dataset of another name, whose episodes this one may hold too."""
+    name = checkpoint.training_dataset().get("repo_id")
+    if trained != frozenset() or name == dataset.repo_id:
+        return []
+    return [
+        f"{checkpoint.source} was trained on {name}, so all episodes of {dataset.repo_id} count as not trained on. If "
+        f"they hold episodes of {name}, as a merged or extended copy does, name the others: --dataset.episodes=[...]."
+    ]
+
+
 def _has_statistics_of(checkpoint: Checkpoint, metadata: LeRobotDatasetMetadata) -> bool:
     """True if the checkpoint normalises its actions by this dataset's statistics."""
     saved, stats = checkpoint.statistics(), (metadata.stats or {}).get("action", {})

@@ -4,9 +4,9 @@
     chunk of 0     0 1 2 3 4 5 6 7 8 9         the simulator waits for the first chunk, as a robot stands still
     chunk of 8                     . . 2 3 ...  observed at 8, there two steps later: its first two actions are dropped
 
-An observation is sent after `n_action_steps` actions of a chunk. If the chunk would run out, it is sent sooner, but after
-half of the chunk. A chunk that is there replaces the rest of the chunk before (the client's `latest_only`), or is mixed
-with it (the client's other functions, `--aggregate_fn_name`). If a chunk runs out all the same, the robot keeps its last
+An observation is sent after `n_action_steps` actions of a chunk, or sooner if the chunk would run out, but not in its
+first half. A chunk that is there replaces the rest of the chunk before (the client's `latest_only`), or is mixed with
+it (the client's other functions, `--aggregate_fn_name`). If a chunk runs out all the same, the robot keeps its last
 action, and the next chunk loses no action for that time.
 """
 

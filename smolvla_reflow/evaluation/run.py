@@ -11,7 +11,7 @@ from functools import partial
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from smolvla_reflow.checkpoint.read import Checkpoint, open_checkpoint
-from smolvla_reflow.compat import LeRobotDatasetMetadata, renamed_statistics
+from smolvla_reflow.compat import LeRobotDatasetMetadata, control_frequency, renamed_statistics
 from smolvla_reflow.dataset.frames import check_finite, episodes_of, evenly_spaced, load_batches, trained_columns
 from smolvla_reflow.dataset.opening import open_dataset, open_metadata
 from smolvla_reflow.errors import ReflowError, doing
@@ -26,7 +26,7 @@ from smolvla_reflow.evaluation.decision import (
     bar_is_low,
     decide,
 )
-from smolvla_reflow.evaluation.frames import Seen, choose, trained_episodes
+from smolvla_reflow.evaluation.frames import Seen, choose, copy_warning, trained_episodes
 from smolvla_reflow.evaluation.journal import Journal
 from smolvla_reflow.evaluation.key import key_of
 from smolvla_reflow.evaluation.measure import fine_errors, summary
@@ -59,6 +59,7 @@ def run(cfg: EvalConfig) -> None:
     assert cfg.output_dir is not None  # checked
     with Journal(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
         warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
+        warnings += copy_warning(judged, cfg.dataset, [*trained.values()][-1])
         for warning in warnings:
             print(f"Warning: {warning}\n")
         report = measured(prepared(cfg, checkpoints, dataset, positions, journal, seen, warnings))
@@ -175,7 +176,8 @@ def make_report(evaluation: Evaluation) -> Report:
     cfg, bar, frames, driven = evaluation.cfg, evaluation.bar, evaluation.table(), evaluation.driven()
     judged, chunk_times = evaluation.policies[-1].name, evaluation.chunk_times()
     one_noise = {policy.name for policy in evaluation.policies if policy.start != NORMAL}
-    rows = summary(frames, bar, cfg.seed, chunk_times, driven, evaluation.delays(), one_noise)
+    delays = evaluation.delays()
+    rows = summary(frames, bar, cfg.seed, chunk_times, driven, delays, one_noise)
     margins = {SUCCESS: cfg.success_margin, BEST_REWARD: cfg.reward_margin, ENERGY_DISTANCE: cfg.energy_margin}
     decision = decide(
         frames,
@@ -186,7 +188,8 @@ def make_report(evaluation: Evaluation) -> Report:
         decide_by=cfg.decide_by,
         one_step_only=evaluation.one_step_only,
         on_seen_frames=evaluation.seen.by_judged != 0,
-        in_time=cfg.latency_ms is not None,
+        in_time=len({delay.steps for cell, delay in delays.items() if cell.policy == judged}) > 1,
+        is_alone=cfg.teacher_path is None,
         one_noise=judged in one_noise,
         seed=cfg.seed,
     )
@@ -222,9 +225,10 @@ def late_note(cfg: EvalConfig) -> str | None:
     """A sentence about `--latency_ms`; None without it."""
     if cfg.latency_ms is None or cfg.env is None:
         return None
+    fps = control_frequency(cfg.env)
     return (
-        f"Each chunk arrived in the simulator with its delay (--latency_ms={cfg.latency_ms}, {cfg.env.fps} control "
-        "steps a second). The robot executed the chunk before meanwhile. It dropped the late actions, and took "
+        f"Each chunk arrived in the simulator with its delay (--latency_ms={cfg.latency_ms}, {fps:g} control steps a "
+        "second). The robot executed the chunk before meanwhile. It dropped the late actions, and took "
         f"--aggregate_fn_name={cfg.aggregate_fn_name} where both chunks had an action for one control step."
     )
 

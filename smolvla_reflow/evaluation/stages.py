@@ -17,6 +17,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from torch import Tensor
 from tqdm import tqdm
 
+from smolvla_reflow.compat import control_frequency
 from smolvla_reflow.evaluation.closed_loop import drive
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.frames import Seen
@@ -79,10 +80,8 @@ class Evaluation:
         cfg, times = self.cfg, self.chunk_times()
         if cfg.latency_ms is None or cfg.env is None or not times:
             return {}
-        return {
-            cell: Delay.of(chunk_time(cfg.latency_ms, times[cell.policy]).p50(cell.num_steps), cfg.env.fps)
-            for cell in self.cells
-        }
+        fps, of = control_frequency(cfg.env), {name: chunk_time(cfg.latency_ms, time) for name, time in times.items()}
+        return {cell: Delay.of(of[cell.policy].p50(cell.num_steps), fps) for cell in self.cells}
 
     def driven(self) -> dict[Cell, Driven]:
         """The episodes that were driven, of each policy and number of steps."""

@@ -29,9 +29,10 @@ from smolvla_reflow.errors import doing, write_json
 
 
 def write_num_steps(checkpoint: Path, num_steps: int) -> Path:
-    """Store `num_steps` in a checkpoint folder's config.json, and cap the guidance weight; returns that file."""
+    """Store `num_steps` in a checkpoint folder's config.json, and fit the guidance weight; returns that file."""
     path = checkpoint / CONFIG_NAME
-    fields, weight = read_json(path), capped(read_config(checkpoint).rtc_config, num_steps)
+    fields, before = read_json(path), read_config(checkpoint)
+    weight = fitted(before.rtc_config, before.num_steps, num_steps)
     fields["num_steps"] = num_steps
     if weight is not None:
         fields["rtc_config"]["max_guidance_weight"] = weight
@@ -40,19 +41,21 @@ def write_num_steps(checkpoint: Path, num_steps: int) -> Path:
     return path
 
 
-def capped(rtc_config: RTCConfig | None, num_steps: int) -> float | None:
-    """The `max_guidance_weight` to store with this number of steps; None if the configured one can stay."""
-    if rtc_config is None or not rtc_config.enabled or rtc_config.max_guidance_weight <= num_steps:
+def fitted(rtc_config: RTCConfig | None, before: int, num_steps: int) -> float | None:
+    """The `max_guidance_weight` to store with this number of steps; None if the configured one can stay.
+
+    A weight that equals the number of steps before was fitted to that number.
+    """
+    if rtc_config is None or not rtc_config.enabled or rtc_config.max_guidance_weight == num_steps:
         return None
-    return float(num_steps)
+    weight = rtc_config.max_guidance_weight
+    return float(num_steps) if weight > num_steps or weight == before else None
 
 
 def rtc_note(rtc_config: RTCConfig | None, num_steps: int | None) -> str | None:
-    """A warning if the guidance would go past the frozen actions at the recommended number of steps (1 if None)."""
-    num_steps = num_steps or 1
-    if capped(rtc_config, num_steps) is None:
+    """A warning if the guidance would go past the frozen actions at the recommended number of steps."""
+    if num_steps is None or rtc_config is None or not rtc_config.enabled or rtc_config.max_guidance_weight <= num_steps:
         return None
-    assert rtc_config is not None
     return (
         f"Real-time chunking: a max_guidance_weight of {rtc_config.max_guidance_weight:g} in config.json is too large "
         f"for num_steps={num_steps}. The first step goes past the chunk before, so the actions jump or get worse. "

@@ -163,6 +163,7 @@ def decided(
     ]
     found = {cell: episodes[key] for cell, key in zip(cells, distances, strict=True) if key in (episodes or {})}
     margins = {"success": 0.05, "best_reward": 0.03, "energy_distance": 0.01}
+    how = {"is_alone": cells[-1].policy == bar.policy, **how}
     return decide(pd.concat(tables), found, bar, cells[-1].policy, margins=margins, **how)
 
 
@@ -206,6 +207,8 @@ def test_a_student_of_distill_is_tested_at_one_step_alone():
     assert decision.recommended == 1
     assert "More steps are not safer: at 2 and 10 steps" in decision.in_words()
     assert decided({TEACHER: 0.003, 1: 0.2, 2: 0.002, 10: 0.002}, one_step_only=True).recommended is None
+    unmeasured = decided({TEACHER: 0.003, 2: 0.002, 10: 0.002}, one_step_only=True)
+    assert unmeasured.in_words().endswith("trained for one step alone. Measure it there: --num_steps=[1].")
 
 
 def test_two_numbers_of_steps_that_are_too_bad_by_just_the_margin_pass_once_in_twenty_at_most():
@@ -286,7 +289,9 @@ def test_one_chunk_for_each_frame_recommends_nothing_by_energy_distance():
     distances = {TEACHER: 0.003, 1: 0.002, 10: 0.001}
     decision = decided(distances, one_noise=True)
     assert decision.recommended is None
-    assert "Name a simulator" in decision.in_words()
+    assert decision.in_words().endswith("name a simulator (--env.type).")
+    hardly = dict.fromkeys(distances, first(1, 200))
+    assert "--decide_by=best_reward" in decided(distances, hardly, one_noise=True).in_words()
     successes = {key: first(k, 200) for key, k in {TEACHER: 180, 1: 184, 10: 179}.items()}
     assert decided(distances, successes, one_noise=True).recommended == 1
 
@@ -356,6 +361,14 @@ def test_a_policy_alone_by_success():
     assert "too few episodes to decide" in said(95)
     assert said(95).endswith("Until then it is open whether reflow is needed.")
     assert "reflow is not needed" in said(98)
+
+
+def test_a_policy_alone_that_starts_from_zeros_is_no_student():
+    cells = {Cell("policy", 1): 50, ALONE: 98, Cell("policy from zeros", 1): 50, Cell("policy from zeros", 10): 98}
+    found = {cell: first(successes, 100) for cell, successes in cells.items()}
+    said = decided(dict.fromkeys(cells, 0.003), found, ALONE, one_noise=True, is_alone=True).in_words()
+    assert "One step loses 48.0 points of success: reflow is needed for as few." in said
+    assert "So reflow has saved" not in said
 
 
 def test_a_student_that_needs_as_many_steps_as_its_teacher_is_told_so():

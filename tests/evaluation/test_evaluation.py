@@ -505,6 +505,7 @@ def test_no_recommendation_says_what_would_help(workshop, student, against, tmp_
         ({"decide_by": "reward"}, "--decide_by=reward is unknown; known are: success, best_reward, energy_distance"),
         ({"decide_by": "best_reward"}, "--decide_by=best_reward needs a simulator"),
         ({"env_task": "drive"}, "--env_task has no effect without --env.type"),
+        ({"env__type": "drive_past", "env__max_parallel_tasks": 2}, "--env.max_parallel_tasks=2 would mix the tasks'"),
         ({"policy__device": "abacus"}, "abacus"),
         ({"earlier_rounds": "[a]"}, "--earlier_rounds needs --teacher_path"),
         ({"tolerance": 0.1}, "unrecognized arguments: --tolerance=0.1"),  # and not the beginning of --tolerance_s

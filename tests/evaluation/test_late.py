@@ -12,9 +12,11 @@ from lerobot.async_inference.configs import get_aggregate_function
 from lerobot.async_inference.helpers import TimedAction
 from lerobot.async_inference.robot_client import RobotClient
 from lerobot.configs.default import EvalConfig
+from lerobot.envs.configs import LiberoEnv
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
+from smolvla_reflow.compat import control_frequency
 from smolvla_reflow.demo.environment import MAX_STEPS, DrivePast, DrivePastConfig
 from smolvla_reflow.demo.flags import LAST
 from smolvla_reflow.evaluation.closed_loop import drive
@@ -124,6 +126,14 @@ def test_the_first_control_step_after_the_chunk_is_there():
     assert Delay.of(85, 10).in_words() == "1 step (85 ms)"
 
 
+def test_control_steps_of_libero():
+    """LeRobot 0.4 lets robosuite take its 20, and says 30; later versions hand their `fps` over."""
+    assert control_frequency(LiberoEnv()) == 20
+    assert control_frequency(DrivePastConfig()) == DrivePastConfig().fps
+    if LiberoEnv().fps == 20:
+        assert control_frequency(LiberoEnv(fps=30)) == 30
+
+
 def test_latency_by_flag():
     here = ChunkTime(30.0, 17.0, 0.1)
     assert chunk_time("measured", here) == here
@@ -171,6 +181,7 @@ def test_two_chunks_are_mixed_in_the_simulator_too(workshop, tmp_path):
     )
     rewards = [[row["success"]["best_reward"] for row in report["rows"]] for report in (new, mixed)]
     assert rewards[0] != rewards[1]
+    assert not new["decision"]["in_time"]  # more steps take no longer here, so the smallest number is the best
     assert "--aggregate_fn_name=conservative" in (tmp_path / "conservative/report.md").read_text()
 
 

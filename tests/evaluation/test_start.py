@@ -74,7 +74,7 @@ def test_flow_error_is_that_of_the_clients_noise(smooth, student, tmp_path, star
     assert {row["policy"] for row in report["rows"]} == {"teacher", "student", name}
     # One chunk for each frame is no distribution, so without a simulator nothing is recommended.
     assert report["recommended_num_steps"] is None
-    assert "Name a simulator" in report["recommendation"]
+    assert "name a simulator" in report["recommendation"]
     assert json.loads((tmp_path / "report.json").read_text())["made_with"]["noise"] == start
 
 

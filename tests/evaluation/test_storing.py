@@ -86,7 +86,7 @@ def test_the_note():
     assert "Real-time chunking: a max_guidance_weight of 10 in config.json is too large for num_steps=2." in said
     assert said.endswith("--inference.rtc.max_guidance_weight=2.")
     assert rtc_note(replace(RTC, max_guidance_weight=1.5), 1).endswith("--inference.rtc.max_guidance_weight=1.")
-    assert rtc_note(RTC, None) == rtc_note(RTC, 1)
+    assert rtc_note(RTC, None) is None
     assert rtc_note(RTC, 10) is None
 
 
@@ -139,6 +139,13 @@ def test_plain_lerobot_keeps_the_prefix_with_what_is_stored(workshop, checkpoint
     assert error() > 5
     write_num_steps(checkpoint, 1)
     assert error() < 1e-5
+
+
+@pytest.mark.parametrize(("weight", "stored"), [(1.0, 3.0), (0.5, 0.5), (2.0, 2.0)])
+def test_a_weight_that_was_stored_with_fewer_steps_follows_them(checkpoint, weight, stored):
+    change_config(checkpoint, rtc_config={**SAVED, "max_guidance_weight": weight}, num_steps=1)
+    write_num_steps(checkpoint, 3)
+    assert read_config(checkpoint).rtc_config.max_guidance_weight == stored
 
 
 def test_a_file_that_cannot_be_written(checkpoint):

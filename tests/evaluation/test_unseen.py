@@ -101,6 +101,23 @@ def test_the_user_chooses(workshop, large, trained, tmp_path, monkeypatch):
     assert report["seen"]["trained_on"]["student"] == 2
 
 
+def test_a_dataset_of_another_name_may_be_a_copy(workshop, large, trained, tmp_path, capsys):
+    """With other statistics, as a merged copy has them; nothing tells if the training episodes are in it."""
+    copy = tmp_path / "merged"
+    shutil.copytree(large, copy)
+    stats = copy / "meta/stats.json"
+    changed = json.loads(stats.read_text())
+    changed["action"]["mean"] = [x + 1 for x in changed["action"]["mean"]]
+    stats.write_text(json.dumps(changed))
+    for name, said in {"me/merged": 1, REPO_ID: 0}.items():
+        folder = tmp_path / name.replace("/", "_")
+        changes = {"dataset__repo_id": name, "dataset__root": copy}
+        evaluate(workshop, large, folder, trained["all"], **changes)
+        warning = f"was trained on {REPO_ID}, so all episodes of me/merged count as not trained on. If they hold"
+        assert capsys.readouterr().out.count(warning) == 2 * said  # at once, and in the report
+        assert (folder / "report.md").read_text().count(warning) == said
+
+
 def test_the_teacher_has_seen_its_own_frames(workshop, tmp_path, capsys):
     report = eval_main(eval_flags(workshop, tmp_path / "r", teacher_path=workshop / "1rf" / LAST, num_steps="[1]"))
     assert report["seen"] == {"frames": 6, "episodes": 6, "trained_on": {"teacher": 6, "student": 6}}
