@@ -11,12 +11,13 @@ noise, the encoded prefix and the solver's grid are tensors, which each call cop
 LeRobot is changed: only while a solve is recorded, `torch.tensor` gives the tensors that a solve before has made.
 """
 
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ from smolvla_reflow.solver import ADAPTIVE, Solver
 # A graph keeps a copy of its inputs, at batch 32 some hundred MB. Sentences of other lengths and the last batch of an
 # epoch have other shapes.
 MOST_GRAPHS = 4
-WARM_UPS = 2
 
 Function: TypeAlias = Callable[..., Tensor]
 # From a function and the tensors it is always called with to a replay, which may write its result to the same memory.
@@ -59,38 +59,58 @@ def _are_numbers(data: object) -> bool:
     return all(map(_are_numbers, data)) if isinstance(data, list | tuple) else isinstance(data, int | float)
 
 
-def cuda_graph(function: Function, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Record a CUDA graph of `function(*inputs)`; a replay reads what the inputs hold by then.
+class CudaGraphs:
+    """Records CUDA graphs. They never run at the same time, so those that are alive share their memory."""
 
-    Raises:
-        RuntimeError: the inputs are not on a GPU, or the function waits for it.
-    """
-    device = inputs[0].device
-    if device.type != "cuda":
-        raise RuntimeError(f"the tensors are on the device {device}")
-    with torch.cuda.device(device):
-        ahead = torch.cuda.Stream()
-        ahead.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(ahead):  # the first calls of a library set up memory, which a graph may not
-            for _ in range(WARM_UPS):
+    def __init__(self) -> None:
+        self.alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, function: Function, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Record `function(*inputs)`; a replay reads what the inputs hold by then.
+
+        Raises:
+            RuntimeError: the inputs are not on a GPU, or the function waits for it.
+            ReflowError: the recording itself failed, which leaves the GPU's random generator and memory unusable.
+        """
+        device = inputs[0].device
+        if device.type != "cuda":
+            raise RuntimeError(f"the tensors are on the device {device}")
+        with torch.cuda.device(device):
+            ahead = torch.cuda.Stream()
+            ahead.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(ahead):  # the first calls of a library set up memory, which a graph may not
                 function(*inputs)
-        torch.cuda.current_stream().wait_stream(ahead)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile: LeRobot's loader pins memory, and several processes exchange.
-        with torch.cuda.graph(graph, pool=_pool(device), capture_error_mode="thread_local"):
-            result = function(*inputs)
+                with _not_waiting():
+                    function(*inputs)
+            torch.cuda.current_stream().wait_stream(ahead)
+            graph = torch.cuda.CUDAGraph()
+            pool = next((other.pool() for other in self.alive), None)
+            try:
+                # Other threads may use the GPU meanwhile: LeRobot's loader pins memory, and several processes exchange.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    result = function(*inputs)
+            except Exception as error:
+                raise ReflowError(
+                    f"The teacher's solve cannot be a CUDA graph ({first_line(error)}); leave out cuda_graph."
+                ) from error
+        self.alive.add(graph)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+        def replay() -> Tensor:
+            graph.replay()
+            return result
 
-    return replay
+        return replay
 
 
-@cache
-def _pool(device: torch.device) -> Any:
-    """The memory of a device's graphs. They never run at the same time, so one pool serves all."""
-    return torch.cuda.graph_pool_handle()
+@contextlib.contextmanager
+def _not_waiting() -> Iterator[None]:
+    """Within it, what waits for the GPU raises RuntimeError, while that does no harm yet."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +131,7 @@ class SolveGraphs:
         failed: True after a solve that could not be recorded; no other is tried.
     """
 
-    record: Recorder = cuda_graph
+    record: Recorder = field(default_factory=CudaGraphs)
     recorded: dict[Hashable, _Recorded] = field(default_factory=dict)
     known: KnownTensors = field(default_factory=KnownTensors)
     weights: tuple[int, ...] = ()
@@ -144,6 +164,8 @@ class SolveGraphs:
                 return solver.follow(numbers, velocity, noise)
             try:
                 self.recorded[key] = self._recorded(solver, velocity, inputs)
+            except ReflowError:
+                raise
             except Exception as error:  # LeRobot's code or the driver may refuse in any way
                 self.failed = True
                 logging.getLogger(__name__).warning(

@@ -35,15 +35,21 @@ def hold_out(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -
     held = held or []
     if not held and cfg.reflow.measure_freq and not holds_out(dataset):
         split = " Or let LeRobot choose: --dataset.eval_split=0.1" if can_hold_out(dataset) else ""
-        raise ReflowError(
-            f"--reflow.measure_freq={cfg.reflow.measure_freq} needs episodes to measure on and not to train on. Name "
-            f"them: {FLAG}=[0,1].{split}"
-        )
+        others = f"Name them: {FLAG}=[0,1].{split}"
+        if cfg.resume and dataset.episodes is None:
+            others = "This run has trained on all; leave the flag out."
+        freq = cfg.reflow.measure_freq
+        raise ReflowError(f"--reflow.measure_freq={freq} needs episodes to measure on and not to train on. {others}")
     if missing := [episode for episode in held if episode not in everything]:
         raise ReflowError(f"{FLAG}: there is no episode {missing[0]}; choose from 0 to {everything[-1]}.")
     if not held:
         return
     if dataset.episodes is None:
+        trained = chosen_episodes(metadata, dataset) if cfg.resume else []
+        if both := sorted({*held}.intersection(everything if trained is None else trained)):
+            raise ReflowError(
+                f"{FLAG}: this run has trained on episode {both[0]} already, and only a new run can hold it out."
+            )
         dataset.episodes = [episode for episode in everything if episode not in held]
         if not dataset.episodes:
             raise ReflowError(f"{FLAG} names every episode, and none is left to train on.")

@@ -80,6 +80,15 @@ def schedule(steps: float, lr: float) -> dict[str, float]:
     return dict(zip(SCHEDULE, (lr * DECAY_LR_RATIO, round(steps * WARMUP_RATIO), round(steps)), strict=True))
 
 
+def solves_otherwise(saved: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """True if one of these flags changes how a saved run, with its values by flag name, solves its teacher."""
+
+    def named(value: Any) -> Path:  # a saved run names files by their absolute paths
+        return Path(str(value)).expanduser().resolve()
+
+    return any(named(given[name]) != named(saved.get(name)) for name in OTHER_SOLVES.intersection(given))
+
+
 def _parsed(file: Path) -> dict[str, Any]:
     text = file.read_text()
     try:
@@ -98,7 +107,7 @@ def _decided_anew(flags: Mapping[str, Any], rest: Mapping[str, Any], given: Mapp
     else:  # the schedule of a reflow run follows its number of steps unless the user chose another
         usual = schedule(float(rest.get("steps") or 0), float(flags.get("policy.optimizer_lr", LEARNING_RATE)))
         yield from (name for name, value in usual.items() if flags.get(name) == value)
-    if OTHER_SOLVES.intersection(given) or given.get("reflow.teacher_path", teacher) != teacher:
+    if solves_otherwise(flags, given) or given.get("reflow.teacher_path", teacher) != teacher:
         yield "reflow.num_steps"
     start = {"policy.path", "policy.pretrained_path"}.intersection(given)
     if start or teacher is None or given.get("reflow.teacher_path", teacher) != teacher:
@@ -107,6 +116,11 @@ def _decided_anew(flags: Mapping[str, Any], rest: Mapping[str, Any], given: Mapp
     dataset = (rest.get("dataset") or {}).get("repo_id")
     if given.get("dataset.repo_id", dataset) != dataset:
         yield from DECIDED_ANEW["dataset"]
+    held = flags.get("reflow.measure_episodes")
+    if held and "reflow.measure_episodes" in given:
+        both = sorted([*held, *((rest.get("dataset") or {}).get("episodes") or ())])
+        if both == [*range(len(both))]:  # the episodes that the earlier run did not hold out
+            yield "dataset.episodes"
 
 
 def _without(config: dict[str, Any], dropped: set[str], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from smolvla_reflow.attachment import Attachment, attach
 from smolvla_reflow.checkpoint.load import weights_of
-from smolvla_reflow.checkpoint.read import Checkpoint
+from smolvla_reflow.checkpoint.read import Checkpoint, read_json
 from smolvla_reflow.compat import prints_metrics, refuse_remote_job
 from smolvla_reflow.compat import train as lerobot_train
 from smolvla_reflow.dataset.frames import check_finite, name_unreadable_frames, trained_columns
@@ -43,7 +43,7 @@ from smolvla_reflow.training.checkpoints import check_base, name_start, open_sta
 from smolvla_reflow.training.checks import check_flags, check_run
 from smolvla_reflow.training.config import ReflowTrainPipelineConfig
 from smolvla_reflow.training.hold_out import in_words
-from smolvla_reflow.training.inherited import OTHER_SOLVES
+from smolvla_reflow.training.inherited import solves_otherwise
 from smolvla_reflow.training.loss_check import LossCheck
 from smolvla_reflow.training.measuring import Measuring, begin, training_preprocessor
 from smolvla_reflow.training.run_folder import OutputFolder, how_to_go_on, training_step
@@ -226,8 +226,10 @@ def open_run(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Run:
             )
         path, _, name = reflow.strategy.rpartition(":")
         reflow.strategy = f"{Path(path).expanduser().resolve()}:{name}"
-    if arguments.resume and typed & OTHER_SOLVES and "reflow.num_steps" not in typed:
-        reflow.num_steps = None
+    if arguments.resume and "reflow.num_steps" not in typed:
+        saved = read_json(Path(given["config_path"])).get("reflow") or {}
+        if solves_otherwise({f"reflow.{name}": value for name, value in saved.items()}, given):
+            reflow.num_steps = None
     loss = check_flags(reflow)
     backbone = given.get("policy.vlm_model_name") if cfg.policy is None else cfg.policy.vlm_model_name
     teacher = open_teacher(reflow, typed, backbone, resume=arguments.resume)

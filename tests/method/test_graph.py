@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smolvla_reflow import ReflowError, Solver, attach
-from smolvla_reflow.smolvla.graph import MOST_GRAPHS, KnownTensors, SolveGraphs, cuda_graph
+from smolvla_reflow.smolvla.graph import MOST_GRAPHS, CudaGraphs, KnownTensors, SolveGraphs
 from smolvla_reflow.smolvla.observation import Observation
 from smolvla_reflow.smolvla.velocity import Velocity, velocity_of
 from smolvla_reflow.solver import FIXED_STEP
@@ -49,7 +49,7 @@ class Traces:
         return [node.target.overloadpacket.__name__ for node in nodes if hasattr(node.target, "overloadpacket")]
 
 
-RECORDERS = [("cpu", Traces), pytest.param("cuda", lambda: cuda_graph, marks=needs_gpu)]
+RECORDERS = [("cpu", Traces), pytest.param("cuda", CudaGraphs, marks=needs_gpu)]
 
 
 def encoded(policy, batch, device, per_frame=1):
@@ -211,6 +211,32 @@ def test_a_solve_that_cannot_be_recorded_runs_as_before_and_says_so_once(policy,
     assert len(tried) == 1
     message = "cannot be a CUDA graph (operation not permitted when stream is capturing); it runs kernel by kernel."
     assert [message in line for line in caplog.text.splitlines()].count(True) == 1
+
+
+def test_a_recording_that_breaks_off_stops_the_run(policy, batch, noise):
+    """The GPU's random generator is unusable by then, so the next draw of noise would fail and blame something else."""
+
+    def broken(function, inputs):
+        raise ReflowError("The teacher's solve cannot be a CUDA graph (why); leave out cuda_graph.")
+
+    with pytest.raises(ReflowError, match="leave out cuda_graph"):
+        SolveGraphs(broken).integrate(Solver("euler", num_steps=2), encoded(policy, batch, "cpu"), noise)
+
+
+@needs_gpu
+def test_a_gpu_is_as_before_after_a_function_that_waits_and_after_graphs_that_are_gone():
+    ones = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        CudaGraphs()(lambda x: x * x.sum().item(), [ones])
+    assert torch.randn(4, device="cuda").isfinite().all()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    recorders = [CudaGraphs(), CudaGraphs()]
+    for _ in range(3):  # each round the graphs of the round before are gone
+        for record in recorders:
+            replays = [record(lambda x: torch.nn.functional.linear(x, x[None]) * 2, [ones]) for _ in range(2)]
+            assert [replay().item() for replay in replays] == [8, 8]
+            assert len(record.alive) == 2
+        del replays
 
 
 @pytest.mark.parametrize("per_frame", [1, 3])

@@ -133,8 +133,21 @@ def test_couplings_take_ten_evaluations_or_more(workshop, tmp_path, capsys, monk
     edit_json(teacher / "config.json", num_steps=40)
     reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=2"])
     assert taken == {solver}  # whatever is written into the teacher's config meanwhile
-    reflow_train_main([f"--config_path={tmp_path / 'run'}", "--resume=true", "--steps=3", "--reflow.solver=euler"])
+    resumed = [f"--config_path={tmp_path / 'run'}", "--resume=true"]
+    reflow_train_main([*resumed, "--steps=3", "--reflow.solver=jittered"])
+    assert taken == {solver}  # the solver that the run has had all along
+    reflow_train_main([*resumed, "--steps=4", "--reflow.solver=euler"])
     assert taken == {solver, Solver("euler", num_steps=40)}
+
+
+def test_a_resumed_loss_from_a_file_keeps_the_number_of_steps(workshop, tmp_path):
+    """Such a run is resumed with its --reflow.strategy, by any path of the file."""
+    (tmp_path / "loss.py").write_text("def mine(step):\n    return step.losses(step.coupling())\n")
+    run, strategy = tmp_path / "run", f"{tmp_path}/loss.py:mine"
+    reflow_train_main(reflow_run(workshop, run, steps=1, reflow__strategy=strategy, reflow__num_steps=3))
+    again = f"--reflow.strategy={tmp_path}/run/../loss.py:mine"
+    reflow_train_main([f"--config_path={run}", "--resume=true", "--steps=2", again])
+    assert saved_config(run)["reflow"]["num_steps"] == 3
 
 
 def test_standard_strategy_is_lerobot_train_bitwise(workshop, tmp_path):

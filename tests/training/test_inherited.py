@@ -108,12 +108,13 @@ def test_a_reflow_runs_own_file_keeps_its_hyperparameters(saved):
         ("--steps=7", True),
         ("--reflow.teacher_path=U", False),
         ("--reflow.solver=dopri5", False),
+        ("--reflow.solver=midpoint", True),
         ("--reflow.strategy=standard", False),
         ("--reflow.pairs_path=P", False),
     ],
 )
 def test_the_solvers_filled_in_steps_hold_for_this_teacher_and_solver(saved, typed, kept):
-    given, _ = completed(saved({**HANDED_OVER, "num_steps": 5}), typed)
+    given, _ = completed(saved({**HANDED_OVER, "num_steps": 5, "solver": "midpoint"}), typed)
     assert ("reflow.num_steps" in given) is kept
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from helpers import eval_flags, eval_main, reflow_run, reflow_train_main, refused, torchrun
+from helpers import eval_flags, eval_main, reflow_run, reflow_train_main, refused, saved_config, torchrun
 from lerobot.configs.default import DatasetConfig
 from pairs_helpers import weights
 
@@ -135,12 +135,28 @@ def test_a_resumed_run_goes_on(workshop, tmp_path, capsys, evaluated):
     assert json.loads(file.read_text())["dataset"]["episodes"] == [0, 1, 2, 3, 4, 5]
     assert inherit(str(file), {}).flags["reflow.measure_episodes"] == [6, 7]
     assert "reflow.measure_episodes" not in inherit(str(file), {"dataset.repo_id": "me/another"}).flags
+    assert inherit(str(file), {}).rest["dataset"]["episodes"] == [0, 1, 2, 3, 4, 5]
+    assert "episodes" not in inherit(str(file), {"reflow.measure_episodes": "[]"}).rest["dataset"]
     reflow_train_main([f"--config_path={run}", "--resume=true", "--steps=6"])
     second, bar_again, _ = measured(capsys)
     assert (list(first), list(second), bar_again) == ([0, 2], [3, 4, 6], bar)
     assert second[3] == pytest.approx(evaluated(run / "checkpoints/000003/pretrained_model")[0], abs=6e-5, rel=1e-3)
     reflow_train_main([f"--config_path={run}", "--resume=true", "--steps=7", "--reflow.measure_freq=0"])
     assert not LINE.search(capsys.readouterr().err)
+
+
+def test_episodes_that_a_run_has_trained_on_are_not_held_out_later(workshop, tmp_path, capsys):
+    """Measured on, and evaluated on by `smolvla-reflow-eval`, they would pass for unseen."""
+    run, flag = tmp_path / "run", "--reflow.measure_episodes=[0,1]"
+    resumed = [f"--config_path={run}", "--resume=true", "--steps=2", "--reflow.measure_freq=1"]
+    reflow_train_main(reflow_run(workshop, run, steps=1))
+    assert "This run has trained on all; leave the flag out." in refused(capsys, reflow_train_main, resumed)
+    said = refused(capsys, reflow_train_main, [*resumed, flag])
+    assert "this run has trained on episode 0 already, and only a new run can hold it out" in said
+    anew = {"reflow__measure_episodes": "[0,1]", "dataset__episodes": "[2,3,4]"}
+    reflow_train_main(reflow_run(workshop, tmp_path / "part", steps=1, **anew))
+    reflow_train_main([f"--config_path={tmp_path / 'part'}", *resumed[1:], flag.replace("0,1", "1,5")])
+    assert saved_config(tmp_path / "part")["dataset"]["episodes"] == [2, 3, 4]
 
 
 @pytest.mark.skipif(not HOLDS_OUT, reason="LeRobot holds nothing out before 0.6")
