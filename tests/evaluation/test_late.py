@@ -10,7 +10,6 @@ import torch
 from helpers import driven_flags, eval_main, refused, seen_by_the_policy
 from lerobot.async_inference.configs import get_aggregate_function
 from lerobot.async_inference.helpers import TimedAction
-from lerobot.async_inference.robot_client import RobotClient
 from lerobot.configs.default import EvalConfig
 from lerobot.envs.configs import LiberoEnv
 from lerobot.policies.factory import make_pre_post_processors
@@ -40,14 +39,23 @@ class Clockwork:
         return torch.stack([torch.tensor([[float(batch["now"]), i]]) for i in range(self.config.chunk_size)], dim=1)
 
 
-def robot_client(policy, delay: int, mix) -> list[tuple[bool, np.ndarray]]:
+@pytest.fixture
+def aggregate_queues(tmp_path, monkeypatch):
+    """The robot client's own function, by which its queue takes a chunk."""
+    monkeypatch.chdir(tmp_path)  # once imported, the client writes a log into the working directory
+    from lerobot.async_inference.robot_client import RobotClient
+
+    return RobotClient._aggregate_action_queues
+
+
+def robot_client(aggregate_queues, policy, delay: int, mix) -> list[tuple[bool, np.ndarray]]:
     """LeRobot's robot client with its own queue of actions by number, in control steps: if each acts, and its action."""
     lock, size = threading.Lock(), policy.config.chunk_size
     client = SimpleNamespace(action_queue=Queue(), action_queue_lock=lock, latest_action=-1, latest_action_lock=lock)
     sent, coming, done, last = None, None, [], None
     for now in range(100):
         if coming is not None and coming[0] <= now:
-            RobotClient._aggregate_action_queues(client, coming[1], mix)
+            aggregate_queues(client, coming[1], mix)
             coming = None
         observed = client.latest_action + 1
         would_run_out = client.action_queue.qsize() <= min(delay, size // 2)
@@ -55,7 +63,7 @@ def robot_client(policy, delay: int, mix) -> list[tuple[bool, np.ndarray]]:
             chunk = policy.predict_action_chunk({"now": now})[0].numpy()
             actions = [TimedAction(timestamp=0, timestep=observed + i, action=chunk[i]) for i in range(size)]
             if sent is None or delay == 0:  # the robot stands still until the first chunk is there
-                RobotClient._aggregate_action_queues(client, actions, mix)
+                aggregate_queues(client, actions, mix)
             else:
                 coming = (now + delay, actions)
             sent = observed
@@ -70,11 +78,11 @@ def robot_client(policy, delay: int, mix) -> list[tuple[bool, np.ndarray]]:
 @pytest.mark.parametrize("mix", ["latest_only", "weighted_average"])
 @pytest.mark.parametrize("delay", [0, 1, 3, 7, 8, 9, 12, 15, 16, 20])
 @pytest.mark.parametrize("n_action_steps", [1, 4, 8, 16])
-def test_each_control_step_gets_the_action_of_the_robot_client(delay, n_action_steps, mix):
+def test_each_control_step_gets_the_action_of_the_robot_client(aggregate_queues, delay, n_action_steps, mix):
     policy = Clockwork(16, n_action_steps)
     late = LateChunks(policy, delay, aggregation(mix))
     found = [late.select_action({"now": now})[0] for now in range(100)]
-    client = robot_client(policy, delay, get_aggregate_function(mix))
+    client = robot_client(aggregate_queues, policy, delay, get_aggregate_function(mix))
     np.testing.assert_allclose(np.stack(found), np.stack([action for _, action in client]), rtol=1e-6)
     assert all(acts for acts, _ in client) == (delay <= 8)  # else the robot stands still at times
 
