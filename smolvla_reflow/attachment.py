@@ -301,11 +301,7 @@ def is_attached(policy: nn.Module) -> bool:
 
 
 def attachment_of(module: object) -> Attachment:
-    """The attachment of an attached policy, or of its model.
-
-    Raises:
-        ReflowError: somebody assigned `model.teacher`. The assignment is undone.
-    """
+    """The attachment of an attached policy, or of its model."""
     attachment: Attachment = vars(module)[_STATE]
     if _undo_assigned_teacher(attachment):
         raise ReflowError(

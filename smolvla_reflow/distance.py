@@ -27,17 +27,11 @@ FINE_STEPS = 32
 
 @dataclass(frozen=True, eq=False)
 class FrameFlow:
-    """One policy's flow on N frames, from K noises for each frame.
+    """One policy's flow on N frames, from K noises for each frame."""
 
-    Attributes:
-        velocity: the field, for each frame K times in a row.
-        noise: (N * K, T, W).
-        per_frame: K.
-    """
-
-    velocity: VelocityField
-    noise: Tensor
-    per_frame: int
+    velocity: VelocityField  # the field, for each frame K times in a row
+    noise: Tensor  # (N * K, T, W)
+    per_frame: int  # K
 
     def solve(self, solver: Solver) -> Tensor:
         """The ends of the paths, (N, K, T, W), in the policy's normalised space."""

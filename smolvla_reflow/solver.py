@@ -32,14 +32,11 @@ VelocityField = Callable[[Tensor, Any], Tensor]
 class Tableau:
     """An explicit Runge-Kutta method (Butcher's table; Hairer, Norsett & Wanner, "Solving Ordinary Differential
     Equations I", section II.1).
-
-    Attributes:
-        stages: for each evaluation of the velocity, the weights of the earlier ones in its x.
-        weights: of all evaluations in x at the end of the step.
     """
 
+    # for each evaluation of the velocity, the weights of the earlier ones in its x
     stages: tuple[tuple[float, ...], ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...]  # of all evaluations in x at the end of the step
 
     def numbers(self, start: float, length: float) -> list[float]:
         """The numbers of a step from t = start to start + length: the stages' times, then all weights times length."""
@@ -127,35 +124,23 @@ class Solver:
         evaluations = self.num_steps * each
         return f"{self.method} with num_steps {self.num_steps} ({evaluations} velocity evaluations)"
 
-    def integrate(self, velocity: VelocityField, noise: Tensor, num_steps: int | None = None) -> Tensor:
-        """Solve the ODE from `noise` at t = 1; returns x at t = 0, in the shape and dtype of `noise`.
+    def integrate(self, velocity: VelocityField, noise: Tensor) -> Tensor:
+        """Solve the ODE from `noise` (B, chunk_size, max_action_dim) at t = 1; x at t = 0, in its shape and dtype.
 
-        Args:
-            velocity: the field.
-            noise: (B, chunk_size, max_action_dim).
-            num_steps: of the policy's own config, used if `self.num_steps` is None.
-
-        Raises:
-            ReflowError: no number of steps is known, or the adaptive method gives up.
+        Raises ReflowError if a fixed-step method has no `num_steps` (see `resolved`), or an adaptive one gives up.
         """
         if self.method in ADAPTIVE:
             return self._adaptive(velocity, noise)
-        return self.follow(self.grid(num_steps), velocity, noise)
+        return self.follow(self.grid(), velocity, noise)
 
-    def grid(self, num_steps: int | None = None) -> list[list[float]]:
-        """The numbers of each step of one solve by a fixed-step method; `jittered` draws its numbers at random.
-
-        Raises:
-            ReflowError: no number of steps is known.
-        """
-        if self.num_steps is None and num_steps is None:
+    def grid(self) -> list[list[float]]:
+        """The numbers of each step of one solve by a fixed-step method; `jittered` draws its numbers at random."""
+        if self.num_steps is None:
             raise ReflowError(f"{self.method} needs num_steps.")
-        count = self.resolved(num_steps or 0).num_steps
-        assert count is not None
         if self.method == JITTERED:
-            return _shifted(INTERVALS * count)
-        dt = -1 / count
-        return [TABLEAUX[self.method].numbers(1 + k * dt, dt) for k in range(count)]
+            return _shifted(INTERVALS * self.num_steps)
+        dt = -1 / self.num_steps
+        return [TABLEAUX[self.method].numbers(1 + k * dt, dt) for k in range(self.num_steps)]
 
     def follow(self, grid: Sequence[Sequence[Number]] | Tensor, velocity: VelocityField, noise: Tensor) -> Tensor:
         """Solve on a grid of `self.grid`, lists of numbers or a float32 tensor (steps, numbers of a step)."""

@@ -101,7 +101,8 @@ class Step:
         size, part = len(self.actions), slice(start, stop)
 
         def cut(value: Any) -> Any:
-            return value[part] if isinstance(value, list | Tensor) and _length(value) == size else value
+            rows = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+            return value[part] if rows and len(value) == size else value
 
         others = self.teachers_observation
         return replace(
@@ -219,10 +220,8 @@ class Step:
         Raises:
             ReflowError: LeRobot reports something else under that name, or there are several numbers.
         """
-        if name in REPORTED_BY_LEROBOT:
-            raise ReflowError(f"LeRobot reports '{name}' itself; choose another name for the metric.")
-        if name in REPORTED:
-            raise ReflowError(f"'{name}' is reported of every loss; choose another name for the metric.")
+        if name in REPORTED_BY_LEROBOT | REPORTED:
+            raise ReflowError(f"'{name}' is reported already; choose another name for the metric.")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ReflowError(f"The metric '{name}' has {value.numel()} numbers; log one, such as its mean.")
         self.metrics[name] = value.detach() if isinstance(value, Tensor) else value
@@ -298,8 +297,3 @@ class Step:
         return self.source.velocity(
             self.teachers_observation or self.observation, self._prefix if self.one_prefix else None
         )
-
-
-def _length(value: list[Any] | Tensor) -> int | None:
-    """The number of rows, None for a scalar tensor."""
-    return None if isinstance(value, Tensor) and not value.ndim else len(value)

@@ -67,20 +67,15 @@ def sums_of(errors: Tensor, times: Tensor, deviations: Tensor, sampling: TimeSam
 
 @dataclass(eq=False)
 class StepMetrics:
-    """Running means over the steps of a training, and the numbers reported last.
+    """Running means over the steps of a training, and the numbers reported last."""
 
-    Attributes:
-        deviations: (D,), see `sums_of`.
-        sums: (13, 2) float64, running `LineSums.sums`.
-        reported: by name, beside the loss.
-        reports: functions that are asked for more numbers before each step; always the same names.
-        not_finite: the last step's first tensor with NaN or infinity, if its loss was not finite (`Step.not_finite`).
-    """
-
-    deviations: Tensor
+    deviations: Tensor  # (D,), see `sums_of`
+    # (13, 2) float64, running `LineSums.sums`
     sums: Tensor = field(default_factory=lambda: torch.zeros(13, 2, dtype=torch.float64))
-    reported: dict[str, float] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)  # by name, beside the loss
+    # functions that are asked for more numbers before each step; always the same names
     reports: list[Callable[[], Mapping[str, float]]] = field(default_factory=list)
+    # the last step's first tensor with NaN or infinity, if its loss was not finite (`Step.not_finite`)
     not_finite: str | None = None
 
     def deviations_on(self, device: torch.device) -> Tensor:

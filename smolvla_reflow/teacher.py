@@ -20,10 +20,8 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from torch import Tensor, nn
 
-from smolvla_reflow.checkpoint.load import weights_of
+from smolvla_reflow.checkpoint.load import check_names, weights_of
 from smolvla_reflow.checkpoint.read import (
-    PREPROCESSOR_NAME,
-    STATISTICS_AMONG_WEIGHTS,
     Checkpoint,
     open_checkpoint,
 )
@@ -116,7 +114,9 @@ class FrozenTeacher:
         follow(self.policy, observation.state.device)
         if prefix is None:
             with torch.no_grad():
-                prefix = encode(self.policy.model, self.in_own_space(observation))
+                if self.space is not None and self.space.state is not None:
+                    observation = observation._replace(state=self.space.state(observation.state))
+                prefix = encode(self.policy.model, observation)
         return Velocity(self.policy.model, prefix)
 
     def observe(self, batch: Mapping[str, Any], student: SmolVLAPolicy, seen: Observation) -> Observation:
@@ -149,12 +149,6 @@ class FrozenTeacher:
         """True if a state differs in the two normalised spaces."""
         return self.space is not None and self.space.state is not None
 
-    def in_own_space(self, observation: Observation) -> Observation:
-        """The student's observation in the teacher's normalised space."""
-        if self.space is None or self.space.state is None:
-            return observation
-        return observation._replace(state=self.space.state(observation.state))
-
 
 def frozen_source(
     teacher: str | Path | Checkpoint | SmolVLAPolicy | None,
@@ -171,7 +165,8 @@ def frozen_source(
             raise ReflowError("revision has no effect on a teacher that is not named by its hub id; leave it out.")
         teacher = open_checkpoint(teacher, revision)
     origin = open_checkpoint(teacher) if isinstance(teacher, str | Path) else teacher
-    space, rename_map = None, _own_names(origin)
+    space: SpaceMaps | None = None
+    rename_map = saved_rename_map(origin) if isinstance(origin, Checkpoint) else {}
     if dataset_stats is not None:
         if not isinstance(origin, Checkpoint):
             raise ReflowError("dataset_stats needs a teacher given as a checkpoint, which saves its own statistics.")
@@ -185,7 +180,7 @@ def frozen_source(
 
 def warn_of_distilled(teacher: Checkpoint, solver: Solver) -> None:
     """Warn if a teacher was trained for one step, and is solved in several."""
-    if teacher.reflow_settings().get("strategy") == "distill" and (solver.method, solver.num_steps) != ("euler", 1):
+    if teacher.noted("reflow").get("strategy") == "distill" and (solver.method, solver.num_steps) != ("euler", 1):
         logging.getLogger(__name__).warning(
             "The teacher %s was trained by --reflow.strategy=distill, for one step only. Its flow is bad in between, "
             "and is solved by %s. To couple noise by its one step: --reflow.solver=euler --reflow.num_steps=1",
@@ -193,20 +188,10 @@ def warn_of_distilled(teacher: Checkpoint, solver: Solver) -> None:
         )
 
 
-def _own_names(origin: TeacherSource) -> dict[str, str]:
-    """The rename map saved with the teacher, for batches with a dataset's own names."""
-    if isinstance(origin, Checkpoint) and (origin.folder / PREPROCESSOR_NAME).is_file():
-        return saved_rename_map(origin)
-    return {}
-
-
 def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | None = None) -> SmolVLAPolicy:
     """Build the teacher of `student` (a SmolVLAPolicy, or one wrapped by PEFT), in eval mode and without gradients.
 
     `source` is a checkpoint, a policy, or None for the student as it is now.
-
-    Raises:
-        ReflowError: the configuration or weights of `source` do not fit the student.
     """
     structure: nn.Module
     weights: Mapping[str, Tensor]
@@ -226,11 +211,7 @@ def frozen_teacher(student: nn.Module, source: TeacherSource, num_steps: int | N
 
 
 def base_policy(policy: nn.Module) -> SmolVLAPolicy:
-    """The SmolVLAPolicy itself, out of a PEFT wrapper if there is one.
-
-    Raises:
-        ReflowError: there is none.
-    """
+    """The SmolVLAPolicy itself, out of a PEFT wrapper if there is one."""
     get_base_model = getattr(policy, "get_base_model", None)
     base: Any = policy if get_base_model is None else get_base_model()
     if not isinstance(base, SmolVLAPolicy):
@@ -240,11 +221,7 @@ def base_policy(policy: nn.Module) -> SmolVLAPolicy:
 
 
 def follow(teacher: SmolVLAPolicy, device: torch.device) -> None:
-    """Move the teacher's own parameters to the student's device; the shared ones are there already.
-
-    Raises:
-        ReflowError: a shared parameter has become trainable.
-    """
+    """Move the teacher's own parameters to the student's device; the shared ones are there already."""
     elsewhere = False
     for parameter in teacher.parameters():
         elsewhere |= parameter.device != device
@@ -301,20 +278,10 @@ def _copy_sharing_parameters(structure: nn.Module) -> SmolVLAPolicy:
 
 def _fill(teacher: SmolVLAPolicy, weights: Mapping[str, Tensor]) -> None:
     """Give every parameter the teacher's value; a parameter that is frozen and equal already stays shared."""
-    # Tied parameters are one object under several names, and a checkpoint stores one of the names.
+    check_names(teacher, weights.keys(), "The teacher's weights do not fit")
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in teacher.named_parameters(remove_duplicate=False):
         names[parameter].append(name)
-
-    missing = [aliases[0] for aliases in names.values() if not any(n in weights for n in aliases)]
-    known = {name for aliases in names.values() for name in aliases} | dict(teacher.named_buffers()).keys()
-    unexpected = [name for name in weights if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS)]
-    for problem, found in (("lack", missing), ("have the unknown", unexpected)):
-        if found:
-            raise ReflowError(
-                f"The teacher's weights do not fit: they {problem} {found[0]}"
-                + (f" and {len(found) - 1} more." if len(found) > 1 else ".")
-            )
 
     with torch.no_grad():
         for parameter, aliases in names.items():

@@ -25,13 +25,9 @@ StockTimes = Callable[[int, torch.device], Tensor]  # VLAFlowMatching.sample_tim
 
 @dataclass(frozen=True)
 class TimeSampling:
-    """A distribution of t on [0, 1], or several at equal shares.
+    """A distribution of t on [0, 1], or several at equal shares."""
 
-    Attributes:
-        name: as the user wrote it, such as `grid:1+beta`.
-    """
-
-    name: str
+    name: str  # as the user wrote it, such as `grid:1+beta`
 
     def __post_init__(self) -> None:
         """Raises ReflowError if a part of the name is unknown."""

@@ -94,7 +94,7 @@ def gradients(policy: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def let_each_encode_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on `attach` lets teacher and student encode each image for themselves."""
-    monkeypatch.setattr(sharing, "share_features", lambda *policies: None)
+    monkeypatch.setattr(sharing, "_same_frozen_parameters", lambda first, second: False)
 
 
 def prefixes_encoded(model: nn.Module) -> list[int]:

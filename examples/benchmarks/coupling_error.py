@@ -70,7 +70,7 @@ def main() -> None:
     def end(solver: Solver, draw: int = 1) -> torch.Tensor:
         torch.manual_seed(draw)  # the same times in both precisions
         velocity = velocity_of(policy.model, observation).repeated(cfg.num_noises)
-        return solver.integrate(velocity, noise, config.num_steps)[..., :width]
+        return solver.resolved(config.num_steps).integrate(velocity, noise)[..., :width]
 
     @torch.no_grad()
     def nfe(solver: Solver) -> int:

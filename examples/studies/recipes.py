@@ -236,7 +236,7 @@ def couplings(
     actions = []
     for which, x in zip(tqdm(frames, desc=f"couplings by {solver.method}", mininterval=10), noise, strict=True):
         velocity = velocity_of(teacher.model, observe(teacher, select(task.seen, which))).repeated(per_frame)
-        actions.append(solver.integrate(velocity, x, config.num_steps))
+        actions.append(solver.resolved(config.num_steps).integrate(velocity, x))
     return Couplings(noise, torch.stack(actions))
 
 

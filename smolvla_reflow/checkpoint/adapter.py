@@ -47,11 +47,7 @@ def adapter_digest(folder: Path, fields: Mapping[str, Any]) -> bytes:
 
 
 def merged(base: SmolVLAPolicy, folder: Path) -> SmolVLAPolicy:
-    """The base with the adapter in `folder` merged into it; `base` has the adapter's configuration, and is used up.
-
-    Raises:
-        ReflowError: the adapter does not fit the base, or PEFT cannot merge adapters of its kind.
-    """
+    """The base with the adapter in `folder` merged into it; `base` has the adapter's configuration, and is used up."""
     peft = _peft()
     settings = peft.PeftConfig.from_pretrained(str(folder))
     adapted = peft.PeftModel.from_pretrained(base, str(folder), config=settings)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,20 +49,25 @@ def weights_of(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
 
 def check_loaded(policy: SmolVLAPolicy, checkpoint: Checkpoint) -> None:
     """Raise ReflowError for missing, unknown or non-finite weights; LeRobot warns at most."""
-    stored = StoredTensors(checkpoint.weights_file)
-    # Tied parameters are one object under several names, and a checkpoint stores one of these names.
-    loaded = {id(parameter) for name, parameter in policy.named_parameters(remove_duplicate=False) if name in stored}
-    missing = [name for name, parameter in policy.named_parameters() if id(parameter) not in loaded]
-    known = policy.state_dict()
-    unknown = [name for name in stored if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS)]
-    for problem, found in (("lack", missing), ("have the unknown", unknown)):
-        if found:
-            raise ReflowError(
-                f"The weights in {checkpoint.source} do not fit its config.json: they {problem} {found[0]}."
-            )
-    for name, tensor in known.items():
+    check_names(
+        policy, StoredTensors(checkpoint.weights_file), f"The weights in {checkpoint.source} do not fit its config.json"
+    )
+    for name, tensor in policy.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise ReflowError(f"{name} in {checkpoint.source} holds NaN or infinity. Use an earlier checkpoint.")
+
+
+def check_names(policy: SmolVLAPolicy, stored: Collection[str], problem: str) -> None:
+    """Raise ReflowError for a parameter that is not stored under any of its names, or a stored name that is unknown."""
+    # Tied parameters are one object under several names, and a checkpoint stores one of these names.
+    loaded = {id(parameter) for name, parameter in policy.named_parameters(remove_duplicate=False) if name in stored}
+    for name, parameter in policy.named_parameters():
+        if id(parameter) not in loaded:
+            raise ReflowError(f"{problem}: they lack {name}.")
+    known = policy.state_dict()
+    for name in stored:
+        if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS):
+            raise ReflowError(f"{problem}: they have the unknown {name}.")
 
 
 def stock_autocast(policy: SmolVLAPolicy) -> contextlib.AbstractContextManager[object]:

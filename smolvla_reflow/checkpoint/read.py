@@ -103,16 +103,8 @@ class Checkpoint:
             )
         return self.processors[processor]
 
-    def reflow_settings(self) -> dict[str, Any]:
-        """The reflow section of the run that made it; empty if there is none."""
-        return self._noted("reflow")
-
-    def training_dataset(self) -> dict[str, Any]:
-        """The dataset section of the run that made it; empty if there is none."""
-        return self._noted("dataset")
-
-    def _noted(self, section: str) -> dict[str, Any]:
-        """A section of the run's configuration, its train_config.json."""
+    def noted(self, section: str) -> dict[str, Any]:
+        """A section of the configuration of the run that made it, "reflow" or "dataset"; empty if there is none."""
         file = self.folder / TRAIN_CONFIG_NAME
         return (read_json(file).get(section) or {}) if file.is_file() else {}
 
@@ -128,9 +120,6 @@ def open_checkpoint(source: str | Path, revision: str | None = None, backbone: s
         source: the folder or hub id.
         revision: of a hub id, a branch, tag or commit; its main branch if None.
         backbone: folder or hub id of the vision-language backbone, if it is not where the checkpoint says.
-
-    Raises:
-        ReflowError: there is no such checkpoint, or it is not a SmolVLA policy that plain LeRobot would load.
     """
     location = locate(source, revision)
     if (location.folder / ADAPTER_CONFIG_NAME).is_file() and not (location.folder / SAFETENSORS_SINGLE_FILE).is_file():

@@ -9,6 +9,8 @@ The same command continues an interrupted run. `--repair` makes missing or damag
 import atexit
 from collections.abc import Sequence
 
+from accelerate import PartialState
+
 from smolvla_reflow.commands.console import (
     asks_for_help,
     is_given,
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ReflowError("Name the teacher's dataset: --dataset.repo_id=... (--dataset.root=...).")
         cfg = parsed(PairsConfig, load_plugins(with_values(argv, "repair")))
         check_values(cfg)
-        process = cfg.policy.this_process()
+        process = PartialState(cpu=cfg.policy.device == "cpu")  # connects the processes launched together
         # A process group that is still open when Python ends can abort the process, and replace its exit code.
         atexit.register(process.destroy_process_group)
         with own_log(process.is_main_process):

@@ -27,11 +27,7 @@ def load_batches(
     num_workers: int = 0,
     rename_map: dict[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Load batches, collated, converted and renamed as in LeRobot's training; `batches` are positions in the dataset.
-
-    Raises:
-        ReflowError: a frame cannot be read; the message names the frame.
-    """
+    """Load batches (of positions in the dataset), collated, converted and renamed as in LeRobot's training."""
     name_unreadable_frames(dataset)
     loader = DataLoader(
         dataset,

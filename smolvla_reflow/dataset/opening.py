@@ -45,12 +45,7 @@ TOLERANCE_S = TrainPipelineConfig.tolerance_s
 
 
 def open_metadata(dataset: DatasetConfig, policy: SmolVLAConfig | None = None) -> LeRobotDatasetMetadata:
-    """The metadata of a dataset, from its folder or the hub; `policy` (default a stock SmolVLA) needs its statistics.
-
-    Raises:
-        ReflowError: LeRobot cannot open the dataset or reads another format, an episode does not exist, no frame is
-            chosen, counts contradict each other, or statistics are missing, of another width or not finite.
-    """
+    """The metadata of a dataset, from folder or hub; `policy` (default a stock SmolVLA) needs its statistics."""
     root = _root(dataset)
     was_there = root.exists()
     try:
@@ -221,11 +216,7 @@ def chosen_episodes(
 
 
 def frame_ranges(metadata: LeRobotDatasetMetadata, episodes: Sequence[int] | None) -> list[range]:
-    """The indices of all frames of these episodes (None for all), as ascending ranges without gaps between them.
-
-    Raises:
-        ReflowError: an episode does not exist.
-    """
+    """The indices of all frames of these episodes (None for all), as ascending ranges without gaps between them."""
     chosen = range(metadata.total_episodes) if episodes is None else sorted(set(episodes))
     unknown = [episode for episode in chosen if not 0 <= episode < metadata.total_episodes]
     if unknown:

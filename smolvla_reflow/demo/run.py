@@ -47,11 +47,7 @@ def run_demo(folder: Path, seed: int, measure: Callable[[list[str]], object]) ->
 
 
 def run_training(program: str, flags: Sequence[str], log_file: Path) -> None:
-    """Run a training command in a separate process, as a user would, with its output in `log_file`.
-
-    Raises:
-        ReflowError: the command failed; the message quotes its last line.
-    """
+    """Run a training command in a separate process, as a user would, with its output in `log_file`."""
     print("$ " + shlex.join([program, *flags]))
     # Two loader processes feed the training: one computing thread each is faster on few cores.
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **os.environ}

@@ -11,7 +11,8 @@ from smolvla_reflow.errors import ReflowError, known_are
 from smolvla_reflow.evaluation.config import EvalConfig
 from smolvla_reflow.evaluation.decision import ENERGY_DISTANCE, EVIDENCE
 from smolvla_reflow.evaluation.journal import NAME as UNFINISHED
-from smolvla_reflow.evaluation.late import LATEST, aggregation, check_latency
+from smolvla_reflow.evaluation.late import LATEST, aggregation, chunk_time
+from smolvla_reflow.evaluation.latency import ChunkTime
 from smolvla_reflow.evaluation.start import check_start
 from smolvla_reflow.smolvla.features import fitted
 
@@ -40,7 +41,7 @@ def check_values(cfg: EvalConfig) -> None:
         if not 0 < getattr(cfg, name) < math.inf:
             raise ReflowError(f"--{name}={getattr(cfg, name)}: give a number above 0, such as {example}.")
     if cfg.latency_ms is not None:
-        check_latency(cfg.latency_ms)
+        chunk_time(cfg.latency_ms, ChunkTime(0.0, 0.0, 0.0))
         if cfg.env is None:
             raise ReflowError("--latency_ms has no effect without --env.type; leave it out.")
     aggregation(cfg.aggregate_fn_name)
@@ -84,7 +85,7 @@ def fit_to_dataset(
 def check_lineage(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise ReflowError if a checkpoint was reflowed from an earlier one of these that has changed since."""
     for position, student in enumerate(checkpoints):
-        noted = student.reflow_settings()
+        noted = student.noted("reflow")
         commit, fingerprint = noted.get("teacher_commit"), noted.get("teacher_fingerprint")
         for teacher in checkpoints[:position]:
             if teacher.source != noted.get("teacher_path") or (commit and commit == teacher.commit):

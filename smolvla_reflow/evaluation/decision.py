@@ -19,7 +19,7 @@ import pandas as pd
 
 from smolvla_reflow.evaluation.intervals import Interval, over_episodes
 from smolvla_reflow.evaluation.measure import Cell, by_cell
-from smolvla_reflow.evaluation.success import Driven, PairedEpisodes, Success, best_rewards_of, successes_of
+from smolvla_reflow.evaluation.success import Driven, PairedEpisodes, Success, joined
 
 SUCCESS, BEST_REWARD, ENERGY_DISTANCE = EVIDENCE = ("success", "best_reward", "energy_distance")
 FEWEST_STEPS_OF_A_BAR = 5
@@ -233,7 +233,7 @@ def _evidence(
 
 
 def _by_success(cell: Cell, bar: Cell, driven: Mapping[Cell, Driven], margin: float) -> Comparison:
-    own, bars = successes_of(driven[cell]), successes_of(driven[bar])
+    own, bars = joined(driven[cell]).successes, joined(driven[bar]).successes
     pairs = PairedEpisodes.count(own, bars)
     enough = cell == bar or pairs.is_not_inferior(margin)
     return Comparison(
@@ -249,7 +249,7 @@ def _by_success(cell: Cell, bar: Cell, driven: Mapping[Cell, Driven], margin: fl
 
 
 def _by_best_reward(cell: Cell, bar: Cell, driven: Mapping[Cell, Driven], margin: float, seed: int) -> Comparison:
-    own, bars = (np.array(best_rewards_of(driven[each])) for each in (cell, bar))
+    own, bars = (np.array(joined(driven[each]).best_rewards) for each in (cell, bar))
     loss = over_episodes(bars - own, range(len(own)), seed)
     return _by_interval(cell, BEST_REWARD, own, bars, loss, margin, len(own))
 

@@ -24,16 +24,11 @@ CHOOSING = {"episodes": None, "eval_split": 0.0, "exclude_episodes": None}
 
 @dataclass(frozen=True)
 class Seen:
-    """The frames that are measured on, and how many of their episodes each policy was trained on.
+    """The frames that are measured on, and how many of their episodes each policy was trained on."""
 
-    Attributes:
-        frames: number of frames.
-        episodes: number of episodes that the frames are from.
-        trained_on: by policy, how many of these episodes it was trained on; None if its checkpoint does not say.
-    """
-
-    frames: int
-    episodes: int
+    frames: int  # number of frames
+    episodes: int  # number of episodes that the frames are from
+    # by policy, how many of these episodes it was trained on; None if its checkpoint does not say
     trained_on: Mapping[str, int | None]
 
     @classmethod
@@ -94,32 +89,23 @@ def trained_episodes(
     It is unknown without a train_config.json, and if the dataset has changed since: its episodes may have been
     numbered anew.
     """
-    with doing(f"reading which episodes {checkpoint.source} was trained on"):
-        return _trained_episodes(checkpoint, dataset, metadata)
-
-
-def _trained_episodes(
-    checkpoint: Checkpoint, dataset: DatasetConfig, metadata: LeRobotDatasetMetadata
-) -> frozenset[int] | None:
-    noted = checkpoint.training_dataset()
+    noted = checkpoint.noted("dataset")
     if not noted:
         return None
-    as_then = _has_statistics_of(checkpoint, metadata)
-    if noted.get("repo_id") != dataset.repo_id and not as_then:
-        return frozenset()  # it was trained on another dataset
-    if not as_then:
-        return None
+    if not _has_statistics_of(checkpoint, metadata):  # then a dataset of another name is another dataset
+        return None if noted.get("repo_id") == dataset.repo_id else frozenset()
     known = {field.name for field in fields(dataset)}
     then: dict[str, Any] = {
         name: every if noted.get(name) is None else noted[name] for name, every in CHOOSING.items() if name in known
     }
-    chosen = chosen_episodes(metadata, replace(dataset, **then))
+    with doing(f"reading which episodes {checkpoint.source} was trained on"):
+        chosen = chosen_episodes(metadata, replace(dataset, **then))
     return frozenset(range(metadata.total_episodes) if chosen is None else chosen)
 
 
 def copy_warning(checkpoint: Checkpoint, dataset: DatasetConfig, trained: frozenset[int] | None) -> list[str]:
     """A warning if the checkpoint was trained on a dataset of another name, whose episodes this one may hold too."""
-    name = checkpoint.training_dataset().get("repo_id")
+    name = checkpoint.noted("dataset").get("repo_id")
     if trained != frozenset() or name == dataset.repo_id:
         return []
     return [

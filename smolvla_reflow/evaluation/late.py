@@ -46,17 +46,8 @@ class Delay:
         return f"{self.steps} step{'s' * (self.steps != 1)} ({self.ms:.0f} ms)"
 
 
-def check_latency(latency_ms: str) -> None:
-    """Raise ReflowError unless `chunk_time` can read the flag."""
-    chunk_time(latency_ms, ChunkTime(0.0, 0.0, 0.0))
-
-
 def chunk_time(latency_ms: str, measured: ChunkTime) -> ChunkTime:
-    """The time of a chunk on the robot: measured here, or as the flag says, `MS` or `PREFIX+STEP`.
-
-    Raises:
-        ReflowError: the flag says something else.
-    """
+    """The time of a chunk on the robot: measured here, or as the flag says, `MS` or `PREFIX+STEP`."""
     if latency_ms == MEASURED:
         return measured
     try:
@@ -77,11 +68,7 @@ def latest(old: Tensor, new: Tensor) -> Tensor:
 
 
 def aggregation(name: str) -> Aggregate:
-    """A function of LeRobot's robot client: the old and the new actions (B, N, action_dim) of N control steps to one.
-
-    Raises:
-        ReflowError: the client has no function of this name, or is not installed.
-    """
+    """A function of LeRobot's robot client, of the old and the new actions (B, N, action_dim) of N control steps."""
     if name == LATEST:  # without the client's packages
         return latest
     with doing(f"looking for --aggregate_fn_name={name}"):

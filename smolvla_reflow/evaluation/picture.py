@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,15 +13,11 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from smolvla_reflow.evaluation.decision import BEST_REWARD, ENERGY_DISTANCE, Decision
 from smolvla_reflow.evaluation.frames import Seen
-from smolvla_reflow.evaluation.intervals import Interval
 from smolvla_reflow.evaluation.measure import Row
 
 COLUMN_WIDTH_INCHES = 3.4
 FIRST, LAST = ("#D55E00", "s"), ("#0072B2", "o")
 BETWEEN = (("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "D"), ("#56B4E9", "P"))
-
-# Low end, value and high end.
-Ends = tuple[float, float, float]
 
 
 def draw(rows: Sequence[Row], decision: Decision, seen: Seen, file: Path) -> None:
@@ -28,12 +25,7 @@ def draw(rows: Sequence[Row], decision: Decision, seen: Seen, file: Path) -> Non
     figure = Figure(figsize=(COLUMN_WIDTH_INCHES, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, sharex=True)
-    if decision.evidence == BEST_REWARD:
-        draw_best_reward(rows, decision, above)
-    elif any(row["success"] is not None for row in rows):
-        draw_success(rows, decision, above)
-    else:
-        draw_energy_distance(rows, decision, above)
+    draw_evidence(rows, decision, above)
     draw_flow_error(rows, below)
     steps = sorted({row["num_steps"] for row in rows})
     below.set_xscale("log")
@@ -48,41 +40,31 @@ def draw(rows: Sequence[Row], decision: Decision, seen: Seen, file: Path) -> Non
     figure.savefig(file, dpi=300)
 
 
-def draw_success(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
-    """Plot success with its confidence interval."""
+def draw_evidence(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
+    """Plot best rewards, success or energy distances, and the worst value that the judged policy's may have."""
+    bar, margin = decision.comparisons[0].bar, decision.margin
+    limit: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": ":"}
     driven = {i: row["success"] for i, row in enumerate(rows) if row["success"] is not None}
-    draw_intervals(rows, decision, axis, {i: (100 * s.low, 100 * s.rate, 100 * s.high) for i, s in driven.items()})
-    axis.set_ylim(-3, 103)
-    axis.set_ylabel("success (%)", fontsize=8)
+    if decision.evidence == BEST_REWARD:
+        ends, label = {i: (s.best_reward,) * 3 for i, s in driven.items()}, "best reward"
+        axis.axhline(bar - margin, label="bar - margin", **limit)
+    elif driven:
+        ends, label = {i: (100 * s.low, 100 * s.rate, 100 * s.high) for i, s in driven.items()}, "success (%)"
+        axis.set_ylim(-3, 103)
+    else:
+        found = {i: row["energy_distance"] for i, row in enumerate(rows) if row["energy_distance"] is not None}
+        # A side without a bound has no bar.
+        ends = {i: tuple(x.value if end is None else end for end in (x.low, x.value, x.high)) for i, x in found.items()}
+        decides, label = decision.evidence == ENERGY_DISTANCE, "energy distance (std.)"
+        if decides:
+            axis.axhline(bar + margin, label="bar + margin", **limit)
+        axis.set_yscale("symlog", linthresh=margin if decides else 0.01)
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    draw_intervals(rows, decision, axis, ends)
+    axis.set_ylabel(label, fontsize=8)
 
 
-def draw_best_reward(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
-    """Plot the mean of the best rewards, and how low the judged policy's may be."""
-    means = {i: row["success"].best_reward for i, row in enumerate(rows)}
-    draw_intervals(rows, decision, axis, {i: (mean, mean, mean) for i, mean in means.items()})
-    axis.axhline(decision.comparisons[0].bar - decision.margin, color="black", lw=0.8, ls=":", label="bar - margin")
-    axis.set_ylabel("best reward", fontsize=8)
-
-
-def draw_energy_distance(rows: Sequence[Row], decision: Decision, axis: Axes) -> None:
-    """Plot energy distances with their confidence intervals, and how high the judged policy's may be."""
-    distances = {i: row["energy_distance"] for i, row in enumerate(rows) if row["energy_distance"] is not None}
-    draw_intervals(rows, decision, axis, {i: ends_of(distance) for i, distance in distances.items()})
-    if decision.evidence == ENERGY_DISTANCE:
-        highest = decision.comparisons[0].bar + decision.margin
-        axis.axhline(highest, color="black", lw=0.8, ls=":", label="bar + margin")
-    axis.set_yscale("symlog", linthresh=decision.margin if decision.evidence == ENERGY_DISTANCE else 0.01)
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.set_ylabel("energy distance (std.)", fontsize=8)
-
-
-def ends_of(found: Interval) -> Ends:
-    """Low end, value and high end; a side without a bound has no bar."""
-    low, high = (found.value if end is None else end for end in (found.low, found.high))
-    return low, found.value, high
-
-
-def draw_intervals(rows: Sequence[Row], decision: Decision, axis: Axes, intervals: Mapping[int, Ends]) -> None:
+def draw_intervals(rows: Sequence[Row], decision: Decision, axis: Axes, intervals: Mapping[int, tuple]) -> None:
     """Plot the intervals of some rows, by their index, with a circle around the recommended number of steps.
 
     The policies are moved sideways, so that none covers another.

@@ -35,38 +35,26 @@ COLUMNS_IN_WORDS = (
 
 @dataclass(frozen=True)
 class Report:
-    """The content of `report.json`.
+    """The content of `report.json`."""
 
-    Attributes:
-        rows: for each policy and number of steps, see `smolvla_reflow.evaluation.measure.summary`.
-        recommended_num_steps: the smallest number that is enough, or None.
-        recommendation: the same in some sentences.
-        decision: its evidence, see `smolvla_reflow.evaluation.decision.Decision`.
-        two_errors: by student, how its flow error depends on the number of steps, see
-            `smolvla_reflow.evaluation.two_errors.TwoErrors`; None for fewer than three numbers of steps.
-        advice: how to reduce the judged policy's flow error, None if it need not be reduced, or nothing can be said.
-        references: by policy, the rk4 "steps" of its fine solutions and their own error, "rmse".
-        chunk_time: of the judged policy, see `smolvla_reflow.evaluation.latency.ChunkTime`; None until measured.
-        seen: how many of the episodes the policies were trained on, see `smolvla_reflow.evaluation.frames.Seen`.
-        notes: warnings.
-        made_with: everything that the numbers depend on, see `smolvla_reflow.evaluation.key`.
-        complete: True if everything that was asked for is in it.
-        schema_version: of this file.
-    """
-
-    rows: list[Row]
-    recommended_num_steps: int | None
-    recommendation: str
-    decision: Decision
+    rows: list[Row]  # for each policy and number of steps, see `smolvla_reflow.evaluation.measure.summary`
+    recommended_num_steps: int | None  # the smallest number that is enough, or None
+    recommendation: str  # the same in some sentences
+    decision: Decision  # its evidence, see `smolvla_reflow.evaluation.decision.Decision`
+    # by student, how its flow error depends on the number of steps, see
+    # `smolvla_reflow.evaluation.two_errors.TwoErrors`; None for fewer than three numbers of steps
     two_errors: dict[str, TwoErrors | None]
+    # how to reduce the judged policy's flow error, None if it need not be reduced, or nothing can be said
     advice: str | None
+    # by policy, the rk4 "steps" of its fine solutions and their own error, "rmse"
     references: dict[str, Mapping[str, float]]
+    # of the judged policy, see `smolvla_reflow.evaluation.latency.ChunkTime`; None until measured
     chunk_time: ChunkTime | None
-    seen: Seen
-    notes: list[str]
-    made_with: dict[str, Any]
-    complete: bool
-    schema_version: int = 2
+    seen: Seen  # how many of the episodes the policies were trained on, see `smolvla_reflow.evaluation.frames.Seen`
+    notes: list[str]  # warnings
+    made_with: dict[str, Any]  # everything that the numbers depend on, see `smolvla_reflow.evaluation.key`
+    complete: bool  # True if everything that was asked for is in it
+    schema_version: int = 2  # of this file
 
     def write(self, folder: Path) -> None:
         """Write report.json, report.md and report.png into a folder, made if needed. Raises OSError."""
@@ -122,7 +110,7 @@ EVERY_COLUMN: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("spread", lambda row: f"{row['spread_ratio']:.3f}"),
     ("straightness", lambda row: f"{row['straightness']:.4f}"),
     ("delay", lambda row: "" if row["delay"] is None else row["delay"].in_words()),
-    ("success (95 % interval)", lambda row: "" if row["success"] is None else in_percent(row["success"])),
+    ("success (95 % interval)", lambda row: in_percent(row["success"])),
     ("best reward", lambda row: "" if row["success"] is None else f"{row['success'].best_reward:.3f}"),
     ("action error", lambda row: f"{row['action_mae']:.4g}"),
     ("latency", lambda row: "" if row["latency_ms_p50"] is None else f"{row['latency_ms_p50']:.1f} ms"),
@@ -139,9 +127,9 @@ def as_interval(found: Interval | None) -> str:
     return f"{found.value:.4f} ({low} to {high})"
 
 
-def in_percent(success: Success) -> str:
+def in_percent(success: Success | None) -> str:
     """The rate and its confidence interval as text."""
-    return f"{success.rate:.1%} ({success.low:.0%} to {success.high:.0%})"
+    return "" if success is None else f"{success.rate:.1%} ({success.low:.0%} to {success.high:.0%})"
 
 
 def cells_of(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[list[str]]:

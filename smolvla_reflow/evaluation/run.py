@@ -27,7 +27,7 @@ from smolvla_reflow.evaluation.decision import (
     decide,
 )
 from smolvla_reflow.evaluation.frames import Seen, choose, copy_warning, trained_episodes
-from smolvla_reflow.evaluation.journal import Journal
+from smolvla_reflow.evaluation.journal import Journal, journal_in
 from smolvla_reflow.evaluation.key import key_of
 from smolvla_reflow.evaluation.measure import fine_errors, summary
 from smolvla_reflow.evaluation.policy import load_measured_policy
@@ -57,7 +57,7 @@ def run(cfg: EvalConfig) -> None:
     dataset, positions = open_frames(cfg, judged, metadata)
     seen = Seen.count(episodes_of(dataset, positions), trained)
     assert cfg.output_dir is not None  # checked
-    with Journal(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
+    with journal_in(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
         warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
         warnings += copy_warning(judged, cfg.dataset, [*trained.values()][-1])
         for warning in warnings:
@@ -131,7 +131,7 @@ def prepared(
         journal=journal,
         rtc_config=judged.config.rtc_config,
         seen=seen,
-        one_step_only=judged.reflow_settings().get("strategy") == "distill",
+        one_step_only=judged.noted("reflow").get("strategy") == "distill",
         warnings=warnings,
     )
 

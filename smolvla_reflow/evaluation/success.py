@@ -24,14 +24,9 @@ class Episodes(NamedTuple):
 Driven = Mapping[str, Episodes]  # by task
 
 
-def successes_of(driven: Driven) -> list[bool]:
-    """Success of each episode, task after task."""
-    return [success for episodes in driven.values() for success in episodes.successes]
-
-
-def best_rewards_of(driven: Driven) -> list[float]:
-    """The largest reward of each episode, task after task."""
-    return [reward for episodes in driven.values() for reward in episodes.best_rewards]
+def joined(driven: Driven) -> Episodes:
+    """All episodes, task after task."""
+    return Episodes(*([x for of_task in each for x in of_task] for each in zip(*driven.values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Success:
     @classmethod
     def count(cls, driven: Driven) -> "Success":
         """Count the episodes of each task."""
-        successes, rewards = successes_of(driven), best_rewards_of(driven)
+        successes, rewards = joined(driven)
         interval = binomtest(sum(successes), len(successes)).proportion_ci(CONFIDENCE, method="wilson")
         return cls(
             rate=sum(successes) / len(successes),

@@ -35,10 +35,6 @@ class DeviceConfig:
     vlm_model_name: str | None = None
     """Folder or hub id of the teacher's vision-language backbone (default the one that its checkpoint names)."""
 
-    def this_process(self) -> PartialState:
-        """This process among those launched together; the first call connects them."""
-        return PartialState(cpu=self.device == "cpu")
-
     def on(self, process: PartialState) -> str:
         """The device of this process; a kind alone, such as "cuda", means each process's own device of that kind."""
         if self.device not in (None, process.device.type):

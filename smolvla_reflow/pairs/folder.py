@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from smolvla_reflow.errors import LOCK_NAME, ReflowError, sole_use, write_whole
+from smolvla_reflow.errors import LOCK_NAME, ReflowError, doing, sole_use, write_whole
 from smolvla_reflow.pairs.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -26,19 +26,17 @@ from smolvla_reflow.pairs.manifest import (
     shard_path,
 )
 
+WRITING = "writing to {} (finished files are kept: make room, and the same command goes on)"
+
 
 @contextlib.contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock. A run that fails before its first shard is finished leaves nothing.
-
-    Raises:
-        ReflowError: the folder holds something other than pairs, another run uses it, or it cannot be written.
-    """
+    """Make the folder and hold its lock. A run that fails before its first shard is finished leaves nothing."""
     if folder.exists() and not _is_for_pairs(folder):
         raise ReflowError(f"--output_dir={folder} exists and holds no pairs; name a new folder.")
     busy = f"Another smolvla-reflow-pairs is at work in {folder}; wait for it to end."
     with contextlib.ExitStack() as held:
-        with writing(folder):
+        with doing(WRITING.format(folder)):
             held.enter_context(sole_use(folder, busy))
         try:
             yield
@@ -95,24 +93,13 @@ def begin(folder: Path, wanted: Manifest, *, repair: bool) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the folder's manifest. Raises ReflowError if it cannot be written."""
-    with writing(folder):
+    with doing(WRITING.format(folder)):
         manifest.write(folder)
 
 
 def write_shard(folder: Path, shard: int, actions: Tensor, dtype: str) -> str:
     """Write (frames, couplings_per_frame, chunk_size, max_action_dim), complete or not at all; returns a checksum."""
     content = save({TENSOR_NAME: actions.to(DTYPES[dtype]).contiguous()})
-    with writing(folder):
+    with doing(WRITING.format(folder)):
         write_whole(shard_path(folder, shard), content)
     return hashlib.sha256(content).hexdigest()
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError, such as that of a full disk, into a ReflowError that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise ReflowError(
-            f"While writing to {folder}: {error}. Finished files are kept; make room, and the same command goes on."
-        ) from error

@@ -89,11 +89,7 @@ def make_pairs(cfg: PairsConfig, process: PartialState) -> str:
 
 
 def plan(cfg: PairsConfig, teacher: Checkpoint) -> tuple[Checkpoint, Manifest, SpaceMaps | None]:
-    """The teacher with its features on this dataset, the set to make, and the maps between their normalised spaces.
-
-    Raises:
-        ReflowError: there is no such dataset, or it does not fit the teacher.
-    """
+    """The teacher with its features on this dataset, the set to make, and the maps between their normalised spaces."""
     metadata = open_metadata(cfg.dataset, teacher.config)
     rename_map = rename_map_in_use(teacher, cfg.rename_map, metadata.features)
     teacher = fitted(teacher, policy_features(metadata), rename_map)
@@ -140,11 +136,7 @@ def generate(
     cfg: PairsConfig,
     process: PartialState,
 ) -> None:
-    """Make the unfinished shards, each process its share; each round, the main process adds them to the manifest.
-
-    Raises:
-        ReflowError: a file cannot be written, a frame cannot be read, or actions are not finite.
-    """
+    """Make the unfinished shards, each process its share; each round, the main process adds them to the manifest."""
     todo, made = manifest.unfinished, manifest.provenance
     mine = todo[process.process_index :: process.num_processes]
     batches = {shard: _batches(manifest.frames_of(shard), cfg.batch_size) for shard in mine}
@@ -198,29 +190,18 @@ def _load(
 
 @dataclass(frozen=True)
 class PairMaker:
-    """A teacher that encodes each frame's prefix once, and solves for all its couplings together.
+    """A teacher that encodes each frame's prefix once, and solves for all its couplings together."""
 
-    Attributes:
-        policy: the teacher.
-        preprocessor: of its checkpoint, from a dataset's batch to its input.
-        space: the maps between the dataset's normalised space and the teacher's, None if they are the same.
-        provenance: the pairs to make.
-        graphs: the teacher's recorded solves, None to solve kernel by kernel.
-    """
-
-    policy: SmolVLAPolicy
-    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]
+    policy: SmolVLAPolicy  # the teacher
+    preprocessor: Callable[[dict[str, Any]], dict[str, Any]]  # of its checkpoint, from a dataset's batch to its input
+    # the maps between the dataset's normalised space and the teacher's, None if they are the same
     space: SpaceMaps | None
-    provenance: Provenance
-    graphs: SolveGraphs | None = None
+    provenance: Provenance  # the pairs to make
+    graphs: SolveGraphs | None = None  # the teacher's recorded solves, None to solve kernel by kernel
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """Actions `(B, couplings_per_frame, chunk_size, max_action_dim)`, float32 on the CPU.
-
-        Raises:
-            ReflowError: they are not finite, or too large for the number format that stores them.
-        """
+        """Actions `(B, couplings_per_frame, chunk_size, max_action_dim)`, float32 on the CPU."""
         made = self.provenance
         frames = batch["index"].tolist()
         pairs = [(frame, pair) for frame in frames for pair in range(made.couplings_per_frame)]

@@ -26,59 +26,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that the pairs depend on. Two sets of equal provenance hold equal pairs, up to rounding.
+    """Everything that the pairs depend on. Two sets of equal provenance hold equal pairs, up to rounding."""
 
-    Attributes:
-        teacher: SHA-256 of its weights, its configuration and its statistics.
-        dataset: its repo_id.
-        total_frames: of the whole dataset.
-        statistics: SHA-256 of the dataset's statistics; the actions are in their normalised space.
-        solver: of the teacher's ODE, with every value filled in.
-        chunk_size, max_action_dim: of one pair.
-        seed: of the noise.
-        couplings_per_frame: stored for each frame.
-        dtype: of the stored actions.
-        scaled_noise: share of the pairs whose noise is scaled (`smolvla_reflow.noise.scaled`).
-        rename_map: from the dataset's names to the teacher's.
-    """
-
-    teacher: str
-    dataset: str
-    total_frames: int
-    statistics: str
-    solver: Solver
-    chunk_size: int
+    teacher: str  # SHA-256 of its weights, its configuration and its statistics
+    dataset: str  # its repo_id
+    total_frames: int  # of the whole dataset
+    statistics: str  # SHA-256 of the dataset's statistics; the actions are in their normalised space
+    solver: Solver  # of the teacher's ODE, with every value filled in
+    chunk_size: int  # of one pair
     max_action_dim: int
-    seed: int
-    couplings_per_frame: int
-    dtype: str
-    scaled_noise: float = 0.0
-    rename_map: dict[str, str] = field(default_factory=dict)
+    seed: int  # of the noise
+    couplings_per_frame: int  # stored for each frame
+    dtype: str  # of the stored actions
+    scaled_noise: float = 0.0  # share of the pairs whose noise is scaled (`smolvla_reflow.noise.scaled`)
+    rename_map: dict[str, str] = field(default_factory=dict)  # from the dataset's names to the teacher's
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`.
+    """`manifest.json`."""
 
-    Attributes:
-        provenance: what the pairs depend on.
-        made_from: where teacher and dataset were found, for people.
-        package_version: of smolvla-reflow, when the set was begun.
-        frames: ascending [first, last + 1) ranges of frame indices with gaps between them.
-        frames_per_shard: frames in each shard but the last, which may have fewer.
-        checksums: SHA-256 of each finished shard's file, by shard number.
-        bytes_per_pair: on disk.
-        format_version: of this layout.
-    """
-
-    provenance: Provenance
-    made_from: dict[str, Any]
-    package_version: str
-    frames: list[list[int]]
-    frames_per_shard: int
-    checksums: dict[int, str] = field(default_factory=dict)
-    bytes_per_pair: int = 0
-    format_version: int = FORMAT_VERSION
+    provenance: Provenance  # what the pairs depend on
+    made_from: dict[str, Any]  # where teacher and dataset were found, for people
+    package_version: str  # of smolvla-reflow, when the set was begun
+    frames: list[list[int]]  # ascending [first, last + 1) ranges of frame indices with gaps between them
+    frames_per_shard: int  # frames in each shard but the last, which may have fewer
+    checksums: dict[int, str] = field(default_factory=dict)  # SHA-256 of each finished shard's file, by shard number
+    bytes_per_pair: int = 0  # on disk
+    format_version: int = FORMAT_VERSION  # of this layout
 
     @property
     def num_frames(self) -> int:
@@ -112,11 +87,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read `folder/manifest.json`.
-
-    Raises:
-        ReflowError: there is none, it is of another format version, or it is damaged.
-    """
+    """Read `folder/manifest.json`."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ReflowError(f"{folder} holds no pairs: there is no {MANIFEST_NAME}. Make them with smolvla-reflow-pairs.")
@@ -144,10 +115,12 @@ def _parsed(values: dict[str, Any]) -> Manifest:
     counts = [p.total_frames, p.chunk_size, p.max_action_dim, p.couplings_per_frame, manifest.frames_per_shard]
     counts += [p.solver.num_steps] if p.solver.num_steps is not None else []
     bounds = [bound for start, stop in manifest.frames for bound in (start, stop)]
-    if not all(isinstance(number, int) for number in (*counts, *bounds, p.seed)) or min(*counts, p.seed + 1) < 1:
+    if not all(type(number) is int for number in (*counts, *bounds, p.seed)) or min(*counts, p.seed + 1) < 1:
         raise ValueError("a count is no positive integer")
     if p.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {p.dtype}")
+    if not 0 <= p.scaled_noise <= 1:
+        raise ValueError(f"scaled_noise {p.scaled_noise} is no share")
     if bounds[0] < 0 or bounds != sorted(set(bounds)) or bounds[-1] > p.total_frames:
         raise ValueError("frames are not ascending ranges of the dataset's")
     if not set(checksums) <= set(range(manifest.num_shards)):

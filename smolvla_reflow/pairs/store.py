@@ -54,17 +54,10 @@ class Pairs:
         """Number of pairs."""
         return self.manifest.num_frames * self.manifest.provenance.couplings_per_frame
 
-    def check(self, process: PartialState | None = None) -> None:
-        """Raise ReflowError if a shard is missing, damaged or foreign. Reads every byte.
-
-        Args:
-            process: this one, where several make this call. One on each node reads, and all raise.
-        """
-        reads = process is None or process.is_local_main_process
-        damaged = check_shards(self.folder, self.manifest) if reads else []
-        if process is not None:
-            damaged = sorted(set(gather_object(damaged)))
-        if damaged:
+    def check(self) -> None:
+        """Raise ReflowError if a shard is missing, damaged or foreign. One process on each node reads every byte."""
+        damaged = check_shards(self.folder, self.manifest) if PartialState().is_local_main_process else []
+        if damaged := sorted(set(gather_object(damaged))):
             raise ReflowError(
                 f"The pairs in {self.folder} are damaged: {not_as_written(damaged)}. Run smolvla-reflow-pairs again "
                 "with the same flags and --repair."
@@ -208,11 +201,7 @@ def _of_frames(wanted: Tensor, frames: Tensor, noise: Tensor, actions: Tensor) -
 
 
 def open_source(pairs: str | Path | CouplingSource, config: SmolVLAConfig, stats: Statistics | None) -> CouplingSource:
-    """The couplings that stand in for a teacher: a folder of pairs, or a function.
-
-    Raises:
-        ReflowError: they are neither, or do not fit a policy of this config on batches normalised by `stats`.
-    """
+    """The couplings that stand in for a teacher: a folder of pairs, or a function."""
     source = Pairs(pairs) if isinstance(pairs, str | Path) else pairs
     if not callable(source):
         raise ReflowError(f"pairs is a {type(pairs).__name__}; give a folder of pairs, or a function that couples.")

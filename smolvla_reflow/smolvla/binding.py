@@ -12,17 +12,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Binding:
-    """A change that `bind` made on one module.
+    """A change that `bind` made on one module."""
 
-    Attributes:
-        module: the instance.
-        names: the attributes that were bound.
-        displaced: those entries of `vars(module)` that they replaced.
-    """
-
-    module: nn.Module
-    names: tuple[str, ...]
-    displaced: dict[str, Any]
+    module: nn.Module  # the instance
+    names: tuple[str, ...]  # the attributes that were bound
+    displaced: dict[str, Any]  # those entries of `vars(module)` that they replaced
 
     def undo(self) -> None:
         """Restore `vars(module)`, in its order."""

@@ -35,7 +35,7 @@ def cameras_seen(config: SmolVLAConfig, names: Collection[str]) -> tuple[str, ..
 
 def saved_rename_map(checkpoint: Checkpoint) -> dict[str, str]:
     """The map from a dataset's names to the policy's in the saved preprocessor; empty if nothing was renamed."""
-    for step in checkpoint.processor_steps(PREPROCESSOR_NAME):
+    for step in checkpoint.processors.get(PREPROCESSOR_NAME, ()):
         if issubclass(step.type, RenameObservationsProcessorStep):
             return dict(step.config.get("rename_map") or {})
     return {}

@@ -66,12 +66,7 @@ class CudaGraphs:
         self.alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, function: Function, inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-        """Record `function(*inputs)`; a replay reads what the inputs hold by then.
-
-        Raises:
-            RuntimeError: the inputs are not on a GPU, or the function waits for it.
-            ReflowError: the recording itself failed, which leaves the GPU's random generator and memory unusable.
-        """
+        """Record `function(*inputs)`; a replay reads what the inputs hold by then."""
         device = inputs[0].device
         if device.type != "cuda":
             raise RuntimeError(f"the tensors are on the device {device}")
@@ -113,29 +108,16 @@ def _not_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-@dataclass(frozen=True, eq=False)
-class _Recorded:
-    inputs: tuple[Tensor, ...]
-    replay: Callable[[], Tensor]
-
-
 @dataclass(eq=False)
 class SolveGraphs:
-    """The recorded solves of one policy.
+    """The recorded solves of one policy."""
 
-    Attributes:
-        record: makes a replay of a function.
-        recorded: by everything that a graph cannot change, at most `MOST_GRAPHS`.
-        known: tensors that the graphs hold.
-        weights: addresses of the policy's parameters, which the graphs read.
-        failed: True after a solve that could not be recorded; no other is tried.
-    """
-
-    record: Recorder = field(default_factory=CudaGraphs)
-    recorded: dict[Hashable, _Recorded] = field(default_factory=dict)
-    known: KnownTensors = field(default_factory=KnownTensors)
-    weights: tuple[int, ...] = ()
-    failed: bool = False
+    record: Recorder = field(default_factory=CudaGraphs)  # makes a replay of a function
+    # by everything that a graph cannot change, at most `MOST_GRAPHS`
+    recorded: dict[Hashable, tuple[tuple[Tensor, ...], Callable[[], Tensor]]] = field(default_factory=dict)
+    known: KnownTensors = field(default_factory=KnownTensors)  # tensors that the graphs hold
+    weights: tuple[int, ...] = ()  # addresses of the policy's parameters, which the graphs read
+    failed: bool = False  # True after a solve that could not be recorded; no other is tried
 
     def __deepcopy__(self, memo: object) -> "SolveGraphs":
         """None yet: a copy of the policy has its weights elsewhere, and a CUDA graph cannot be copied."""
@@ -176,11 +158,13 @@ class SolveGraphs:
                 "The teacher's solve of %d couplings is a CUDA graph (%d of at most %d).",
                 *(len(noise), len(self.recorded), MOST_GRAPHS),
             )
-        recorded = self.recorded[key]
-        _copy(inputs, recorded.inputs)
-        return recorded.replay().clone()  # the next replay writes into the same memory
+        own, replay = self.recorded[key]
+        _copy(inputs, own)
+        return replay().clone()  # the next replay writes into the same memory
 
-    def _recorded(self, solver: Solver, velocity: Velocity, inputs: Sequence[Tensor]) -> _Recorded:
+    def _recorded(
+        self, solver: Solver, velocity: Velocity, inputs: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Callable[[], Tensor]]:
         noise = inputs[0]
         own = tuple(each.to(noise.device, copy=True) for each in inputs)
 
@@ -190,7 +174,7 @@ class SolveGraphs:
         enabled, dtype = _autocast(noise)
         # Weights that autocast has cast before are freed after their solve; a graph has to cast its own.
         with self.known, torch.autocast(noise.device.type, dtype, enabled, cache_enabled=False):
-            return _Recorded(own, self.record(solve, own))
+            return own, self.record(solve, own)
 
 
 def _copy(given: Sequence[Tensor], own: Sequence[Tensor]) -> None:

@@ -26,12 +26,9 @@ _COMPILED = "_compiled_for_prefix"  # the attribute of a model that holds its co
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """An encoded prefix of `B` observations.
+    """An encoded prefix of `B` observations."""
 
-    Attributes:
-        given: what the stock sampler hands to `denoise_step` besides x and t: padding mask and key-value cache.
-    """
-
+    # what the stock sampler hands to `denoise_step` besides x and t: padding mask and key-value cache
     given: dict[str, Any]
 
     @property

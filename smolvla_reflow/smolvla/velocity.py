@@ -18,15 +18,10 @@ from smolvla_reflow.smolvla.prefix import Prefix, encode
 
 @dataclass(frozen=True, eq=False)
 class Velocity:
-    """`v(x, t)` given one observation, whose prefix has been encoded.
+    """`v(x, t)` given one observation, whose prefix has been encoded."""
 
-    Attributes:
-        model: of the policy.
-        prefix: by this model, or by one that encodes it in the same way.
-    """
-
-    model: VLAFlowMatching
-    prefix: Prefix
+    model: VLAFlowMatching  # of the policy
+    prefix: Prefix  # by this model, or by one that encodes it in the same way
 
     def repeated(self, times: int) -> "Velocity":
         """For each observation `times` in a row: B observations become B * times, sharing the work of encoding."""

@@ -26,20 +26,13 @@ NOTHING = ("", "null", "none")
 
 @dataclass(frozen=True)
 class Arguments:
-    """A completed command line.
+    """A completed command line."""
 
-    Attributes:
-        flags: for LeRobot's parser, each `--name=value`.
-        chosen: values filled in because the user gave none, by flag name.
-        typed: names of the flags that the user typed.
-        resume: True if the run continues an earlier one, whose configuration then holds.
-        config_file: temporary copy of the user's config file that `flags` name; for the caller to delete.
-    """
-
-    flags: list[str]
-    chosen: dict[str, Any]
-    typed: frozenset[str]
-    resume: bool = False
+    flags: list[str]  # for LeRobot's parser, each `--name=value`
+    chosen: dict[str, Any]  # values filled in because the user gave none, by flag name
+    typed: frozenset[str]  # names of the flags that the user typed
+    resume: bool = False  # True if the run continues an earlier one, whose configuration then holds
+    # temporary copy of the user's config file that `flags` name; for the caller to delete
     config_file: Path | None = None
 
     @property
@@ -49,11 +42,7 @@ class Arguments:
 
 
 def complete(argv: Sequence[str]) -> Arguments:
-    """Complete the user's command line (without the program's name).
-
-    Raises:
-        ReflowError: a teacher or a dataset is missing, flags contradict each other, or a file cannot be read.
-    """
+    """Complete the user's command line (without the program's name)."""
     given: dict[str, Any] = _at_home(_parse(argv))
     typed = frozenset(given)
     if _is_true(given.get("resume")):

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.constants import CONFIG_NAME
 
 from smolvla_reflow.checkpoint.adapter import ADAPTER_CONFIG_NAME, merge_command
-from smolvla_reflow.checkpoint.backbone import load_tokenizer
+from smolvla_reflow.checkpoint.backbone import tokenizer_or_none
 from smolvla_reflow.checkpoint.merging import write_merged
 from smolvla_reflow.checkpoint.read import (
     PREPROCESSOR_NAME,
@@ -33,11 +33,7 @@ FILLED_IN = ("teacher_commit", "teacher_fingerprint")
 
 
 def open_teacher(reflow: ReflowConfig, typed: Collection[str], backbone: str | None, *, resume: bool) -> Checkpoint:
-    """Open the teacher and note its path, commit and fingerprint, so that no other can take its place later.
-
-    Raises:
-        ReflowError: the teacher cannot be used, or another one was there when the configuration was written.
-    """
+    """Open the teacher and note its path, commit and fingerprint, so that no other can take its place later."""
     assert reflow.teacher_path is not None
     for name in FILLED_IN:
         if f"reflow.{name}" in typed:
@@ -166,9 +162,7 @@ def _lasting_tokenizer(start: Checkpoint, tokenizer: str) -> str:
     """The tokenizer's name in the student: the backbone's if it is the same, since the student needs the backbone."""
     if not Path(tokenizer).is_relative_to(start.folder.absolute()):
         return tokenizer
-    try:
-        inside, backbones = (load_tokenizer(name) for name in (tokenizer, start.config.vlm_model_name))
-    except (OSError, ValueError):
+    inside, other = (tokenizer_or_none(name) for name in (tokenizer, start.config.vlm_model_name))
+    if inside is None or other is None or inside.special_tokens_map != other.special_tokens_map:
         return tokenizer
-    alike = (inside.get_vocab(), inside.special_tokens_map) == (backbones.get_vocab(), backbones.special_tokens_map)
-    return start.config.vlm_model_name if alike else tokenizer
+    return start.config.vlm_model_name if inside.get_vocab() == other.get_vocab() else tokenizer

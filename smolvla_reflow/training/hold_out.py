@@ -22,9 +22,6 @@ def hold_out(cfg: ReflowTrainPipelineConfig, metadata: LeRobotDatasetMetadata) -
 
     If the user named neither, the episodes are chosen here, evenly over the dataset. A resumed run goes on with the
     episodes that it began with.
-
-    Raises:
-        ReflowError: the run would measure on episodes that it trains on, or on none, or train on none.
     """
     dataset, everything = cfg.dataset, range(metadata.total_episodes)
     held = cfg.reflow.measure_episodes

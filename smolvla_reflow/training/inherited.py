@@ -45,16 +45,12 @@ DECIDED_ANEW = {
 
 @dataclass(frozen=True)
 class Inherited:
-    """The part of a config file that holds for a new run.
+    """The part of a config file that holds for a new run."""
 
-    Attributes:
-        flags: its `policy` and `reflow` sections, by flag name. LeRobot loads a pretrained policy's config from the
-            policy's folder and overrides it from the command line alone.
-        rest: its other fields, as they stand.
-    """
-
+    # its `policy` and `reflow` sections, by flag name. LeRobot loads a pretrained policy's config from the policy's
+    # folder and overrides it from the command line alone
     flags: dict[str, Any] = field(default_factory=dict)
-    rest: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)  # its other fields, as they stand
 
 
 def inherit(path: str, given: Mapping[str, Any]) -> Inherited:

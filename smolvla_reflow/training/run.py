@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from lerobot.configs.parser import PLUGIN_DISCOVERY_SUFFIX
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -51,31 +51,18 @@ from smolvla_reflow.training.run_folder import OutputFolder, how_to_go_on, train
 
 @dataclass(eq=False)
 class Run:
-    """A reflow run. LeRobot's training calls back `attach`, `on_loss` and `on_loader`.
+    """A reflow run. LeRobot's training calls back `attach`, `on_loss` and `on_loader`."""
 
-    Attributes:
-        cfg: validated before `check`.
-        arguments: the command line.
-        loss: the run's loss strategy.
-        teacher: makes the couplings that the student learns.
-        start: checkpoint that the student starts from, as a rule the teacher; None for a resumed run.
-        pairs: couplings that the teacher made before, if they are used.
-        stats: statistics of the batches' normalisation, known from `check` on.
-        sharded: True if FSDP shards the student.
-        attached: known once LeRobot has made the policy.
-        measuring: of the student on held-out frames, if the configuration asks for it.
-    """
-
-    cfg: ReflowTrainPipelineConfig
-    arguments: Arguments
-    loss: LossStrategy
-    teacher: Checkpoint
-    start: Checkpoint | None
-    pairs: Pairs | None
-    stats: Statistics = field(default_factory=dict)
-    sharded: bool = False
-    attached: Attachment | None = None
-    measuring: Measuring | None = None
+    cfg: ReflowTrainPipelineConfig  # validated before `check`
+    arguments: Arguments  # the command line
+    loss: LossStrategy  # the run's loss strategy
+    teacher: Checkpoint  # makes the couplings that the student learns
+    start: Checkpoint | None  # checkpoint that the student starts from, as a rule the teacher; None for a resumed run
+    pairs: Pairs | None  # couplings that the teacher made before, if they are used
+    stats: Statistics = field(default_factory=dict)  # statistics of the batches' normalisation, known from `check` on
+    sharded: bool = False  # True if FSDP shards the student
+    attached: Attachment | None = None  # known once LeRobot has made the policy
+    measuring: Measuring | None = None  # of the student on held-out frames, if the configuration asks for it
     loss_check: LossCheck = field(init=False)
 
     def check(self) -> None:
@@ -104,7 +91,7 @@ class Run:
         if self.sharded and self.cfg.reflow.measure_freq:
             raise ReflowError("--reflow.measure_freq cannot measure a student that FSDP has sharded; leave it out.")
         if self.pairs is not None:
-            self.pairs.check(PartialState())  # now that the processes know of each other, and before any writes
+            self.pairs.check()  # now that the processes know of each other, and before any writes
         self.loss_check = LossCheck(self.first_step, accelerator.scaler)
         return hook(accelerator, on_policy=self.attach, on_loss=self.on_loss, on_loader=self.on_loader)
 
@@ -206,11 +193,7 @@ def quietly(init: Callable[[int], object] | None, worker: int) -> None:
 
 
 def open_run(cfg: ReflowTrainPipelineConfig, arguments: Arguments) -> Run:
-    """Open what the configuration names, and write it down there by names that hold in any folder.
-
-    Raises:
-        ReflowError: something is missing, unknown, or has no effect.
-    """
+    """Open what the configuration names, and write it down there by names that hold in any folder."""
     refuse_remote_job(cfg)
     reflow, given, typed = cfg.reflow, arguments.by_name, arguments.typed
     if not reflow.teacher_path:

@@ -21,7 +21,7 @@ from smolvla_reflow.demo.task import REPO_ID, write_dataset
 from smolvla_reflow.errors import ReflowError
 from smolvla_reflow.evaluation import run, stages
 from smolvla_reflow.evaluation.config import EvalConfig
-from smolvla_reflow.evaluation.journal import NAME, Journal
+from smolvla_reflow.evaluation.journal import NAME, journal_in
 from smolvla_reflow.evaluation.key import key_of
 
 
@@ -109,22 +109,22 @@ def test_the_report_grows_under_one_bar(workshop, tmp_path, monkeypatch, capsys)
 
 
 def test_the_journal_keeps_finished_parts(tmp_path):
-    with pytest.raises(ZeroDivisionError), Journal(tmp_path / "r", {}) as journal:
+    with pytest.raises(ZeroDivisionError), journal_in(tmp_path / "r", {}) as journal:
         journal.recall("a", lambda: 1 / 0)
     assert not (tmp_path / "r").exists()  # until a part is finished
-    with Journal(tmp_path, {"seed": 0}) as first:
+    with journal_in(tmp_path, {"seed": 0}) as first:
         assert first.recall("a", lambda: [1.5]) == [1.5]
         assert first.recall("b", lambda: {"x": 1 / 3}) == {"x": 1 / 3}
     (tmp_path / NAME / "c.json.partial").write_bytes(b"[1, 2")  # interrupted while it was being written
-    with Journal(tmp_path, {"seed": 0}) as again:
+    with journal_in(tmp_path, {"seed": 0}) as again:
         assert again.parts == {"a": [1.5], "b": {"x": 1 / 3}}
         assert again.recall("a", lambda: pytest.fail("measured again")) == [1.5]
         assert again.recall("c", lambda: 3) == 3
     (tmp_path / NAME / "a.json").write_text("[1.")
-    with pytest.raises(ReflowError, match=f"While reading .*remove {tmp_path} to begin anew"), Journal(tmp_path, {}):
+    with pytest.raises(ReflowError, match=f"While reading .*remove {tmp_path} to begin anew"), journal_in(tmp_path, {}):
         pass
     (tmp_path / NAME / "a.json").write_text("[1.5]")
-    with Journal(tmp_path, {"seed": 0}) as last:
+    with journal_in(tmp_path, {"seed": 0}) as last:
         assert last.parts == {"a": [1.5], "b": {"x": 1 / 3}, "c": 3}
         last.remove()
     assert list(tmp_path.iterdir()) == []  # the folder itself was there before
@@ -134,15 +134,15 @@ def test_a_second_command_in_the_same_folder_waits_outside(tmp_path):
     """Another process finds the first one's lock, and leaves the parts alone; once the first has ended, it goes on."""
     script = f"""
         from pathlib import Path
-        from smolvla_reflow.evaluation.journal import Journal
-        with Journal(Path({str(tmp_path)!r}), {{"seed": 0}}) as journal:
+        from smolvla_reflow.evaluation.journal import journal_in
+        with journal_in(Path({str(tmp_path)!r}), {{"seed": 0}}) as journal:
             print(journal.parts)
     """
 
     def second():
         return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
 
-    with Journal(tmp_path, {"seed": 0}) as journal:
+    with journal_in(tmp_path, {"seed": 0}) as journal:
         journal.recall("a", lambda: 1)
         held = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
         refused_one = second()
@@ -184,11 +184,11 @@ def test_a_checkpoint_that_has_changed_is_another_evaluation(workshop, tmp_path,
     folder = Path(shutil.copytree(workshop / "1rf" / LAST, tmp_path / "checkpoint"))
     dataset = LeRobotDataset(REPO_ID, root=workshop / "dataset")
     cfg = parsed(EvalConfig, load_plugins(driven_flags(workshop, tmp_path / "r", policy__path=folder)))
-    with Journal(tmp_path / "r", key_of(cfg, {"policy": open_checkpoint(folder)}, dataset, [0])) as journal:
+    with journal_in(tmp_path / "r", key_of(cfg, {"policy": open_checkpoint(folder)}, dataset, [0])) as journal:
         journal.recall("a", lambda: 1)
     change(folder)
     with pytest.raises(ReflowError, match=re.escape(named)):
-        Journal(tmp_path / "r", key_of(cfg, {"policy": open_checkpoint(folder)}, dataset, [0])).__enter__()
+        journal_in(tmp_path / "r", key_of(cfg, {"policy": open_checkpoint(folder)}, dataset, [0])).__enter__()
 
 
 def change_weights(folder: Path) -> None:

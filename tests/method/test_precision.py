@@ -6,7 +6,7 @@ from helpers import SMOOTH, let_each_encode_for_itself, loss_of
 from oracle import inputs_of
 
 from smolvla_reflow import Solver, attach
-from smolvla_reflow.smolvla.vision import vision_encoder
+from smolvla_reflow.smolvla.sharing import vision_encoder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

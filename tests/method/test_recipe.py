@@ -21,7 +21,7 @@ from oracle import Flow, by_frame, reflow_losses, repeated, squared_errors
 from packaging.version import Version
 
 from smolvla_reflow import Recipe, ReflowError, detach, register_loss_strategy
-from smolvla_reflow.smolvla.vision import vision_encoder
+from smolvla_reflow.smolvla.sharing import vision_encoder
 from smolvla_reflow.training.config import ReflowConfig
 
 PER_FRAME = 3

@@ -197,7 +197,7 @@ def test_a_solver_in_words(solver, words):
 @torch.no_grad()
 def solve(policy, batch, noise, solver):
     velocity = velocity_of(policy.model, Observation(*inputs_of(policy, batch)))
-    return solver.integrate(velocity, noise, policy.config.num_steps)
+    return solver.resolved(policy.config.num_steps).integrate(velocity, noise)
 
 
 def couplings(policy, batch, noise, teacher, solver=None):

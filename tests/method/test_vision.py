@@ -7,7 +7,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from peft import LoraConfig, get_peft_model
 
 from smolvla_reflow import Recipe, Step, attach, detach
-from smolvla_reflow.smolvla.vision import vision_encoder
+from smolvla_reflow.smolvla.sharing import vision_encoder
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 
@@ -77,7 +77,7 @@ def test_an_encoder_that_is_trained_or_differs_is_not_shared(make_policy, with_o
     teacher = with_other_head(policy) if differs else None
     if differs:
         next(vision_encoder(teacher).parameters()).data.add_(0.1)
-    assert attach(policy, teacher).sharing.features is None
+    assert attach(policy, teacher).sharing.dtype is None
     counts = encoded_images(policy, policy.model.teacher)
     found = gradients(policy, loss_of(policy, batch))
     assert len(counts) == 2 * len(CAMERAS)
@@ -90,13 +90,13 @@ def test_without_a_teacher_it_is_shared_among_a_frames_couplings_alone(make_poli
     policy = make_policy(**(FROZEN if frozen else TRAINED))
     for per_frame, shared in ((1, False), (2, frozen)):
         with attach(policy, pairs=lambda *_, **__: None, recipe=Recipe(couplings_per_frame=per_frame)) as attachment:
-            assert (attachment.sharing.features is not None) is shared
+            assert (attachment.sharing.dtype is not None) is shared
 
 
 def test_an_encoder_in_train_mode_is_asked_each_time(make_policy, batch):
     """It may drop out."""
     policy = make_policy()
-    assert attach(policy, train_state_proj=True).sharing.features is not None
+    assert attach(policy, train_state_proj=True).sharing.dtype is not None
     counts = encoded_images(policy, policy.model.teacher)
     policy.train()
     vision_encoder(policy).train()
@@ -121,7 +121,7 @@ def test_a_backbone_in_bfloat16_is_shared(make_policy, batch):
 def test_lora_students_share_unless_the_adapter_is_in_the_encoder(make_policy, batch, target, shared):
     policy = make_policy()
     wrapped = get_peft_model(policy, LoraConfig(target_modules=target))
-    assert (attach(wrapped).sharing.features is not None) is shared
+    assert (attach(wrapped).sharing.dtype is not None) is shared
     counts = encoded_images(policy, policy.model.teacher)
     loss_of(wrapped, batch).backward()
     assert len(counts) == len(CAMERAS) * (1 if shared else 2)
@@ -133,12 +133,12 @@ def test_features_last_for_one_step(make_policy, batch, noise_and_time, monkeypa
     policy = make_policy()
     attachment = attach(policy, recipe=Recipe(couplings_per_frame=2), train_state_proj=True)
     loss_of(policy, batch)
-    assert attachment.sharing.features.seen is None
+    assert attachment.sharing.seen is None
     with monkeypatch.context() as patch:
         patch.setattr(Step, "squared_errors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loss_of(policy, batch)
-    assert attachment.sharing.features.seen is None
+    assert attachment.sharing.seen is None
     first = loss_of(policy, batch, noise, time)
     batch[CAMERAS[0]].zero_()  # the same tensor, another picture
     assert loss_of(policy, batch, noise, time) != first

@@ -230,8 +230,8 @@ def test_training_reads_no_pair_itself(workshop, stored, tmp_path, monkeypatch, 
 def test_a_file_that_is_gone_is_a_sentence(workshop, copied, tmp_path, capsys, monkeypatch, num_workers):
     check = Pairs.check
 
-    def then_gone(pairs, process=None):
-        check(pairs, process)
+    def then_gone(pairs):
+        check(pairs)
         for shard in range(3):
             shard_path(copied, shard).unlink()
 

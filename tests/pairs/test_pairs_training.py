@@ -30,7 +30,7 @@ from smolvla_reflow.demo.task import REPO_ID
 from smolvla_reflow.noise import pair_noise
 from smolvla_reflow.pairs.manifest import read_manifest
 from smolvla_reflow.smolvla.observation import observe
-from smolvla_reflow.smolvla.vision import vision_encoder
+from smolvla_reflow.smolvla.sharing import vision_encoder
 
 
 @pytest.mark.parametrize("solver", [Solver("euler"), Solver("midpoint", num_steps=4)], ids=["euler", "midpoint"])

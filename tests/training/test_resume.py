@@ -207,8 +207,8 @@ def test_the_teachers_actions_or_the_student_are_blamed_for_a_first_loss_that_is
     )
     integrate = Solver.integrate
 
-    def spoilt(self, velocity, noise, num_steps=None):
-        actions = integrate(self, velocity, noise, num_steps)
+    def spoilt(self, velocity, noise):
+        actions = integrate(self, velocity, noise)
         actions[1] = math.nan
         return actions
 
