@@ -55,7 +55,10 @@ class Pairs:
         return self.manifest.num_frames * self.manifest.provenance.couplings_per_frame
 
     def check(self) -> None:
-        """Raise ReflowError if a shard is missing, damaged or foreign. One process on each node reads every byte."""
+        """Raise ReflowError if a shard is missing, damaged or foreign.
+
+        All processes of a launch make this call together. One on each node reads every byte.
+        """
         damaged = check_shards(self.folder, self.manifest) if PartialState().is_local_main_process else []
         if damaged := sorted(set(gather_object(damaged))):
             raise ReflowError(

@@ -36,7 +36,7 @@ SCRIPT = """
         hashed, check_shards, process = [], store.check_shards, PartialState(cpu=True)
         store.check_shards = lambda *given: hashed.append(given) or check_shards(*given)
         try:
-            Pairs(here).check(process)
+            Pairs(here).check()
         except ReflowError as error:
             (here / f"{rank}.json").write_text(json.dumps({"hashed": len(hashed), "said": str(error)}))
         process.wait_for_everyone()  # a process that ends while the other still talks to it can abort
