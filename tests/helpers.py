@@ -187,7 +187,7 @@ def torchrun(*command: str, env: Mapping[str, str] | None = None) -> subprocess.
             out, err = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             process.terminate()  # the launcher ends the processes that it started
-            out, err = process.communicate()
+            out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     return subprocess.CompletedProcess(launch, process.returncode, out, err)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from helpers import TINY, lerobot_train_main
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -59,6 +60,7 @@ def write_base(folder: Path, backbone: Path, **overrides: Any) -> Path:
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (6,))},
     }
+    torch.manual_seed(0)
     policy = SmolVLAPolicy(SmolVLAConfig(**{**fields, **overrides}))
     policy.save_pretrained(folder)
     for processor in make_smolvla_pre_post_processors(policy.config, dataset_stats=None):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -64,10 +65,13 @@ def one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def again(dropped: Any) -> None:
-        if dropped.exc_type is not KeyboardInterrupt:
-            return report(dropped)
-        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
-        signal.signal(signal.SIGINT, interrupt)
+        if dropped.exc_type is KeyboardInterrupt:
+            signal.signal(signal.SIGINT, interrupt)
+            timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+            timer.daemon = True
+            timer.start()
+        elif not interrupted:  # else it may come from what was left half-done
+            report(dropped)
 
     try:
         before = signal.signal(signal.SIGINT, interrupt)

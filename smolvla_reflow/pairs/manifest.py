@@ -117,6 +117,8 @@ def _parsed(values: dict[str, Any]) -> Manifest:
     bounds = [bound for start, stop in manifest.frames for bound in (start, stop)]
     if not all(type(number) is int for number in (*counts, *bounds, p.seed)) or min(*counts, p.seed + 1) < 1:
         raise ValueError("a count is no positive integer")
+    if p.seed >= 2**128:  # the largest key of Philox
+        raise ValueError(f"seed {p.seed} is too large")
     if p.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {p.dtype}")
     if not 0 <= p.scaled_noise <= 1:

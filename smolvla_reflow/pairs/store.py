@@ -95,6 +95,8 @@ class Pairs:
                 # Not kept open: the pages of a mapped file count as memory until it is closed.
                 with safe_open(path, framework="pt") as file:
                     stored = file.get_slice(TENSOR_NAME)
+                    if stored.get_shape()[2:] != [made.chunk_size, made.max_action_dim]:
+                        raise IndexError(f"its chunks are {stored.get_shape()[2:]}")
                     actions |= {i: stored[places[i][1], wanted[i][1]].to(torch.float32) for i in lines}
             except (SafetensorError, OSError, IndexError) as error:
                 raise ReflowError(f"The pairs in {path} cannot be read ({error}).") from None

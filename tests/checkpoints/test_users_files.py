@@ -130,7 +130,7 @@ def test_a_home_that_cannot_be_written(workshop, tmp_path):
     (tmp_path / "home").touch()
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home/hf"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "smolvla_reflow.commands.train", *reflow_run(workshop, tmp_path / "run")]
-    result = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True)
+    result = subprocess.run(command, env={**os.environ, **home}, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr[-2000:]
     line = result.stderr.splitlines()[-1]
     assert re.search(r"NotADirectoryError: .*/home/hf.*is no file of the dataset\. HOME and HF_HOME say", line), line

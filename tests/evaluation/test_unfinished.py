@@ -140,7 +140,8 @@ def test_a_second_command_in_the_same_folder_waits_outside(tmp_path):
     """
 
     def second():
-        return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     with journal_in(tmp_path, {"seed": 0}) as journal:
         journal.recall("a", lambda: 1)

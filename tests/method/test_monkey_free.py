@@ -76,8 +76,7 @@ def test_every_attribute_is_the_object_it_was(workshop, tmp_path):
         assert added == allowed, set(added) - set(allowed)
         print("unchanged:", len(before))
     """
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "unchanged:" in result.stdout

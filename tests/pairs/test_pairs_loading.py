@@ -146,6 +146,7 @@ def test_a_step_uses_the_pairs_in_its_batch_once(workshop, stored, items, prepro
     batch["action"] = torch.zeros(4, CHUNK, 2)
     noise, actions = (brought(batch)[name].flatten(0, 1) for name in ("noise", "actions"))
     attach(policy, pairs=stored, recipe=Recipe(couplings_per_frame=2))
+    torch.manual_seed(0)  # of other pairs in the second step
     opened.clear()
     policy.train().forward(batch)
     assert not opened
@@ -178,6 +179,7 @@ def test_a_step_from_pairs_waits_no_more_often_than_a_standard_one(workshop, sto
 
 
 def test_a_frame_that_stands_twice_keeps_its_two_pairs_and_a_foreign_one_stops_the_run(workshop, stored, items):
+    torch.manual_seed(0)  # of two pairs of one frame that differ
     policy, batch = observed(workshop)
     pairs, seen = Pairs(stored), observe(policy, batch)
 

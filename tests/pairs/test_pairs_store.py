@@ -175,10 +175,11 @@ def test_a_dataset_with_other_statistics(workshop, tmp_path, capsys):
 
 ENTRIES = [{"frames": [[10, 5]]}, {"frames": []}, {"checksums": [1]}, {"surprise": 1}, {"frames_per_shard": 0}]
 ORIGIN = [{"provenance": None}, {"dtype": "object"}, {"chunk_size": "6"}, {"solver": {"method": "rk5"}}]
+NUMBERS = [{"chunk_size": True}, {"scaled_noise": "0"}, {"scaled_noise": 2}, {"seed": 2**128}]
 HALF_A_STEP = {"solver": {"method": "euler", "num_steps": 2.5}}
 
 
-@pytest.mark.parametrize("changes", ["{", "[]", *ENTRIES, *ORIGIN, HALF_A_STEP])
+@pytest.mark.parametrize("changes", ["{", "[]", *ENTRIES, *ORIGIN, *NUMBERS, HALF_A_STEP])
 def test_a_damaged_manifest_is_refused(copied, changes):
     file = copied / "manifest.json"
     values = json.loads(file.read_text())
@@ -187,6 +188,16 @@ def test_a_damaged_manifest_is_refused(copied, changes):
     file.write_text(changes if isinstance(changes, str) else json.dumps(values))
     with pytest.raises(ReflowError, match="manifest.json is damaged"):
         Pairs(copied)
+
+
+@pytest.mark.parametrize("changes", [{"chunk_size": 10**12}, {"max_action_dim": 2**70}, {"chunk_size": 1}])
+def test_a_manifest_of_other_chunks_than_the_files(copied, changes):
+    """Found before noise of that size is drawn."""
+    file = copied / "manifest.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "provenance": {**values["provenance"], **changes}}))
+    with pytest.raises(ReflowError, match="cannot be read .its chunks are"):
+        Pairs(copied).lookup(3, 0)
 
 
 def test_a_manifest_of_another_version_is_not_called_damaged(copied):

@@ -98,7 +98,8 @@ def test_stock_lerobot_loads_it_without_this_package(workshop, student, tmp_path
         lerobot_train.train()
         assert "smolvla_reflow" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, cwd=tmp_path)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=300)
     assert (tmp_path / "on" / LAST / "model.safetensors").exists()
 
 

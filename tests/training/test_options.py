@@ -88,7 +88,8 @@ def test_real_time_chunking_stays_configured(workshop, tmp_path):
 def test_an_option_of_the_policy(workshop, tmp_path, option):
     # In a process of its own: accelerate allows one kind of precision for each.
     flags = reflow_run(workshop, tmp_path / "run", steps=2, **{f"policy__{name}": v for name, v in option.items()})
-    subprocess.run([sys.executable, "-m", "smolvla_reflow.commands.train", *flags], check=True, capture_output=True)
+    command = [sys.executable, "-m", "smolvla_reflow.commands.train", *flags]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     student = SmolVLAPolicy.from_pretrained(tmp_path / "run" / LAST)
     assert getattr(student.config, next(iter(option))) is True
     assert not same_tensors(student.state_dict(), tensors(workshop / "1rf" / LAST))

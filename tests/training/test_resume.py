@@ -253,7 +253,7 @@ def test_a_full_disk(workshop, tmp_path, capsys):
 def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
     """Half of the kills wait for a checkpoint that is just being written. Ends with the steps that were asked for."""
     run = tmp_path / "run"
-    flags = reflow_run(workshop, run, steps=60, save_freq=1, log_freq=1)
+    flags = reflow_run(workshop, run, steps=500, save_freq=1, log_freq=1)
     script = f"""
         import os, random, signal, sys, time
         from pathlib import Path
@@ -266,12 +266,12 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
         begun = lambda: set(run.glob("checkpoints/0*"))
         reached = lambda: next((training_step(c) for c in complete_checkpoints(run)), 0)
 
-        def start():
+        def start(*more):
             child = os.fork()
             if child:
                 return child
             try:
-                train.main(resume if reached() else {flags!r})
+                train.main([*(resume if reached() else {flags!r}), *more])
             except BaseException as error:
                 print(repr(error), file=sys.stderr)
                 os._exit(1)
@@ -280,7 +280,8 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
         steps = []
         for kill in range(10):
             before, had, child = begun(), reached(), start()
-            while len(begun() - before) < 1 + (kill % 3):  # re-written ones are no new folders
+            # Re-written ones are no new folders, and before the first one is complete there is nothing to go on from.
+            while len(begun() - before) < 1 + (kill % 3) or not reached():
                 assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.05 if kill % 2 else 0.5))
@@ -290,8 +291,9 @@ def test_killed_at_ten_moments_it_always_goes_on(workshop, tmp_path):
             steps.append(reached())
             assert steps[-1] >= max(had, int(newest.name) - 1), (steps, newest)
         print(steps, file=sys.stderr)
-        assert os.waitpid(start(), 0)[1] == 0
-        assert reached() == 60
+        end = reached() + 3
+        assert os.waitpid(start(f"--steps={{end}}"), 0)[1] == 0
+        assert reached() == end
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script)]
@@ -428,6 +430,7 @@ def test_ctrl_c_twice_at_ten_moments(workshop, tmp_path):
                 train.main(resume if next(complete_checkpoints(run), None) else {flags!r})
                 sys.exit("ended by itself")
             while begun() - before < (1 if moment % 2 else 2):
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
                 time.sleep(0.0005)
             time.sleep(rng.uniform(0, 0.02 if moment % 2 else 0.3))
             os.kill(child, signal.SIGINT)
