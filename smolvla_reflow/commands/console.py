@@ -56,38 +56,44 @@ def one_interrupt() -> Iterator[None]:
     An error on the way out of the first, such as that of a file that was being written, stays an interruption.
     Python drops what is raised in a finalizer or in a callback of a fork; a KeyboardInterrupt is then raised again.
     """
-    interrupted, report = False, sys.unraisablehook
+    on_its_way, report = False, sys.unraisablehook
 
     def interrupt(*signal_and_frame: object) -> None:
-        nonlocal interrupted
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        interrupted = True
-        raise KeyboardInterrupt
+        nonlocal on_its_way
+        if not on_its_way:
+            on_its_way = True
+            signal.siginterrupt(signal.SIGINT, False)  # a file that is being written is not cut off by the next one
+            raise KeyboardInterrupt
 
-    def again(dropped: Any) -> None:
-        if dropped.exc_type is KeyboardInterrupt:
-            signal.signal(signal.SIGINT, interrupt)
-            timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGINT])
+    def again() -> None:
+        nonlocal on_its_way
+        on_its_way = False
+        signal.siginterrupt(signal.SIGINT, True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def dropped(error: Any) -> None:
+        if error.exc_type is KeyboardInterrupt:
+            timer = threading.Timer(0.05, again)
             timer.daemon = True
             timer.start()
-        elif not interrupted:  # else it may come from what was left half-done
-            report(dropped)
+        elif not on_its_way:  # else it may come from what was left half-done
+            report(error)
 
     try:
         before = signal.signal(signal.SIGINT, interrupt)
     except ValueError:  # not in the main thread, which signals interrupt
         yield
         return
-    sys.unraisablehook = again
+    sys.unraisablehook = dropped
     try:
         yield
     except Exception as error:
-        if interrupted:
+        if on_its_way:
             raise KeyboardInterrupt(str(error)) from error
         raise
     finally:
         sys.unraisablehook = report
-        signal.signal(signal.SIGINT, signal.SIG_IGN if interrupted else before)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if on_its_way else before)
 
 
 def asks_for_help(argv: Sequence[str], about: str | None) -> bool:
