@@ -64,7 +64,8 @@ def check_names(policy: SmolVLAPolicy, stored: Collection[str], problem: str) ->
     for name, parameter in policy.named_parameters():
         if id(parameter) not in loaded:
             raise ReflowError(f"{problem}: they lack {name}.")
-    known = policy.state_dict()
+    # Weights that an older library saved may hold a buffer that is derived now.
+    known = policy.state_dict().keys() | dict(policy.named_buffers()).keys()
     for name in stored:
         if name not in known and not name.startswith(STATISTICS_AMONG_WEIGHTS):
             raise ReflowError(f"{problem}: they have the unknown {name}.")

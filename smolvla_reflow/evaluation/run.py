@@ -53,13 +53,14 @@ def run(cfg: EvalConfig) -> None:
     *_, judged = checkpoints.values()
     shown = [] if cfg.env is None else check_env(cfg.env, list(checkpoints.values()), cfg.rename_map, cfg.seed)
     trained = {name: trained_episodes(each, cfg.dataset, metadata) for name, each in checkpoints.items()}
-    cfg.dataset = choose(cfg.dataset, metadata, [*trained.values()][-1])
+    *_, by_judged = trained.values()
+    cfg.dataset = choose(cfg.dataset, metadata, by_judged)
     dataset, positions = open_frames(cfg, judged, metadata)
     seen = Seen.count(episodes_of(dataset, positions), trained)
     assert cfg.output_dir is not None  # checked
     with journal_in(cfg.output_dir, key_of(cfg, checkpoints, dataset, positions)) as journal:
         warnings = sentence_warnings(cfg, list(metadata.tasks.index), shown)
-        warnings += copy_warning(judged, cfg.dataset, [*trained.values()][-1])
+        warnings += copy_warning(judged, cfg.dataset, by_judged)
         for warning in warnings:
             print(f"Warning: {warning}\n")
         report = measured(prepared(cfg, checkpoints, dataset, positions, journal, seen, warnings))
@@ -189,7 +190,7 @@ def make_report(evaluation: Evaluation) -> Report:
         one_step_only=evaluation.one_step_only,
         on_seen_frames=evaluation.seen.by_judged != 0,
         in_time=len({delay.steps for cell, delay in delays.items() if cell.policy == judged}) > 1,
-        is_alone=cfg.teacher_path is None,
+        is_alone=not cfg.teacher_path,
         one_noise=judged in one_noise,
         seed=cfg.seed,
     )

@@ -16,7 +16,7 @@ from smolvla_reflow.solver import ADAPTIVE, JITTERED, SolverFlags
 # The strings below the fields are their --help texts. argparse adds each default; draccus drops a text with a colon.
 @dataclass
 class TeacherConfig(SolverFlags):
-    # Training's default, 'jittered', draws a number in each batch. What is stored may not depend on a draw.
+    # Training's default, 'jittered', draws a number in each batch, and stored pairs may not depend on a draw.
     solver: str = "midpoint"
     """Solver of the teacher's ODE, either 'midpoint', 'euler' (LeRobot's own sampler), 'rk4' or 'dopri5'."""
     teacher_path: str | None = None

@@ -103,8 +103,11 @@ def share(
     # The vision encoder is compiled with the rest of a prefix that both see alike, and encodes each image once anyway.
     compiled = student.config.compile_model and why_not_shared is None and _same_cameras(student, teacher)
     encoders = [vision_encoder(policy) for policy in (student, teacher) if policy is not None]
-    same = all(_same_frozen_parameters(encoders[0], encoder) for encoder in encoders)
-    if same and (teacher is not None or several) and not compiled:
+    if (
+        (teacher is not None or several)
+        and not compiled
+        and all(_same_frozen_parameters(encoders[0], encoder) for encoder in encoders)
+    ):
         sharing.dtype = next(encoders[0].parameters()).dtype
         sharing.bindings = tuple(
             bind(each, sharing=sharing, forward_standard=each.forward, forward=MethodType(_forward, each))
