@@ -216,6 +216,15 @@ def test_weights_that_do_not_fit_are_refused(policy, teacher, tmp_path, edit, me
         attach(policy, tmp_path)
 
 
+def test_weights_of_an_older_library_hold_buffers_that_are_derived_now(policy, teacher, tmp_path):
+    """Such as a rotary embedding's frequencies; LeRobot ignores them."""
+    derived = dict(teacher.named_buffers()).keys() - teacher.state_dict().keys()
+    assert derived
+    teacher.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({name: torch.zeros(1) for name in derived}))
+    assert_equal(frozen_teacher(policy, open_checkpoint(tmp_path)).state_dict(), teacher.state_dict())
+
+
 def test_truncated_weights_are_refused(policy, teacher, tmp_path):
     teacher.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
